@@ -1,1 +1,20 @@
-//! orch-client
+//! Talking to the API server: typed get, list, watch, create, patch, delete, and the raw requests below them.
+//!
+//! [`Client`] sends requests through a [`Transport`]: HTTPS to one of several servers, or straight into the API
+//! server of the same process. [`Api`] is the typed view of one kind. Caches and work queues are in
+//! `orch-reconcile`.
+
+mod api;
+mod client;
+mod error;
+mod https;
+mod kubeconfig;
+mod transport;
+mod watch;
+
+pub use api::{Api, DeleteParams, Kind, ListParams, ObjectList, Patch, collection_path};
+pub use client::Client;
+pub use error::Error;
+pub use https::{ClientConfig, Upgraded};
+pub use transport::{Body, Transport, empty_body, full_body};
+pub use watch::{WatchEvent, lines};

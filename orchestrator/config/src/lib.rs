@@ -1,1 +1,65 @@
-//! orch-config
+//! Names, numbers and paths that every part of orch agrees on.
+//!
+//! Nothing here does I/O. [`Paths`] derives every path from one root prefix, so that many nodes can live on
+//! one machine (`--root`); the constants are the cluster defaults of Kubernetes and flannel.
+//! Start with [`Paths`].
+
+mod paths;
+
+pub use paths::Paths;
+
+use std::net::Ipv4Addr;
+
+use ipnetwork::Ipv4Network;
+
+/// Version of orch itself.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Version that `/version` and the kubelet report: the Kubernetes API level this tree speaks.
+pub const KUBERNETES_VERSION: &str = "v1.36.0+orch";
+
+/// TCP port of the API server.
+pub const API_SERVER_PORT: u16 = 6443;
+/// TCP port of the agent's kubelet API.
+pub const KUBELET_PORT: u16 = 10250;
+/// TCP port on which etcd serves clients.
+pub const ETCD_CLIENT_PORT: u16 = 2379;
+
+/// VXLAN network identifier of the pod network (flannel's default).
+pub const VXLAN_VNI: u32 = 1;
+/// UDP port of the overlay: flannel's Linux default, not IANA's 4789.
+pub const VXLAN_PORT: u16 = 8472;
+/// Name of the VXLAN device. No dot: sysctl paths use dots as separators.
+pub const VXLAN_DEVICE: &str = "vxlan-orch";
+/// Bridge that the pods of a node are attached to.
+pub const POD_BRIDGE: &str = "cni0";
+
+/// etcd prefix of the subnet leases, flannel's.
+pub const ETCD_NETWORK_PREFIX: &str = "/coreos.com/network";
+/// Domain of the cluster's DNS names.
+pub const CLUSTER_DOMAIN: &str = "cluster.local";
+
+/// Network that node subnets are cut from.
+pub const POD_CIDR: &str = "10.244.0.0/16";
+/// Prefix length of one node's subnet.
+pub const NODE_SUBNET_LEN: u8 = 24;
+/// Network that ClusterIPs are allocated from.
+pub const SERVICE_CIDR: &str = "10.96.0.0/12";
+/// ClusterIP of the cluster's DNS Service.
+pub const DNS_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+
+/// First ClusterIP of the Service network: the address of `default/kubernetes`.
+#[must_use]
+pub fn kubernetes_service_ip(service_cidr: Ipv4Network) -> Ipv4Addr {
+    Ipv4Addr::from_bits(service_cidr.network().to_bits() + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kubernetes_service_has_the_first_address() {
+        let cidr: Ipv4Network = SERVICE_CIDR.parse().expect("a constant CIDR");
+        assert_eq!(kubernetes_service_ip(cidr), Ipv4Addr::new(10, 96, 0, 1));
+    }
+}

@@ -1,1 +1,14 @@
-//! orch-pki
+//! The cluster's certificates: own authorities, leaf certificates for daemons and people, kubeconfig files.
+//!
+//! A cluster has two authorities, as kubeadm's does: `ca` signs what speaks the Kubernetes API, `etcd-ca` what
+//! speaks to etcd, so that a certificate of one world opens nothing in the other. Names in certificates follow
+//! Kubernetes: the common name is the user, the organisation the group.
+//! Start with [`Authority`]; [`ClusterPki`] is the set of files of one control plane.
+
+mod authority;
+mod cluster;
+mod kubeconfig;
+
+pub use authority::{Authority, Error, Identity, Usage};
+pub use cluster::{AgentCredentials, ClusterPki};
+pub use kubeconfig::kubeconfig;

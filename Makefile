@@ -1,0 +1,54 @@
+# Tasks of this repository. `make help` lists them; README.md says which two a new user needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+HOST := $(shell command -v rustc >/dev/null 2>&1 && rustc -vV | sed -n 's/^host: //p')
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+# Everything that `make build` makes, side by side: orchctl looks for the other programs here.
+OUT := $(TARGET)/orch
+LAB_NODES ?= 3
+STATIC := cni-plugins orch-pause nodeinfo
+STATIC_FLAGS := CARGO_TARGET_$(shell echo '$(HOST)' | tr 'a-z-' 'A-Z_')_RUSTFLAGS="-C target-feature=+crt-static"
+
+.PHONY: help deps build up down test test-unit test-e2e check bench fuzz install-cni
+
+help: ## list the tasks
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+deps: ## install what is missing, by package name (Debian)
+	@scripts/deps
+
+build: deps ## build all programs into target/orch (release mode)
+	@scripts/build
+
+up: build ## start the three-node lab with the example and show it answering across nodes
+	@$(OUT)/orchctl lab up --nodes $(LAB_NODES)
+	@$(OUT)/orchctl lab demo
+
+down: ## end the lab and remove everything it made
+	@if [ -x $(OUT)/orchctl ]; then $(OUT)/orchctl lab down; else echo "nothing was built, so there is no lab"; fi
+
+test: build ## all tests: unit, property, store, kernel namespaces, end to end
+	@scripts/test
+
+test-unit: deps ## unit and property tests only
+	cargo test --release --workspace --lib --bins
+
+test-e2e: build ## the user's story in a lab of its own
+	@scripts/test e2e
+
+check: deps ## what must hold for every commit: format, clippy, docs, dependency rules
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --document-private-items
+	cargo test --release -q -p tests-arch
+
+bench: build ## ratios against references in the same run; needs `make up`
+	@$(OUT)/orchctl lab bench
+
+fuzz: deps ## property tests of everything that reads bytes from outside, with many more cases
+	PROPTEST_CASES=20000 cargo test --release --workspace --lib fuzz
+
+install-cni: build ## put the CNI plugins into $(DESTDIR)/opt/cni/bin
+	@scripts/install-cni "$(DESTDIR)"

@@ -1,0 +1,348 @@
+//! Defaults that the API server writes into objects before they are stored.
+//!
+//! They are part of the API: a stored default decides what a pod template hashes to and whether `apply` sees a
+//! change. Source: upstream's `pkg/apis/*/v1/defaults.go`, restated over JSON.
+
+use serde_json::{Map, Value, json};
+
+/// Sets the defaults of one object.
+pub fn apply(group: &str, kind: &str, object: &mut Value) {
+    match (group, kind) {
+        ("", "Pod") => {
+            if let Some(spec) = object.get_mut("spec") {
+                pod_spec(spec);
+            }
+        }
+        ("apps", "Deployment") => deployment(object),
+        ("apps", "ReplicaSet") => replica_set(object),
+        ("", "Service") => service(object),
+        ("", "Secret") => set(object, "type", json!("Opaque")),
+        ("", "Namespace") => namespace(object),
+        ("", "Node") => node(object),
+        ("", "Endpoints") => each(object, "subsets", |subset| {
+            each(subset, "ports", |port| set(port, "protocol", json!("TCP")))
+        }),
+        ("discovery.k8s.io", "EndpointSlice") => each(object, "ports", |port| {
+            set(port, "name", json!(""));
+            set(port, "protocol", json!("TCP"));
+        }),
+        ("networking.k8s.io", "NetworkPolicy") => network_policy(object),
+        _ => {}
+    }
+}
+
+/// Sets a field that is absent or null.
+fn set(object: &mut Value, key: &str, value: Value) {
+    if let Value::Object(map) = object
+        && map.get(key).is_none_or(Value::is_null)
+    {
+        map.insert(key.to_owned(), value);
+    }
+}
+
+/// Sets a text that is absent or empty.
+fn set_text(object: &mut Value, key: &str, value: &str) {
+    if object[key].as_str().is_none_or(str::is_empty) && object.is_object() {
+        object[key] = json!(value);
+    }
+}
+
+fn each(object: &mut Value, key: &str, mut change: impl FnMut(&mut Value)) {
+    if let Some(items) = object.get_mut(key).and_then(Value::as_array_mut) {
+        items.iter_mut().for_each(&mut change);
+    }
+}
+
+fn inside(object: &mut Value, key: &str, change: impl FnOnce(&mut Value)) {
+    if let Some(inner) = object.get_mut(key).filter(|inner| inner.is_object()) {
+        change(inner);
+    }
+}
+
+fn pod_spec(spec: &mut Value) {
+    if !spec.is_object() {
+        return;
+    }
+    set_text(spec, "restartPolicy", "Always");
+    set(spec, "terminationGracePeriodSeconds", json!(30));
+    set_text(spec, "dnsPolicy", "ClusterFirst");
+    set(spec, "securityContext", json!({}));
+    set_text(spec, "schedulerName", "default-scheduler");
+    set(spec, "enableServiceLinks", json!(true));
+    let host_network = spec["hostNetwork"] == true;
+    for list in ["initContainers", "containers", "ephemeralContainers"] {
+        each(spec, list, |item| container(item, host_network));
+    }
+    if let Some(account) =
+        spec["serviceAccountName"].as_str().filter(|name| !name.is_empty()).map(str::to_owned)
+    {
+        // The deprecated alias follows.
+        spec["serviceAccount"] = json!(account);
+    }
+    each(spec, "volumes", volume);
+    each(spec, "topologySpreadConstraints", |constraint| {
+        set(constraint, "nodeAffinityPolicy", json!("Honor"));
+        set(constraint, "nodeTaintsPolicy", json!("Ignore"));
+    });
+}
+
+fn container(container: &mut Value, host_network: bool) {
+    if container["imagePullPolicy"].as_str().is_none_or(str::is_empty) {
+        let image = container["image"].as_str().unwrap_or_default();
+        let policy = if tag_is_latest(image) { "Always" } else { "IfNotPresent" };
+        container["imagePullPolicy"] = json!(policy);
+    }
+    set_text(container, "terminationMessagePath", "/dev/termination-log");
+    set_text(container, "terminationMessagePolicy", "File");
+    each(container, "ports", |port| {
+        set_text(port, "protocol", "TCP");
+        if host_network && port["hostPort"].as_i64().unwrap_or(0) == 0 {
+            port["hostPort"] = port["containerPort"].clone();
+        }
+    });
+    each(container, "env", |env| {
+        inside(env, "valueFrom", |source| {
+            inside(source, "fieldRef", |field| set_text(field, "apiVersion", "v1"))
+        });
+    });
+    if !container["resources"].is_object() {
+        container["resources"] = json!({});
+    }
+    inside(container, "resources", requests_from_limits);
+    for name in ["livenessProbe", "readinessProbe", "startupProbe"] {
+        inside(container, name, probe);
+    }
+    inside(container, "lifecycle", |lifecycle| {
+        for hook in ["postStart", "preStop"] {
+            inside(lifecycle, hook, |hook| inside(hook, "httpGet", http_get));
+        }
+    });
+}
+
+/// Whether an image has the tag `latest`, spelled or implied.
+fn tag_is_latest(image: &str) -> bool {
+    if image.contains('@') {
+        return false;
+    }
+    let name = image.rsplit('/').next().unwrap_or(image);
+    name.split_once(':').is_none_or(|(_, tag)| tag == "latest")
+}
+
+fn requests_from_limits(resources: &mut Value) {
+    let Some(limits) = resources["limits"].as_object().cloned() else { return };
+    if !resources["requests"].is_object() {
+        resources["requests"] = Value::Object(Map::new());
+    }
+    for (name, limit) in limits {
+        set(&mut resources["requests"], &name, limit);
+    }
+}
+
+fn http_get(action: &mut Value) {
+    set_text(action, "path", "/");
+    set_text(action, "scheme", "HTTP");
+}
+
+fn probe(probe: &mut Value) {
+    for (key, value) in [
+        ("timeoutSeconds", 1),
+        ("periodSeconds", 10),
+        ("successThreshold", 1),
+        ("failureThreshold", 3),
+    ] {
+        if probe[key].as_i64().unwrap_or(0) == 0 {
+            probe[key] = json!(value);
+        }
+    }
+    inside(probe, "httpGet", http_get);
+    inside(probe, "grpc", |grpc| set(grpc, "service", json!("")));
+}
+
+/// Mode of files in configMap, secret, downwardAPI and projected volumes: 0644.
+const FILE_MODE: i64 = 0o644;
+
+fn volume(volume: &mut Value) {
+    for source in ["configMap", "secret", "downwardAPI", "projected"] {
+        inside(volume, source, |source| set(source, "defaultMode", json!(FILE_MODE)));
+    }
+    inside(volume, "downwardAPI", |source| each(source, "items", downward_item));
+    inside(volume, "projected", |source| {
+        each(source, "sources", |part| {
+            inside(part, "serviceAccountToken", |token| {
+                set(token, "expirationSeconds", json!(3600))
+            });
+            inside(part, "downwardAPI", |source| each(source, "items", downward_item));
+        });
+    });
+    inside(volume, "hostPath", |source| set(source, "type", json!("")));
+    let sources =
+        volume.as_object().map_or(0, |map| map.keys().filter(|key| *key != "name").count());
+    if sources == 0 {
+        set(volume, "emptyDir", json!({}));
+    }
+}
+
+fn downward_item(item: &mut Value) {
+    inside(item, "fieldRef", |field| set_text(field, "apiVersion", "v1"));
+}
+
+fn template(spec: &mut Value) {
+    inside(spec, "template", |template| {
+        if !template["metadata"].is_object() {
+            template["metadata"] = json!({});
+        }
+        inside(template, "spec", pod_spec);
+    });
+}
+
+fn deployment(object: &mut Value) {
+    inside(object, "spec", |spec| {
+        set(spec, "replicas", json!(1));
+        set(spec, "revisionHistoryLimit", json!(10));
+        set(spec, "progressDeadlineSeconds", json!(600));
+        set(spec, "strategy", json!({}));
+        inside(spec, "strategy", |strategy| {
+            set_text(strategy, "type", "RollingUpdate");
+            if strategy["type"] == "RollingUpdate" {
+                set(strategy, "rollingUpdate", json!({}));
+                inside(strategy, "rollingUpdate", |rolling| {
+                    set(rolling, "maxUnavailable", json!("25%"));
+                    set(rolling, "maxSurge", json!("25%"));
+                });
+            }
+        });
+        template(spec);
+    });
+}
+
+fn replica_set(object: &mut Value) {
+    inside(object, "spec", |spec| {
+        set(spec, "replicas", json!(1));
+        template(spec);
+    });
+}
+
+fn service(object: &mut Value) {
+    inside(object, "spec", |spec| {
+        set_text(spec, "sessionAffinity", "None");
+        if spec["sessionAffinity"] == "ClientIP" {
+            set(spec, "sessionAffinityConfig", json!({ "clientIP": { "timeoutSeconds": 10800 } }));
+        }
+        set_text(spec, "type", "ClusterIP");
+        each(spec, "ports", |port| {
+            set_text(port, "protocol", "TCP");
+            if port["targetPort"].is_null() || port["targetPort"] == 0 || port["targetPort"] == "" {
+                port["targetPort"] = port["port"].clone();
+            }
+        });
+        let kind = spec["type"].as_str().unwrap_or_default().to_owned();
+        if matches!(kind.as_str(), "NodePort" | "LoadBalancer") {
+            set_text(spec, "externalTrafficPolicy", "Cluster");
+        }
+        if kind != "ExternalName" {
+            set_text(spec, "internalTrafficPolicy", "Cluster");
+        }
+        if kind == "LoadBalancer" {
+            set(spec, "allocateLoadBalancerNodePorts", json!(true));
+        }
+    });
+}
+
+fn namespace(object: &mut Value) {
+    let name = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+    if !name.is_empty() {
+        if !object["metadata"]["labels"].is_object() {
+            object["metadata"]["labels"] = json!({});
+        }
+        object["metadata"]["labels"]["kubernetes.io/metadata.name"] = json!(name);
+    }
+}
+
+fn node(object: &mut Value) {
+    inside(object, "status", |status| {
+        if status["allocatable"].is_null() && status["capacity"].is_object() {
+            status["allocatable"] = status["capacity"].clone();
+        }
+    });
+}
+
+fn network_policy(object: &mut Value) {
+    inside(object, "spec", |spec| {
+        for (list, peers) in [("ingress", "from"), ("egress", "to")] {
+            each(spec, list, |rule| {
+                each(rule, "ports", |port| set_text(port, "protocol", "TCP"));
+                let _ = peers;
+            });
+        }
+        if spec["policyTypes"].as_array().is_none_or(Vec::is_empty) {
+            let egress = spec["egress"].as_array().is_some_and(|rules| !rules.is_empty());
+            spec["policyTypes"] =
+                if egress { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) };
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_gets_upstreams_defaults() {
+        let mut pod = json!({ "spec": {
+            "containers": [{ "name": "a", "image": "web", "ports": [{ "containerPort": 80 }],
+                "resources": { "limits": { "cpu": "1" } }, "readinessProbe": { "httpGet": { "port": 80 } } }],
+            "volumes": [{ "name": "v" }, { "name": "c", "configMap": { "name": "x" } }],
+        } });
+        apply("", "Pod", &mut pod);
+        let spec = &pod["spec"];
+        assert_eq!(spec["restartPolicy"], "Always");
+        assert_eq!(spec["terminationGracePeriodSeconds"], 30);
+        let container = &spec["containers"][0];
+        assert_eq!(container["imagePullPolicy"], "Always");
+        assert_eq!(container["ports"][0]["protocol"], "TCP");
+        assert_eq!(container["resources"]["requests"]["cpu"], "1");
+        assert_eq!(
+            container["readinessProbe"]["httpGet"],
+            json!({ "port": 80, "path": "/", "scheme": "HTTP" })
+        );
+        assert_eq!(container["readinessProbe"]["failureThreshold"], 3);
+        assert_eq!(spec["volumes"][0]["emptyDir"], json!({}));
+        assert_eq!(spec["volumes"][1]["configMap"]["defaultMode"], 420);
+    }
+
+    #[test]
+    fn defaults_are_stable() {
+        for (group, kind, mut object) in [
+            (
+                "apps",
+                "Deployment",
+                json!({ "spec": { "template": { "spec": { "containers": [{ "image": "a:1" }] } } } }),
+            ),
+            ("", "Service", json!({ "spec": { "type": "NodePort", "ports": [{ "port": 80 }] } })),
+            ("", "Namespace", json!({ "metadata": { "name": "shop" } })),
+            (
+                "networking.k8s.io",
+                "NetworkPolicy",
+                json!({ "spec": { "podSelector": {}, "egress": [{}] } }),
+            ),
+        ] {
+            apply(group, kind, &mut object);
+            let once = object.clone();
+            apply(group, kind, &mut object);
+            assert_eq!(object, once, "{kind}");
+        }
+    }
+
+    #[test]
+    fn the_latest_tag_is_recognised() {
+        for (image, latest) in [
+            ("web", true),
+            ("web:latest", true),
+            ("host:5000/web", true),
+            ("web:v1", false),
+            ("web@sha256:0", false),
+        ] {
+            assert_eq!(tag_is_latest(image), latest, "{image}");
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! `orchestrator agent`: what runs on every node.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use orch_config::Paths;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+/// Flags of `orchestrator agent`.
+#[derive(clap::Args)]
+pub(crate) struct Flags {
+    /// Prefix of every path, so that several hosts can live on one machine
+    #[arg(long, default_value = "/")]
+    root: PathBuf,
+    /// Name of the Node object
+    #[arg(long)]
+    node_name: String,
+    /// The node's address in the underlay
+    #[arg(long)]
+    node_ip: Ipv4Addr,
+    /// Unix socket of the Docker engine
+    #[arg(long, default_value = "/var/run/docker.sock")]
+    engine: PathBuf,
+    /// etcd client URLs for the subnet lease
+    #[arg(long = "etcd", value_delimiter = ',', required = true)]
+    etcd: Vec<String>,
+    /// Program of the sandbox image
+    #[arg(long)]
+    pause_binary: PathBuf,
+    /// Container whose network namespace is this node's (lab): host-network pods join it
+    #[arg(long)]
+    anchor_container: Option<String>,
+    /// DNS servers for names outside the cluster
+    #[arg(long, value_delimiter = ',')]
+    upstream_dns: Vec<std::net::IpAddr>,
+    /// Short failure timers, as for `orchestrator server`
+    #[arg(long)]
+    fast_failover: bool,
+}
+
+pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "the agent needs root: it makes network devices and mounts; start it as root or as a system service"
+        );
+    }
+    let paths = Paths::new(&flags.root);
+    let pki = paths.pki();
+    let read = |name: &str| {
+        let path = pki.join(name);
+        std::fs::read_to_string(&path).with_context(|| {
+            format!(
+                "read {}; `orchctl lab up` or `orchctl join` puts the agent's certificates there",
+                path.display()
+            )
+        })
+    };
+    let client = orch_client::Client::from_kubeconfig(&pki.join("kubelet.conf"))
+        .with_context(|| format!("read {}", pki.join("kubelet.conf").display()))?;
+    let domain = orch_config::CLUSTER_DOMAIN.to_owned();
+    let pause_image = format!("orch/pause:{}", orch_config::VERSION);
+
+    let network = orch_netagent::Options {
+        node_name: flags.node_name.clone(),
+        node_ip: flags.node_ip,
+        etcd: orch_netagent::EtcdConfig {
+            endpoints: flags.etcd,
+            ca_pem: Some(read("etcd-ca.crt")?),
+            cert_pem: Some(read("etcd-client.crt")?),
+            key_pem: Some(read("etcd-client.key")?),
+        },
+        client: client.clone(),
+        paths: paths.clone(),
+        service_cidr: orch_config::SERVICE_CIDR.parse().context("service CIDR")?,
+        dns_ip: orch_config::DNS_IP,
+        cluster_domain: domain.clone(),
+        upstream_dns: flags.upstream_dns,
+        ..orch_netagent::Options::default()
+    };
+    let runtime = orch_cri::DockerRuntime::new(&flags.engine, &flags.node_name);
+    let kubelet = orch_kubelet::Options {
+        node_name: flags.node_name.clone(),
+        node_ip: flags.node_ip.into(),
+        paths,
+        client,
+        runtime: Arc::new(runtime),
+        dns_ip: orch_config::DNS_IP.into(),
+        cluster_domain: domain,
+        serving_cert_pem: read("kubelet.crt")?,
+        serving_key_pem: read("kubelet.key")?,
+        client_ca_pem: read("ca.crt")?,
+        anchor_container: flags.anchor_container,
+        pause_image,
+        pause_binary: flags.pause_binary,
+        ..if flags.fast_failover {
+            orch_kubelet::Options::fast()
+        } else {
+            orch_kubelet::Options::default()
+        }
+    };
+    info!(node = flags.node_name, ip = %flags.node_ip, "agent starts");
+    let mut parts = JoinSet::new();
+    let (stop_network, stop_kubelet) = (stop.clone(), stop.clone());
+    parts.spawn(async move {
+        (
+            "network agent",
+            orch_netagent::run(network, stop_network).await.map_err(anyhow::Error::from),
+        )
+    });
+    parts.spawn(async move {
+        ("kubelet", orch_kubelet::run(kubelet, stop_kubelet).await.map_err(anyhow::Error::from))
+    });
+    join(parts, stop).await
+}
+
+/// Waits for all parts of a daemon. The first one that ends ends the others: half a daemon is worse than a
+/// restarted one.
+pub(crate) async fn join(
+    mut parts: JoinSet<(&'static str, anyhow::Result<()>)>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut first = Ok(());
+    while let Some(ended) = parts.join_next().await {
+        let outcome = match ended {
+            Ok((part, Ok(()))) if stop.is_cancelled() => {
+                info!(part, "stopped");
+                continue;
+            }
+            Ok((part, Ok(()))) => Err(anyhow::anyhow!("the {part} ended on its own")),
+            Ok((part, Err(error))) => Err(error.context(format!("the {part} failed"))),
+            Err(error) => Err(anyhow::anyhow!("a part panicked: {error}")),
+        };
+        stop.cancel();
+        if let Err(error) = outcome {
+            error!("{error:#}");
+            if first.is_ok() {
+                first = Err(error);
+            }
+        }
+    }
+    first
+}

@@ -1,0 +1,159 @@
+//! Files that others read: `subnet.env`, the CNI configuration, the status snapshot. All are written beside
+//! their place and renamed, so that a reader sees the old or the new one, whole.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use ipnetwork::Ipv4Network;
+use orch_config::Paths;
+
+/// Why a file could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// Reading.
+    #[error("read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Writing.
+    #[error("write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+/// Writes `content` to `path` by rename, after making its folder.
+///
+/// # Errors
+/// Names the file.
+pub fn write_atomic(path: &Path, content: &[u8]) -> Result<(), FileError> {
+    let failed = |source| FileError::Write { path: path.to_owned(), source };
+    let folder = path.parent().unwrap_or_else(|| Path::new("/"));
+    fs::create_dir_all(folder).map_err(failed)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = folder.join(format!(".{name}.{}", std::process::id()));
+    let written = (|| {
+        let mut file = fs::File::create(&temporary)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written.map_err(failed)
+}
+
+/// As [`write_atomic`], but leaves an equal file alone, with its inode and times.
+///
+/// # Errors
+/// Names the file.
+pub fn ensure_content(path: &Path, content: &[u8]) -> Result<bool, FileError> {
+    if fs::read(path).is_ok_and(|present| present == content) {
+        return Ok(false);
+    }
+    write_atomic(path, content).map(|()| true)
+}
+
+/// The node's subnet as flannel writes it for CNI plugins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SubnetEnv {
+    /// The whole pod network.
+    pub network: Ipv4Network,
+    /// The node's subnet.
+    pub subnet: Ipv4Network,
+    /// MTU of pods: the underlay's less the overhead of VXLAN.
+    pub mtu: u32,
+}
+
+impl SubnetEnv {
+    /// The file's text. `FLANNEL_IPMASQ=true` says that the agent masquerades, so that plugins do not.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let gateway = Ipv4Addr::from_bits(self.subnet.network().to_bits() + 1);
+        format!(
+            "FLANNEL_NETWORK={}\nFLANNEL_SUBNET={gateway}/{}\nFLANNEL_MTU={}\nFLANNEL_IPMASQ=true\n",
+            self.network,
+            self.subnet.prefix(),
+            self.mtu
+        )
+    }
+
+    /// Reads the file's text; `None` if something is missing or unreadable.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let get = |name: &str| text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='));
+        let subnet: Ipv4Network = get("FLANNEL_SUBNET")?.parse().ok()?;
+        Some(Self {
+            network: get("FLANNEL_NETWORK")?.parse().ok()?,
+            subnet: Ipv4Network::new(subnet.network(), subnet.prefix()).ok()?,
+            mtu: get("FLANNEL_MTU")?.parse().ok()?,
+        })
+    }
+
+    /// What the last run of this agent (or a flanneld before it) left.
+    #[must_use]
+    pub fn observe(path: &Path) -> Option<Self> {
+        Self::parse(&fs::read_to_string(path).ok()?)
+    }
+}
+
+/// The CNI configuration list that points the runtime at the `vxlan` plugin.
+#[must_use]
+pub fn conflist(paths: &Paths) -> Vec<u8> {
+    let list = serde_json::json!({
+        "cniVersion": "1.0.0",
+        "name": "orch",
+        "plugins": [{
+            "type": "vxlan",
+            "subnetFile": paths.subnet_env(),
+            "delegate": {"bridge": orch_config::POD_BRIDGE, "hairpinMode": true, "isDefaultGateway": true},
+            "dataDir": paths.cni_data_dir(),
+        }],
+    });
+    let mut text = serde_json::to_vec_pretty(&list).expect("plain data has a JSON form");
+    text.push(b'\n');
+    text
+}
+
+/// Name of the configuration list in the folder of CNI configurations.
+pub const CONFLIST: &str = "10-orch.conflist";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subnet_env_has_flannels_names_and_reads_back() {
+        let env = SubnetEnv {
+            network: "10.244.0.0/16".parse().expect("CIDR"),
+            subnet: "10.244.3.0/24".parse().expect("CIDR"),
+            mtu: 1450,
+        };
+        let text = env.render();
+        assert_eq!(
+            text,
+            "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n"
+        );
+        assert_eq!(SubnetEnv::parse(&text), Some(env));
+        assert_eq!(SubnetEnv::parse("FLANNEL_SUBNET=10.244.3.1/24\n"), None);
+    }
+
+    #[test]
+    fn equal_content_is_not_written_again() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let file = folder.path().join("a/b");
+        assert!(ensure_content(&file, b"x").expect("written"));
+        assert!(!ensure_content(&file, b"x").expect("left alone"));
+        assert!(ensure_content(&file, b"y").expect("written"));
+        assert_eq!(fs::read_dir(folder.path().join("a")).expect("listed").count(), 1, "no temporary file is left");
+    }
+}

@@ -1,0 +1,176 @@
+//! Subnet leases in etcd, flannel's schema (`../shared/reference/networking.md` §3.1, §3.2, §3.8).
+//!
+//! [`SubnetKey`] and [`LeaseValue`] are the wire; [`choose`] decides purely which subnet a node takes;
+//! [`Registry`] carries that out with transactions; [`keep`] is the task that holds the lease for the life of the
+//! agent and tells the others what the network looks like.
+//!
+//! Stricter than flannel, and compatible with it: a key is only ever written with a compare; the *same* etcd
+//! lease is kept alive, so peers see no event from a renewal; a lost race or a lost key leads to a new
+//! acquisition, never to an exit; nobody asks for the TTL of other nodes' keys.
+
+mod choose;
+mod keep;
+mod registry;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use ipnetwork::{Ipv4Network, Ipv6Network};
+use serde::{Deserialize, Serialize};
+
+pub use choose::{Choice, Identity, choose};
+pub use keep::{EtcdHealth, Keeper, Network};
+pub use registry::{EtcdOptions, Registry, RegistryError};
+
+use crate::mac::Mac;
+
+/// All leases of a network by their IPv4 subnet.
+pub type Leases = BTreeMap<Ipv4Network, Lease>;
+
+/// The last part of a lease's key: `10.5.52.0-24`, with `&<v6>-<len>` behind it in dual stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SubnetKey {
+    /// The node's IPv4 subnet.
+    pub v4: Ipv4Network,
+    /// The node's IPv6 subnet.
+    pub v6: Option<Ipv6Network>,
+}
+
+impl fmt::Display for SubnetKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.v4.ip(), self.v4.prefix())?;
+        match self.v6 {
+            Some(v6) => write!(f, "&{}-{}", v6.ip(), v6.prefix()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A key under `subnets/` that is no subnet.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0:?} is no subnet key; expected e.g. 10.5.52.0-24")]
+pub struct BadKey(String);
+
+impl FromStr for SubnetKey {
+    type Err = BadKey;
+
+    fn from_str(text: &str) -> Result<Self, BadKey> {
+        let bad = || BadKey(text.to_owned());
+        let (v4, v6) = match text.split_once('&') {
+            Some((v4, v6)) => (v4, Some(v6)),
+            None => (text, None),
+        };
+        let part = |part: &str| part.rsplit_once('-').map(|(ip, len)| format!("{ip}/{len}")).ok_or_else(bad);
+        Ok(Self {
+            v4: part(v4)?.parse().map_err(|_| bad())?,
+            v6: v6.map(|v6| part(v6)?.parse().map_err(|_| bad())).transpose()?,
+        })
+    }
+}
+
+/// The JSON value of a lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseValue {
+    /// Address of the node on the underlay.
+    #[serde(rename = "PublicIP")]
+    pub public_ip: Ipv4Addr,
+    /// The same for IPv6; written as `null` if there is none, as flannel does.
+    #[serde(rename = "PublicIPv6", default)]
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// `vxlan` and others; absent in a reservation.
+    #[serde(rename = "BackendType", default, skip_serializing_if = "Option::is_none")]
+    pub backend_type: Option<String>,
+    /// The backend's own data.
+    #[serde(rename = "BackendData", default, skip_serializing_if = "Option::is_none")]
+    pub backend_data: Option<serde_json::Value>,
+    /// The same of the IPv6 device.
+    #[serde(rename = "BackendV6Data", default, skip_serializing_if = "Option::is_none")]
+    pub backend_v6_data: Option<serde_json::Value>,
+}
+
+/// `BackendData` of the VXLAN backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VxlanData {
+    /// Network identifier.
+    #[serde(rename = "VNI")]
+    pub vni: u32,
+    /// MAC of the node's VXLAN device.
+    #[serde(rename = "VtepMAC")]
+    pub vtep_mac: Mac,
+}
+
+impl LeaseValue {
+    /// The value of a VXLAN node.
+    #[must_use]
+    pub fn vxlan(public_ip: Ipv4Addr, data: VxlanData) -> Self {
+        Self {
+            public_ip,
+            public_ipv6: None,
+            backend_type: Some(crate::network::VXLAN.to_owned()),
+            backend_data: Some(serde_json::to_value(data).expect("plain data has a JSON form")),
+            backend_v6_data: None,
+        }
+    }
+
+    /// The VXLAN data, if this is a VXLAN lease that can be read.
+    #[must_use]
+    pub fn vxlan_data(&self) -> Option<VxlanData> {
+        if self.backend_type.as_deref() != Some(crate::network::VXLAN) {
+            return None;
+        }
+        VxlanData::deserialize(self.backend_data.as_ref()?).ok()
+    }
+}
+
+/// One key under `subnets/`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// The subnet.
+    pub key: SubnetKey,
+    /// Who holds it; `None` if the value cannot be read. The subnet is taken all the same.
+    pub value: Option<LeaseValue>,
+    /// etcd's revision of the last change, for compares.
+    pub mod_revision: i64,
+    /// The etcd lease it hangs on; 0 for a reservation, which has none.
+    pub etcd_lease: i64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_flannels() {
+        for text in ["10.5.52.0-24", "10.5.52.0-24&fc00:0:0:3::-64"] {
+            let key: SubnetKey = text.parse().expect(text);
+            assert_eq!(key.v4.to_string(), "10.5.52.0/24");
+        }
+        let dual: SubnetKey = "10.5.52.0-24&fc00::3:0-112".parse().expect("dual stack");
+        assert_eq!(dual.to_string(), "10.5.52.0-24&fc00::3:0-112");
+        for bad in ["", "10.5.52.0", "10.5.52.0-33", "10.5.52.0/24", "x-24", "10.5.52.0-24&nope"] {
+            assert!(bad.parse::<SubnetKey>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn values_are_flannels_to_the_byte() {
+        let mac: Mac = "aa:bb:cc:00:11:22".parse().expect("MAC");
+        let value = LeaseValue::vxlan(Ipv4Addr::new(192, 0, 2, 1), VxlanData { vni: 1, vtep_mac: mac });
+        let json = serde_json::to_string(&value).expect("JSON");
+        assert_eq!(
+            json,
+            r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"aa:bb:cc:00:11:22"}}"#
+        );
+        assert_eq!(serde_json::from_str::<LeaseValue>(&json).expect("reads back"), value);
+    }
+
+    #[test]
+    fn leases_of_other_backends_have_no_vxlan_data() {
+        let json = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"host-gw"}"#;
+        assert_eq!(serde_json::from_str::<LeaseValue>(json).expect("readable").vxlan_data(), None);
+        let reservation = r#"{"PublicIP":"192.0.2.1"}"#;
+        assert_eq!(serde_json::from_str::<LeaseValue>(reservation).expect("readable").vxlan_data(), None);
+    }
+}

@@ -1,0 +1,181 @@
+//! Which subnet a node takes. Pure.
+
+use std::net::Ipv4Addr;
+
+use ipnetwork::Ipv4Network;
+use rand::Rng;
+use rand::seq::IteratorRandom as _;
+
+use super::{Lease, Leases};
+use crate::mac::Mac;
+use crate::network::NetworkConfig;
+
+/// Who this node is, as leases tell it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Its address on the underlay.
+    pub public_ip: Ipv4Addr,
+    /// MAC of its VXLAN device.
+    pub vtep_mac: Mac,
+}
+
+/// What to do about the lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Choice {
+    /// This key is ours: keep it.
+    Keep(Lease),
+    /// Create the key of this free subnet.
+    Take(Ipv4Network),
+    /// Every subnet has an owner.
+    Full,
+}
+
+impl Identity {
+    /// Whether a lease is this node's.
+    ///
+    /// The VTEP MAC is proof: it is unique by node. The address alone is not, since two hosts may have got the
+    /// same one, or a host that died had ours before; it counts for a reservation (which names nothing else)
+    /// and for the very subnet that this node held last.
+    #[must_use]
+    pub fn owns(&self, lease: &Lease, former: Option<Ipv4Network>) -> bool {
+        let Some(value) = &lease.value else { return false };
+        if let Some(data) = value.vxlan_data()
+            && data.vtep_mac == self.vtep_mac
+        {
+            return true;
+        }
+        value.public_ip == self.public_ip && (value.backend_type.is_none() || former == Some(lease.key.v4))
+    }
+}
+
+/// Chooses: a lease of our own, else the former subnet, else a random free one, so that nodes that start at the
+/// same time seldom meet.
+pub fn choose(
+    config: &NetworkConfig,
+    leases: &Leases,
+    me: &Identity,
+    former: Option<Ipv4Network>,
+    rng: &mut impl Rng,
+) -> Choice {
+    let own = leases
+        .values()
+        .filter(|lease| config.allows(lease.key.v4) && me.owns(lease, former))
+        .max_by_key(|lease| (former == Some(lease.key.v4), std::cmp::Reverse(lease.key)));
+    if let Some(lease) = own {
+        return Choice::Keep(lease.clone());
+    }
+    // Leases of another length (an older configuration) may cover part of a candidate.
+    let odd: Vec<Ipv4Network> =
+        leases.keys().copied().filter(|subnet| subnet.prefix() != config.subnet_len).collect();
+    let free =
+        |subnet: &Ipv4Network| !leases.contains_key(subnet) && !odd.iter().any(|other| other.overlaps(*subnet));
+    if let Some(subnet) = former.filter(|subnet| config.allows(*subnet) && free(subnet)) {
+        return Choice::Take(subnet);
+    }
+    config.subnets().filter(free).choose(rng).map_or(Choice::Full, Choice::Take)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rand::SeedableRng as _;
+    use rand::rngs::StdRng;
+
+    use super::super::{LeaseValue, SubnetKey, VxlanData};
+    use super::*;
+
+    const ME: Identity =
+        Identity { public_ip: Ipv4Addr::new(192, 0, 2, 1), vtep_mac: Mac([2, 0, 0, 0, 0, 1]) };
+
+    fn config(len: u8) -> NetworkConfig {
+        NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), len, 1, 8472).expect("valid")
+    }
+
+    fn net(text: &str) -> Ipv4Network {
+        text.parse().expect("CIDR")
+    }
+
+    fn lease(subnet: Ipv4Network, last_octet: u8, mac: u8) -> (Ipv4Network, Lease) {
+        let data = VxlanData { vni: 1, vtep_mac: Mac([2, 0, 0, 0, 0, mac]) };
+        let value = LeaseValue::vxlan(Ipv4Addr::new(192, 0, 2, last_octet), data);
+        (
+            subnet,
+            Lease { key: SubnetKey { v4: subnet, v6: None }, value: Some(value), mod_revision: 1, etcd_lease: 7 },
+        )
+    }
+
+    fn decide(leases: &Leases, former: Option<&str>) -> Choice {
+        choose(&config(24), leases, &ME, former.map(net), &mut StdRng::seed_from_u64(1))
+    }
+
+    #[test]
+    fn an_own_lease_is_kept_even_after_a_change_of_address() {
+        for octet in [1, 9] {
+            let leases = Leases::from([lease(net("10.244.7.0/24"), octet, 1)]);
+            assert!(matches!(decide(&leases, None), Choice::Keep(own) if own.key.v4 == net("10.244.7.0/24")));
+        }
+    }
+
+    #[test]
+    fn a_lease_with_our_address_but_another_mac_is_only_ours_if_we_held_it() {
+        let leases = Leases::from([lease(net("10.244.7.0/24"), 1, 99)]);
+        assert!(matches!(decide(&leases, None), Choice::Take(subnet) if subnet != net("10.244.7.0/24")));
+        assert!(matches!(decide(&leases, Some("10.244.7.0/24")), Choice::Keep(_)));
+    }
+
+    #[test]
+    fn a_reservation_for_our_address_is_ours_and_one_for_another_is_not_touched() {
+        let (subnet, mut reservation) = lease(net("10.244.9.0/24"), 1, 0);
+        reservation.etcd_lease = 0;
+        reservation.value.as_mut().expect("set").backend_type = None;
+        reservation.value.as_mut().expect("set").backend_data = None;
+        let ours = Leases::from([(subnet, reservation.clone())]);
+        assert!(matches!(decide(&ours, None), Choice::Keep(_)));
+        reservation.value.as_mut().expect("set").public_ip = Ipv4Addr::new(192, 0, 2, 50);
+        let others = Leases::from([(subnet, reservation)]);
+        assert!(matches!(decide(&others, Some("10.244.9.0/24")), Choice::Take(other) if other != subnet));
+    }
+
+    #[test]
+    fn the_former_subnet_comes_back_if_nobody_took_it() {
+        assert_eq!(decide(&Leases::new(), Some("10.244.42.0/24")), Choice::Take(net("10.244.42.0/24")));
+        assert!(
+            matches!(decide(&Leases::new(), Some("10.99.0.0/24")), Choice::Take(subnet) if subnet.ip().octets()[1] == 244)
+        );
+    }
+
+    #[test]
+    fn a_full_network_says_so() {
+        let config = config(18);
+        let leases = config.subnets().map(|subnet| lease(subnet, 50, 50)).collect();
+        assert_eq!(choose(&config, &leases, &ME, None, &mut StdRng::seed_from_u64(1)), Choice::Full);
+    }
+
+    proptest! {
+        #[test]
+        fn a_taken_subnet_overlaps_no_lease(
+            taken in prop::collection::vec((0_u32..65536, 18_u8..28), 0..40),
+            seed in any::<u64>(),
+        ) {
+            let config = config(20);
+            let leases: Leases = taken
+                .into_iter()
+                .map(|(offset, len)| {
+                    let base = Ipv4Addr::from_bits(Ipv4Addr::new(10, 244, 0, 0).to_bits() + offset);
+                    let subnet = Ipv4Network::new(base, len).expect("valid");
+                    lease(Ipv4Network::new(subnet.network(), len).expect("valid"), 50, 50)
+                })
+                .collect();
+            match choose(&config, &leases, &ME, None, &mut StdRng::seed_from_u64(seed)) {
+                Choice::Take(subnet) => {
+                    prop_assert!(config.allows(subnet));
+                    prop_assert!(!leases.keys().any(|other| other.overlaps(subnet)));
+                }
+                Choice::Full => {
+                    prop_assert!(config.subnets().all(|one| leases.keys().any(|other| other.overlaps(one))));
+                }
+                Choice::Keep(_) => prop_assert!(false, "none is ours"),
+            }
+        }
+    }
+}

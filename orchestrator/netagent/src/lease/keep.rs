@@ -1,0 +1,290 @@
+//! The task that holds this node's lease and follows everybody's.
+//!
+//! One loop: list, choose, acquire, watch. Whatever goes wrong — a lost race, a deleted key, an expired lease, a
+//! compaction, an outage — leads back to the list. While etcd is away the last known network stays in force.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnetwork::Ipv4Network;
+use rand::Rng as _;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use super::registry::Change;
+use super::{
+    Choice, EtcdOptions, Identity, Lease, LeaseValue, Leases, Registry, RegistryError, SubnetKey, VxlanData, choose,
+};
+use crate::files::SubnetEnv;
+use crate::network::NetworkConfig;
+
+/// Renewal. A fraction of the TTL so small that a lease outlives any outage of etcd shorter than a day.
+const RENEW_INTERVAL: Duration = Duration::from_secs(5 * 60);
+/// Waits between attempts while etcd is away.
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// Wait when every subnet is taken.
+const FULL_WAIT: Duration = Duration::from_secs(10);
+
+/// What the lease keeper knows of the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// Its configuration.
+    pub config: NetworkConfig,
+    /// This node's subnet.
+    pub own: Ipv4Network,
+    /// Everybody's leases, ours among them.
+    pub leases: Leases,
+}
+
+/// Whether etcd answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EtcdHealth {
+    /// Nothing was tried yet.
+    Unknown,
+    /// The watch runs.
+    Healthy,
+    /// The last attempt's error.
+    Away(String),
+}
+
+/// The lease keeper.
+pub struct Keeper {
+    /// Where etcd is.
+    pub etcd: EtcdOptions,
+    /// Where in etcd.
+    pub prefix: String,
+    /// Written if there is no configuration yet.
+    pub default_config: NetworkConfig,
+    /// This node.
+    pub identity: Identity,
+    /// Tells the former subnet, and is taken away while the subnet is not ours.
+    pub subnet_env: PathBuf,
+    /// Where the network is published.
+    pub network: watch::Sender<Option<Network>>,
+    /// Where etcd's health is published.
+    pub health: watch::Sender<EtcdHealth>,
+}
+
+/// Why a session ended without an error.
+enum Ended {
+    /// Look again at once.
+    Relist,
+    /// All subnets are taken.
+    Full,
+}
+
+impl Keeper {
+    /// Holds the lease until cancelled. The key is left in etcd: the node comes back to it.
+    pub async fn run(mut self, cancel: CancellationToken) {
+        let mut backoff = BACKOFF_MIN;
+        loop {
+            let ended = tokio::select! {
+                () = cancel.cancelled() => return,
+                ended = self.session(&mut backoff) => ended,
+            };
+            let wait = match ended {
+                Ok(Ended::Relist) => Duration::ZERO,
+                Ok(Ended::Full) => FULL_WAIT,
+                Err(problem) => {
+                    self.report(&problem);
+                    backoff = (backoff * 2).min(BACKOFF_MAX);
+                    backoff.mul_f64(rand::rng().random_range(0.5..1.0))
+                }
+            };
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = sleep(wait) => {}
+            }
+        }
+    }
+
+    fn report(&self, problem: &RegistryError) {
+        let text = problem.to_string();
+        let known = matches!(&*self.health.borrow(), EtcdHealth::Away(_));
+        if matches!(problem, RegistryError::WatchEnded(_)) && !known {
+            debug!(reason = text, "watching the subnets anew");
+            return;
+        }
+        // Once per outage is for people; the rest is for those who look closely.
+        if known {
+            debug!(reason = text, "still waiting for etcd");
+        } else if self.network.borrow().is_some() {
+            warn!(reason = text, "etcd is away; the pod network keeps forwarding as it is, and we keep trying");
+        } else {
+            warn!(reason = text, "waiting for etcd to get this node's subnet; pods cannot start before that");
+        }
+        self.health.send_replace(EtcdHealth::Away(text));
+    }
+
+    /// One connection's life.
+    async fn session(&mut self, backoff: &mut Duration) -> Result<Ended, RegistryError> {
+        let registry = Registry::connect(&self.etcd, &self.prefix).await?;
+        let config = registry.ensure_config(&self.default_config).await?;
+        loop {
+            let own = match self.acquire(&registry, &config).await? {
+                Some(own) => own,
+                None => return Ok(Ended::Full),
+            };
+            let (leases, revision) = registry.list().await?;
+            *backoff = BACKOFF_MIN;
+            if matches!(&*self.health.borrow(), EtcdHealth::Away(_)) {
+                info!("etcd answers again");
+            }
+            self.health.send_replace(EtcdHealth::Healthy);
+            if !self.still_ours(&leases, own.key.v4) {
+                continue;
+            }
+            self.publish(Network { config: config.clone(), own: own.key.v4, leases });
+            match self.follow(&registry, &own, revision).await? {
+                Ended::Relist => {}
+                ended @ Ended::Full => return Ok(ended),
+            }
+        }
+    }
+
+    fn value(&self, config: &NetworkConfig) -> LeaseValue {
+        LeaseValue::vxlan(
+            self.identity.public_ip,
+            VxlanData { vni: config.vni, vtep_mac: self.identity.vtep_mac },
+        )
+    }
+
+    /// The subnet this node held last: in this life, else in a former one.
+    fn former(&self) -> Option<Ipv4Network> {
+        let in_this_life = self.network.borrow().as_ref().map(|network| network.own);
+        in_this_life.or_else(|| SubnetEnv::observe(&self.subnet_env).map(|env| env.subnet))
+    }
+
+    /// Gets the lease; `None` if all subnets are taken.
+    async fn acquire(&self, registry: &Registry, config: &NetworkConfig) -> Result<Option<Lease>, RegistryError> {
+        let value = self.value(config);
+        loop {
+            let (leases, _) = registry.list().await?;
+            let former = self.former();
+            let choice = choose(config, &leases, &self.identity, former, &mut rand::rng());
+            let (key, taken) = match choice {
+                Choice::Keep(lease) if lease.value.as_ref() == Some(&value) => {
+                    if lease.etcd_lease == 0 || registry.keep_alive(lease.etcd_lease).await? {
+                        return Ok(Some(lease));
+                    }
+                    // The lease went away between list and renewal, and the key with it.
+                    continue;
+                }
+                Choice::Keep(lease) => (lease.key, registry.rewrite(&lease, &value).await?),
+                Choice::Take(subnet) => {
+                    let key = SubnetKey { v4: subnet, v6: None };
+                    (key, registry.create(&key, &value).await?)
+                }
+                Choice::Full => {
+                    error!(
+                        network = %config.network,
+                        leases = leases.len(),
+                        "every node subnet is taken: remove dead nodes' keys under {}/subnets/ or widen SubnetMax",
+                        self.prefix
+                    );
+                    return Ok(None);
+                }
+            };
+            match taken {
+                Some(etcd_lease) => {
+                    info!(subnet = %key.v4, former = ?former.map(|former| former.to_string()), "subnet acquired");
+                    if former.is_some_and(|former| former != key.v4) {
+                        self.fence(former);
+                    }
+                    return Ok(Some(Lease { key, value: Some(value), mod_revision: 0, etcd_lease }));
+                }
+                None => debug!(subnet = %key, "another node was faster; choosing again"),
+            }
+        }
+    }
+
+    /// Follows the watch until something asks for a new list.
+    async fn follow(&self, registry: &Registry, own: &Lease, revision: i64) -> Result<Ended, RegistryError> {
+        let mut watch = registry.watch(revision + 1).await?;
+        let mut renew = interval_at(Instant::now() + RENEW_INTERVAL, RENEW_INTERVAL);
+        renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changes = watch.next() => {
+                    let changes = changes?;
+                    self.network.send_if_modified(|network| {
+                        network.as_mut().is_some_and(|network| apply(&mut network.leases, changes))
+                    });
+                    let ours = self.network.borrow().as_ref().is_some_and(|network| {
+                        self.still_ours(&network.leases, own.key.v4)
+                    });
+                    if !ours {
+                        warn!(subnet = %own.key.v4, "our subnet's key was deleted or overwritten; acquiring again");
+                        return Ok(Ended::Relist);
+                    }
+                }
+                _ = renew.tick() => {
+                    if own.etcd_lease != 0 && !registry.keep_alive(own.etcd_lease).await? {
+                        warn!(subnet = %own.key.v4, "the etcd lease of our subnet is gone; acquiring again");
+                        return Ok(Ended::Relist);
+                    }
+                }
+            }
+        }
+    }
+
+    fn still_ours(&self, leases: &Leases, own: Ipv4Network) -> bool {
+        leases
+            .get(&own)
+            .and_then(|lease| lease.value.as_ref()?.vxlan_data())
+            .is_some_and(|data| data.vtep_mac == self.identity.vtep_mac)
+    }
+
+    fn publish(&self, network: Network) {
+        for lease in network.leases.values() {
+            let same_mac = lease.value.as_ref().and_then(LeaseValue::vxlan_data).is_some_and(|data| {
+                data.vtep_mac == self.identity.vtep_mac && lease.key.v4 != network.own
+            });
+            if same_mac {
+                error!(
+                    subnet = %lease.key.v4,
+                    mac = %self.identity.vtep_mac,
+                    "another lease names our VTEP MAC: two nodes of one name, or a stale key; the kernel drops its packets as a loop"
+                );
+            }
+        }
+        self.network.send_if_modified(|current| {
+            let changed = current.as_ref() != Some(&network);
+            *current = Some(network);
+            changed
+        });
+    }
+
+    /// The former subnet belongs to somebody else: no pod may get an address of it any more.
+    fn fence(&self, former: Option<Ipv4Network>) {
+        error!(
+            former = ?former.map(|former| former.to_string()),
+            "the former subnet has another owner; pods that still hold addresses of it lose their connections"
+        );
+        if let Err(problem) = std::fs::remove_file(&self.subnet_env)
+            && problem.kind() != std::io::ErrorKind::NotFound
+        {
+            warn!(error = %problem, file = %self.subnet_env.display(), "cannot take the stale subnet file away");
+        }
+    }
+}
+
+/// Applies watch events; true if anything is different afterwards.
+fn apply(leases: &mut Leases, changes: Vec<Change>) -> bool {
+    let mut changed = false;
+    for change in changes {
+        changed |= match change {
+            Change::Put(lease) => {
+                let same = |before: &Lease| before.value == lease.value && before.key == lease.key;
+                let differs = !leases.get(&lease.key.v4).is_some_and(same);
+                leases.insert(lease.key.v4, lease);
+                differs
+            }
+            Change::Delete(subnet) => leases.remove(&subnet).is_some(),
+        };
+    }
+    changed
+}

@@ -1,0 +1,323 @@
+//! The network's part of etcd: reads, compares, writes. No decision is made here.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use etcd_client::{
+    Certificate, Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions, Identity as TlsIdentity,
+    PutOptions, TlsOptions, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
+};
+use ipnetwork::Ipv4Network;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::{Lease, LeaseValue, Leases, SubnetKey};
+use crate::network::NetworkConfig;
+
+/// Life of a lease without renewal, flannel's. A node that is away for less keeps its subnet.
+pub(super) const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+/// One call to etcd; a leader election takes about a second.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
+/// Ping on an idle connection, so that a watch notices a peer that vanished without a word.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How to reach etcd.
+#[derive(Debug, Clone, Default)]
+pub struct EtcdOptions {
+    /// URLs, `http://` or `https://`.
+    pub endpoints: Vec<String>,
+    /// PEM file of the authority that signed the servers' certificates.
+    pub ca: Option<PathBuf>,
+    /// PEM file of the client certificate.
+    pub cert: Option<PathBuf>,
+    /// PEM file of its key.
+    pub key: Option<PathBuf>,
+}
+
+/// Why etcd gave no answer, or an unusable one.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// A certificate or key file.
+    #[error("read {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// No answer in time.
+    #[error("{verb}: etcd at {endpoints} does not answer ({cause})")]
+    Silent {
+        /// What was to be done.
+        verb: &'static str,
+        /// Where.
+        endpoints: String,
+        /// What a plain connection says.
+        cause: String,
+    },
+    /// etcd's own error.
+    #[error("{verb}: {source}")]
+    Call {
+        /// What was to be done.
+        verb: &'static str,
+        /// etcd's words.
+        source: etcd_client::Error,
+    },
+    /// The network configuration in etcd.
+    #[error("{key} in etcd: {source}")]
+    Config {
+        /// The key.
+        key: String,
+        /// What is wrong with it.
+        source: crate::network::ConfigError,
+    },
+    /// The watch ended; list again.
+    #[error("the watch on the subnets ended: {0}")]
+    WatchEnded(String),
+}
+
+/// What a watch reports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Change {
+    /// A lease was made or changed.
+    Put(Lease),
+    /// A lease is gone.
+    Delete(Ipv4Network),
+}
+
+/// The keys under one prefix.
+#[derive(Clone)]
+pub struct Registry {
+    client: Client,
+    endpoints: Vec<String>,
+    prefix: String,
+}
+
+impl Registry {
+    /// Prepares the connection; etcd itself is first met by the first call.
+    ///
+    /// # Errors
+    /// On unreadable certificates and malformed URLs.
+    pub async fn connect(options: &EtcdOptions, prefix: &str) -> Result<Self, RegistryError> {
+        let mut connect = ConnectOptions::new()
+            .with_connect_timeout(CALL_LIMIT)
+            .with_keep_alive(PING_INTERVAL, CALL_LIMIT)
+            .with_keep_alive_while_idle(true)
+            .with_require_leader(true);
+        if options.ca.is_some() || options.cert.is_some() {
+            let mut tls = TlsOptions::new();
+            if let Some(ca) = &options.ca {
+                tls = tls.ca_certificate(Certificate::from_pem(read(ca)?));
+            }
+            if let (Some(cert), Some(key)) = (&options.cert, &options.key) {
+                tls = tls.identity(TlsIdentity::from_pem(read(cert)?, read(key)?));
+            }
+            connect = connect.with_tls(tls);
+        }
+        let client = Client::connect(&options.endpoints, Some(connect))
+            .await
+            .map_err(|source| RegistryError::Call { verb: "connect to etcd", source })?;
+        let prefix = prefix.trim_end_matches('/').to_owned();
+        Ok(Self { client, endpoints: options.endpoints.clone(), prefix })
+    }
+
+    async fn call<T>(
+        &self,
+        verb: &'static str,
+        request: impl Future<Output = Result<T, etcd_client::Error>>,
+    ) -> Result<T, RegistryError> {
+        match timeout(CALL_LIMIT, request).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(source)) => Err(RegistryError::Call { verb, source }),
+            Err(_) => {
+                Err(RegistryError::Silent { verb, endpoints: self.endpoints.join(","), cause: self.probe().await })
+            }
+        }
+    }
+
+    /// The balanced channel hides why it cannot connect; a plain connection tells.
+    async fn probe(&self) -> String {
+        for endpoint in &self.endpoints {
+            let target = endpoint.split("://").last().unwrap_or(endpoint);
+            match timeout(Duration::from_secs(1), TcpStream::connect(target)).await {
+                Ok(Ok(_)) => return format!("{target} accepts connections, but no answer comes"),
+                Ok(Err(error)) if self.endpoints.len() == 1 => return error.to_string(),
+                _ => {}
+            }
+        }
+        "no connection".to_owned()
+    }
+
+    fn config_key(&self) -> String {
+        format!("{}/config", self.prefix)
+    }
+
+    fn subnets_prefix(&self) -> String {
+        format!("{}/subnets/", self.prefix)
+    }
+
+    fn lease_key(&self, key: &SubnetKey) -> String {
+        format!("{}{key}", self.subnets_prefix())
+    }
+
+    /// The network's configuration; `default` is written if there is none.
+    ///
+    /// # Errors
+    /// If etcd is away or holds a configuration that this agent cannot follow.
+    pub async fn ensure_config(&self, default: &NetworkConfig) -> Result<NetworkConfig, RegistryError> {
+        let key = self.config_key();
+        let txn = Txn::new()
+            .when([Compare::version(key.clone(), CompareOp::Equal, 0)])
+            .and_then([TxnOp::put(key.clone(), default.to_json(), None)])
+            .or_else([TxnOp::get(key.clone(), None)]);
+        let answer = self.call("read the network configuration", self.client.kv_client().txn(txn)).await?;
+        let present = answer.op_responses().into_iter().find_map(|response| match response {
+            TxnOpResponse::Get(get) => get.kvs().first().map(|kv| kv.value().to_vec()),
+            _ => None,
+        });
+        match present {
+            Some(json) => {
+                NetworkConfig::parse(&json).map_err(|source| RegistryError::Config { key, source })
+            }
+            None => Ok(default.clone()),
+        }
+    }
+
+    /// All leases and the revision they are valid at.
+    ///
+    /// # Errors
+    /// If etcd is away.
+    pub async fn list(&self) -> Result<(Leases, i64), RegistryError> {
+        let prefix = self.subnets_prefix();
+        let options = GetOptions::new().with_prefix();
+        let answer =
+            self.call("list the subnets", self.client.kv_client().get(prefix.clone(), Some(options))).await?;
+        let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
+        let leases = answer.kvs().iter().filter_map(|kv| {
+            let lease = decode(&prefix, kv)?;
+            Some((lease.key.v4, lease))
+        });
+        Ok((leases.collect(), revision))
+    }
+
+    /// Creates a lease if its key is free. `None`: somebody was faster.
+    ///
+    /// # Errors
+    /// If etcd is away.
+    pub(super) async fn create(&self, key: &SubnetKey, value: &LeaseValue) -> Result<Option<i64>, RegistryError> {
+        self.write(key, value, Compare::version(self.lease_key(key), CompareOp::Equal, 0)).await
+    }
+
+    /// Rewrites a lease that nobody changed since it was read, on a new etcd lease. `None`: somebody did.
+    ///
+    /// # Errors
+    /// If etcd is away.
+    pub(super) async fn rewrite(&self, lease: &Lease, value: &LeaseValue) -> Result<Option<i64>, RegistryError> {
+        let key = self.lease_key(&lease.key);
+        let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, lease.mod_revision);
+        if lease.etcd_lease != 0 {
+            return self.write(&lease.key, value, unchanged).await;
+        }
+        // A reservation has no TTL and stays one.
+        let json = serde_json::to_vec(value).expect("plain data has a JSON form");
+        let txn = Txn::new().when([unchanged]).and_then([TxnOp::put(key, json, None)]);
+        let answer = self.call("take the reserved subnet", self.client.kv_client().txn(txn)).await?;
+        Ok(answer.succeeded().then_some(0))
+    }
+
+    async fn write(
+        &self,
+        key: &SubnetKey,
+        value: &LeaseValue,
+        condition: Compare,
+    ) -> Result<Option<i64>, RegistryError> {
+        let ttl = i64::try_from(LEASE_TTL.as_secs()).expect("a day fits");
+        let mut leases = self.client.lease_client();
+        let id = self.call("get an etcd lease", leases.grant(ttl, None)).await?.id();
+        let json = serde_json::to_vec(value).expect("plain data has a JSON form");
+        let put = TxnOp::put(self.lease_key(key), json, Some(PutOptions::new().with_lease(id)));
+        let txn = Txn::new().when([condition]).and_then([put]);
+        let answer = self.call("acquire a subnet", self.client.kv_client().txn(txn)).await;
+        if !answer.as_ref().is_ok_and(etcd_client::TxnResponse::succeeded) {
+            // Unknown or lost: revoking removes at most a key that hangs on this very lease.
+            let _ = self.call("revoke the unused etcd lease", leases.revoke(id)).await;
+        }
+        Ok(answer?.succeeded().then_some(id))
+    }
+
+    /// Renews an etcd lease; false if it has expired or was revoked.
+    ///
+    /// # Errors
+    /// If etcd is away.
+    pub(super) async fn keep_alive(&self, id: i64) -> Result<bool, RegistryError> {
+        let mut leases = self.client.lease_client();
+        match self.call("renew the subnet lease", leases.keep_alive(id)).await {
+            Ok(_) => Ok(true),
+            Err(RegistryError::Call { source: etcd_client::Error::LeaseKeepAliveError(_), .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Watches all subnets from `revision` on.
+    ///
+    /// # Errors
+    /// If etcd is away.
+    pub(super) async fn watch(&self, revision: i64) -> Result<SubnetWatch, RegistryError> {
+        let options = WatchOptions::new().with_prefix().with_start_revision(revision);
+        let prefix = self.subnets_prefix();
+        let mut client = self.client.watch_client();
+        let stream = self.call("watch the subnets", client.watch(prefix.clone(), Some(options))).await?;
+        Ok(SubnetWatch { stream, prefix })
+    }
+}
+
+/// A running watch.
+pub(super) struct SubnetWatch {
+    stream: WatchStream,
+    prefix: String,
+}
+
+impl SubnetWatch {
+    /// The next changes, in order.
+    ///
+    /// # Errors
+    /// When the watch is over, whatever the reason: compaction, disconnect, a lost leader.
+    ///
+    /// # Cancel safety
+    /// Safe: dropped, it has taken nothing off the stream.
+    pub(super) async fn next(&mut self) -> Result<Vec<Change>, RegistryError> {
+        let message = self.stream.message().await.map_err(|error| RegistryError::WatchEnded(error.to_string()))?;
+        let Some(message) = message else { return Err(RegistryError::WatchEnded("etcd closed it".to_owned())) };
+        if message.compact_revision() != 0 {
+            return Err(RegistryError::WatchEnded(format!("compacted up to {}", message.compact_revision())));
+        }
+        if message.canceled() {
+            return Err(RegistryError::WatchEnded(message.cancel_reason().to_owned()));
+        }
+        let changes = message.events().iter().filter_map(|event| {
+            let kv = event.kv()?;
+            match event.event_type() {
+                EventType::Put => decode(&self.prefix, kv).map(Change::Put),
+                EventType::Delete => subnet_of(&self.prefix, kv.key()).map(|key| Change::Delete(key.v4)),
+            }
+        });
+        Ok(changes.collect())
+    }
+}
+
+fn read(path: &PathBuf) -> Result<Vec<u8>, RegistryError> {
+    std::fs::read(path).map_err(|source| RegistryError::File { path: path.clone(), source })
+}
+
+fn subnet_of(prefix: &str, key: &[u8]) -> Option<SubnetKey> {
+    let parsed = std::str::from_utf8(key).ok()?.strip_prefix(prefix)?.parse();
+    parsed.inspect_err(|error| tracing::warn!(%error, "a key among the subnets is ignored")).ok()
+}
+
+fn decode(prefix: &str, kv: &etcd_client::KeyValue) -> Option<Lease> {
+    let key = subnet_of(prefix, kv.key())?;
+    let value = serde_json::from_slice(kv.value())
+        .inspect_err(|error| tracing::warn!(subnet = %key, %error, "a lease cannot be read; its subnet counts as taken"))
+        .ok();
+    Some(Lease { key, value, mod_revision: kv.mod_revision(), etcd_lease: kv.lease() })
+}

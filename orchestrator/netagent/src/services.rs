@@ -1,0 +1,10 @@
+//! Services in the kernel: from Service and EndpointSlice to one nftables table.
+//!
+//! [`model`] reads the API objects into plain ports and endpoints, [`ruleset`] writes those (and the pod network's
+//! masquerade) as a table, [`proxy`] keeps the kernel equal to it. The first two are pure.
+
+pub mod model;
+//PROXY pub mod proxy;
+pub mod ruleset;
+
+mod conntrack;

@@ -1,0 +1,310 @@
+//! The table `ip orch`: masquerade of the pod network, and Services. Pure.
+//!
+//! A packet's way: `services` (from prerouting and output) looks it up by (address, protocol, port), and by (protocol,
+//! port) if the address is the node's own. The verdict is the Service's chain, which picks an endpoint at random and
+//! rewrites the destination; conntrack does the same to the rest of the flow. `postrouting` masquerades what must come
+//! back through this node. What still has a cluster IP after that has no endpoint and is rejected.
+//!
+//! Both maps are hashes, so the cost does not depend on the number of Services.
+
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+
+use cni_nftables::{Chain, Family, Hook, Set, Table};
+use ipnetwork::Ipv4Network;
+
+use super::model::{Endpoint, Port};
+
+/// Name of our table.
+pub const TABLE: &str = "orch";
+/// Packet mark "masquerade this". The bit is the one kube-proxy uses, which flannel's rules know.
+const MASQUERADE_MARK: u32 = 0x4000;
+/// Source ports of masqueraded flows: clear of the VXLAN port (8472), which a peer's firewall may treat specially, and
+/// of what services listen on.
+const MASQUERADE_PORTS: &str = "10240-65535";
+
+/// Networks that the rules name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Networks {
+    /// The whole pod network.
+    pub cluster: Ipv4Network,
+    /// Where cluster IPs come from.
+    pub service: Ipv4Network,
+    /// The address that the node's DNS server answers on.
+    pub dns_ip: Ipv4Addr,
+}
+
+/// Everything that belongs into the table.
+#[must_use]
+pub fn desired_table(ports: &[Port], networks: &Networks) -> Table {
+    let mut table = Table::new(Family::Ip, TABLE);
+    let mut services = Vec::new();
+    let mut node_ports = Vec::new();
+    let mut dead_node_ports = Vec::new();
+    let mut hairpin = Vec::new();
+    for port in ports {
+        let key = |ip: &Ipv4Addr| format!("{ip} . {} . {}", port.protocol, port.port);
+        let internal = port.pool(port.internal_local);
+        if !internal.is_empty() {
+            let chain = format!("svc-{}", port.id);
+            services.extend(port.cluster_ips.iter().map(|ip| (key(ip), format!("goto {chain}"))));
+            balance(&mut table, chain, port, &internal, networks);
+        }
+        if port.node_port.is_some() || !port.external_ips.is_empty() {
+            let external = external_chain(&mut table, port, networks);
+            let verdict = if external { format!("goto ext-{}", port.id) } else { "goto reject".to_owned() };
+            if external {
+                services.extend(port.external_ips.iter().map(|ip| (key(ip), verdict.clone())));
+            }
+            if let Some(node_port) = port.node_port {
+                let list = if external { &mut node_ports } else { &mut dead_node_ports };
+                list.push((format!("{} . {node_port}", port.protocol), verdict));
+            }
+        }
+        let local = port.endpoints.iter().filter(|endpoint| endpoint.local);
+        hairpin.extend(local.map(|endpoint| format!("{0} . {0}", endpoint.ip)));
+    }
+    table.set("services", Set::map("ipv4_addr . inet_proto . inet_service", "verdict", services));
+    table.set("nodeports", Set::map("inet_proto . inet_service", "verdict", node_ports));
+    table.set("dead-nodeports", Set::map("inet_proto . inet_service", "verdict", dead_node_ports));
+    table.set("hairpin", Set::keys("ipv4_addr . ipv4_addr", hairpin));
+    fixed_chains(&mut table, networks);
+    table
+}
+
+/// The chains that do not depend on any Service.
+fn fixed_chains(table: &mut Table, networks: &Networks) {
+    let Networks { cluster, service, dns_ip } = networks;
+    let rules = |rules: &[&str]| rules.iter().map(|rule| (*rule).to_owned()).collect::<Vec<_>>();
+    table.chain(
+        "martians",
+        // `route_localnet`, which NodePorts at 127.0.0.1 need, would let neighbours reach loopback (CVE-2020-8558).
+        Chain::base("filter", Hook::Prerouting, -300, rules(&["iifname != \"lo\" ip daddr 127.0.0.0/8 counter drop"])),
+    );
+    table.chain("prerouting", Chain::base("nat", Hook::Prerouting, -100, rules(&["jump services"])));
+    table.chain("output", Chain::base("nat", Hook::Output, -100, rules(&["jump services"])));
+    table.chain(
+        "services",
+        Chain::regular(rules(&[
+            "ip daddr . meta l4proto . th dport vmap @services",
+            "fib daddr type local meta l4proto . th dport vmap @nodeports",
+        ])),
+    );
+    table.chain(
+        "postrouting",
+        Chain::base(
+            "nat",
+            Hook::Postrouting,
+            100,
+            [
+                format!("meta mark & {MASQUERADE_MARK:#x} != 0 goto masquerade"),
+                // A pod that reaches itself through its Service: it would answer itself directly otherwise.
+                "ct status dnat ip saddr . ip daddr @hairpin goto masquerade".to_owned(),
+                format!("ip saddr {cluster} ip daddr != {cluster} ip daddr != 224.0.0.0/4 goto masquerade"),
+            ],
+        ),
+    );
+    table.chain(
+        "masquerade",
+        Chain::regular([
+            format!("meta mark set meta mark & {:#x}", !MASQUERADE_MARK),
+            format!("meta l4proto {{ tcp, udp }} masquerade to :{MASQUERADE_PORTS} fully-random"),
+            "masquerade".to_owned(),
+        ]),
+    );
+    table.chain("mark-masquerade", Chain::regular([format!("meta mark set meta mark | {MASQUERADE_MARK:#x}")]));
+    let no_endpoint = format!("ip daddr {service} goto reject");
+    table.chain("forward", Chain::base("filter", Hook::Forward, 0, [no_endpoint.clone()]));
+    table.chain(
+        "output-filter",
+        Chain::base("filter", Hook::Output, 0, [format!("ip daddr {dns_ip} accept"), no_endpoint]),
+    );
+    table.chain(
+        "input",
+        Chain::base(
+            "filter",
+            Hook::Input,
+            0,
+            rules(&["ct state new fib daddr type local meta l4proto . th dport vmap @dead-nodeports"]),
+        ),
+    );
+    table.chain(
+        "reject",
+        Chain::regular(rules(&[
+            "meta l4proto tcp counter reject with tcp reset",
+            "counter reject with icmp type port-unreachable",
+        ])),
+    );
+}
+
+/// The chain of traffic that comes to a node port or an external address; false if nothing can serve it.
+fn external_chain(table: &mut Table, port: &Port, networks: &Networks) -> bool {
+    let everywhere = port.pool(false);
+    if everywhere.is_empty() {
+        return false;
+    }
+    let cluster_wide = if port.internal_local {
+        let chain = format!("all-{}", port.id);
+        balance(table, chain.clone(), port, &everywhere, networks);
+        chain
+    } else {
+        format!("svc-{}", port.id)
+    };
+    let rules = if port.external_local {
+        // Pods and the node itself are inside: for them the policy does not apply.
+        let mut rules = vec![
+            format!("ip saddr {} goto {cluster_wide}", networks.cluster),
+            "fib saddr type local jump mark-masquerade".to_owned(),
+            format!("fib saddr type local goto {cluster_wide}"),
+        ];
+        let local = port.pool(true);
+        if local.is_empty() {
+            rules.push("counter drop".to_owned());
+        } else {
+            rules.extend(spread(table, port, &local, "loc"));
+        }
+        rules
+    } else {
+        vec!["jump mark-masquerade".to_owned(), format!("goto {cluster_wide}")]
+    };
+    table.chain(format!("ext-{}", port.id), Chain::regular(rules));
+    true
+}
+
+/// A chain that spreads flows over `pool`.
+fn balance(table: &mut Table, chain: String, port: &Port, pool: &[Endpoint], networks: &Networks) {
+    // A node's own address is no pod's: an answer to it would take the underlay, past the translation.
+    let mut rules = vec![format!("ip saddr != {} jump mark-masquerade", networks.cluster)];
+    rules.extend(spread(table, port, pool, chain.split('-').next().unwrap_or("svc")));
+    table.chain(chain, Chain::regular(rules));
+}
+
+/// The rules that choose an endpoint. With affinity each endpoint has a set of the clients that it served.
+fn spread(table: &mut Table, port: &Port, pool: &[Endpoint], prefix: &str) -> Vec<String> {
+    let Some(timeout) = port.affinity else { return vec![translate(port, pool)] };
+    let mut rules = Vec::new();
+    let mut verdicts = String::new();
+    for (slot, endpoint) in pool.iter().enumerate() {
+        let name = format!("{}/{}/{}", port.id, endpoint.ip, endpoint.port);
+        let (set, chain) = (format!("clients-{name}"), format!("{prefix}-ep-{name}"));
+        table.set(set.clone(), Set::dynamic("ipv4_addr", timeout));
+        rules.push(format!("ip saddr @{set} goto {chain}"));
+        table.chain(
+            chain.clone(),
+            Chain::regular([format!("update @{set} {{ ip saddr }}"), translate(port, std::slice::from_ref(endpoint))]),
+        );
+        write!(verdicts, "{}{slot} : goto {chain}", if slot == 0 { "" } else { ", " })
+            .expect("writing to a string cannot fail");
+    }
+    rules.push(format!("numgen random mod {} vmap {{ {verdicts} }}", pool.len()));
+    rules
+}
+
+fn translate(port: &Port, pool: &[Endpoint]) -> String {
+    let protocol = port.protocol;
+    if let [only] = pool {
+        return format!("meta l4proto {protocol} dnat to {}:{}", only.ip, only.port);
+    }
+    let slots: Vec<String> = pool
+        .iter()
+        .enumerate()
+        .map(|(slot, endpoint)| format!("{slot} : {} . {}", endpoint.ip, endpoint.port))
+        .collect();
+    format!("meta l4proto {protocol} dnat to numgen random mod {} map {{ {} }}", pool.len(), slots.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use cni_nftables::SetKind;
+
+    use super::super::model::Protocol;
+    use super::*;
+
+    fn networks() -> Networks {
+        Networks {
+            cluster: "10.244.0.0/16".parse().expect("CIDR"),
+            service: "10.96.0.0/12".parse().expect("CIDR"),
+            dns_ip: Ipv4Addr::new(10, 96, 0, 10),
+        }
+    }
+
+    fn port(endpoints: &[(u8, bool, bool)]) -> Port {
+        Port {
+            id: "default/web/tcp/80".to_owned(),
+            protocol: Protocol::Tcp,
+            cluster_ips: vec![Ipv4Addr::new(10, 96, 3, 4)],
+            port: 80,
+            node_port: Some(30080),
+            external_ips: Vec::new(),
+            external_local: false,
+            internal_local: false,
+            affinity: None,
+            endpoints: endpoints
+                .iter()
+                .map(|(last, local, ready)| Endpoint {
+                    ip: Ipv4Addr::new(10, 244, 1, *last),
+                    port: 8080,
+                    local: *local,
+                    ready: *ready,
+                })
+                .collect(),
+        }
+    }
+
+    fn verdicts<'a>(table: &'a Table, map: &str) -> Vec<(&'a str, &'a str)> {
+        let SetKind::Map(_, elements) = &table.sets[map].kind else { panic!("{map} is a map") };
+        elements.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect()
+    }
+
+    #[test]
+    fn a_service_is_found_by_its_cluster_ip_and_node_port() {
+        let table = desired_table(&[port(&[(2, true, true), (3, false, true)])], &networks());
+        assert_eq!(verdicts(&table, "services"), [("10.96.3.4 . tcp . 80", "goto svc-default/web/tcp/80")]);
+        assert_eq!(verdicts(&table, "nodeports"), [("tcp . 30080", "goto ext-default/web/tcp/80")]);
+        assert_eq!(
+            table.chains["svc-default/web/tcp/80"].rules,
+            [
+                "ip saddr != 10.244.0.0/16 jump mark-masquerade",
+                "meta l4proto tcp dnat to numgen random mod 2 map { 0 : 10.244.1.2 . 8080, 1 : 10.244.1.3 . 8080 }",
+            ]
+        );
+        let SetKind::Keys(hairpin) = &table.sets["hairpin"].kind else { panic!("hairpin is a set") };
+        assert_eq!(hairpin.iter().collect::<Vec<_>>(), ["10.244.1.2 . 10.244.1.2"], "only local pods can be hairpins");
+    }
+
+    #[test]
+    fn without_endpoints_the_cluster_ip_has_no_chain_and_the_node_port_is_rejected() {
+        let table = desired_table(&[port(&[])], &networks());
+        assert_eq!(verdicts(&table, "services"), []);
+        assert_eq!(verdicts(&table, "dead-nodeports"), [("tcp . 30080", "goto reject")]);
+        assert!(table.chains["forward"].rules.contains(&"ip daddr 10.96.0.0/12 goto reject".to_owned()));
+    }
+
+    #[test]
+    fn external_local_keeps_the_client_address_and_uses_local_endpoints() {
+        let mut port = port(&[(2, true, true), (3, false, true)]);
+        port.external_local = true;
+        let table = desired_table(&[port.clone()], &networks());
+        let rules = &table.chains["ext-default/web/tcp/80"].rules;
+        assert_eq!(rules.last().map(String::as_str), Some("meta l4proto tcp dnat to 10.244.1.2:8080"));
+        port.endpoints.remove(0);
+        let table = desired_table(&[port], &networks());
+        let rules = &table.chains["ext-default/web/tcp/80"].rules;
+        assert_eq!(rules.last().map(String::as_str), Some("counter drop"));
+    }
+
+    #[test]
+    fn affinity_remembers_clients_by_endpoint() {
+        let mut port = port(&[(2, true, true), (3, false, true)]);
+        port.affinity = Some(Duration::from_secs(60));
+        let table = desired_table(&[port], &networks());
+        let rules = &table.chains["svc-default/web/tcp/80"].rules;
+        assert_eq!(
+            rules[1],
+            "ip saddr @clients-default/web/tcp/80/10.244.1.2/8080 goto svc-ep-default/web/tcp/80/10.244.1.2/8080"
+        );
+        assert!(rules[3].starts_with("numgen random mod 2 vmap { 0 : goto svc-ep-default/web"));
+    }
+}

@@ -1,0 +1,224 @@
+//! Subnet leases against a real etcd.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use ipnetwork::Ipv4Network;
+use orch_netagent::files::{SubnetEnv, write_atomic};
+use orch_netagent::lease::{EtcdHealth, EtcdOptions, Identity, Keeper, Network, Registry};
+use orch_netagent::mac::derived;
+use orch_netagent::network::NetworkConfig;
+use support::{Etcd, eventually};
+use tempfile::TempDir;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+const PREFIX: &str = "/coreos.com/network";
+const LIMIT: Duration = Duration::from_secs(20);
+
+struct Node {
+    network: watch::Receiver<Option<Network>>,
+    health: watch::Receiver<EtcdHealth>,
+    cancel: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Node {
+    /// A lease keeper; `folder` is the node's disk.
+    fn start(number: u8, url: &str, network: &str, folder: &TempDir) -> Self {
+        let (network_sender, network_receiver) = watch::channel(None);
+        let (health_sender, health) = watch::channel(EtcdHealth::Unknown);
+        let network: Ipv4Network = network.parse().expect("CIDR");
+        let keeper = Keeper {
+            etcd: EtcdOptions { endpoints: vec![url.to_owned()], ..EtcdOptions::default() },
+            prefix: PREFIX.to_owned(),
+            default_config: NetworkConfig::new(network, 24.max(network.prefix() + 2), 1, 8472).expect("valid"),
+            identity: Identity {
+                public_ip: Ipv4Addr::new(192, 0, 2, number),
+                vtep_mac: derived(&format!("node-{number}")),
+            },
+            subnet_env: folder.path().join("subnet.env"),
+            network: network_sender,
+            health: health_sender,
+        };
+        let cancel = CancellationToken::new();
+        let task = tokio::spawn(keeper.run(cancel.clone()));
+        Self { network: network_receiver, health, cancel, task }
+    }
+
+    async fn subnet(&self) -> Ipv4Network {
+        let mut network = self.network.clone();
+        let known = tokio::time::timeout(LIMIT, network.wait_for(Option::is_some)).await.expect("a subnet in time");
+        known.expect("the keeper runs").as_ref().expect("known").own
+    }
+
+    async fn stop(self) {
+        self.cancel.cancel();
+        self.task.await.expect("the keeper ends");
+    }
+}
+
+fn folders(count: usize) -> Vec<TempDir> {
+    (0..count).map(|_| tempfile::tempdir().expect("temporary folder")).collect()
+}
+
+#[tokio::test]
+async fn eight_nodes_that_start_at_once_hold_eight_subnets_and_know_each_other() {
+    let etcd = Etcd::start();
+    let folders = folders(8);
+    // Only 15 subnets are free: some of the eight are bound to choose the same one.
+    let nodes: Vec<Node> = (1..=8)
+        .zip(&folders)
+        .map(|(number, folder)| Node::start(number, &etcd.url, "10.244.0.0/20", folder))
+        .collect();
+    let mut subnets = BTreeSet::new();
+    for node in &nodes {
+        subnets.insert(node.subnet().await);
+    }
+    assert_eq!(subnets.len(), 8, "{subnets:?}");
+    for node in &nodes {
+        eventually("every node knows all eight leases", LIMIT, || async {
+            let network = node.network.borrow();
+            (network.as_ref()?.leases.len() == 8).then_some(())
+        })
+        .await;
+    }
+    let mut client = etcd.client().await;
+    let config = client.get(format!("{PREFIX}/config"), None).await.expect("get");
+    assert!(config.kvs()[0].value_str().expect("text").contains(r#""Network":"10.244.0.0/20""#));
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_restart_gets_the_same_subnet_on_the_same_etcd_lease() {
+    let etcd = Etcd::start();
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
+    let subnet = node.subnet().await;
+    let options = EtcdOptions { endpoints: vec![etcd.url.clone()], ..EtcdOptions::default() };
+    let registry = Registry::connect(&options, PREFIX).await.expect("connect");
+    let (before, _) = registry.list().await.expect("list");
+    node.stop().await;
+    // Nothing on disk: the key alone says whose it is.
+    let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
+    assert_eq!(node.subnet().await, subnet);
+    let (after, _) = registry.list().await.expect("list");
+    assert_eq!(before, after, "a restart writes nothing, so peers see no event");
+    assert_ne!(after[&subnet].etcd_lease, 0);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn the_former_subnet_is_taken_again_after_the_lease_was_lost() {
+    let etcd = Etcd::start();
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let former: Ipv4Network = "10.244.77.0/24".parse().expect("CIDR");
+    let env = SubnetEnv { network: "10.244.0.0/16".parse().expect("CIDR"), subnet: former, mtu: 1450 };
+    write_atomic(&folder.path().join("subnet.env"), env.render().as_bytes()).expect("written");
+    let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
+    assert_eq!(node.subnet().await, former);
+
+    let mut client = etcd.client().await;
+    let key = format!("{PREFIX}/subnets/10.244.77.0-24");
+    client.delete(key.clone(), None).await.expect("delete");
+    eventually("the key is back", LIMIT, || {
+        let (mut client, key) = (client.clone(), key.clone());
+        async move { (client.get(key, None).await.expect("get").count() == 1).then_some(()) }
+    })
+    .await;
+    assert_eq!(node.subnet().await, former);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_subnet_that_somebody_else_took_is_given_up_and_its_file_with_it() {
+    let etcd = Etcd::start();
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
+    let subnet = node.subnet().await;
+    let file = folder.path().join("subnet.env");
+    let env = SubnetEnv { network: "10.244.0.0/16".parse().expect("CIDR"), subnet, mtu: 1450 };
+    write_atomic(&file, env.render().as_bytes()).expect("written");
+
+    let value = r#"{"PublicIP":"192.0.2.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}"#;
+    let key = format!("{PREFIX}/subnets/{}-24", subnet.ip());
+    etcd.client().await.put(key, value, None).await.expect("put");
+    let mut network = node.network.clone();
+    let moved = network.wait_for(|network| network.as_ref().is_some_and(|network| network.own != subnet));
+    let other = tokio::time::timeout(LIMIT, moved).await.expect("in time").expect("the keeper runs").clone();
+    assert_eq!(other.expect("known").leases[&subnet].value.as_ref().expect("readable").public_ip.octets()[3], 99);
+    assert!(!file.exists(), "no pod may get an address of the lost subnet");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_reservation_is_honoured_and_stays_without_a_time_to_live() {
+    let etcd = Etcd::start();
+    let mut client = etcd.client().await;
+    for (subnet, ip) in [("10.244.5.0-24", "192.0.2.1"), ("10.244.6.0-24", "192.0.2.2")] {
+        let value = format!(r#"{{"PublicIP":"{ip}"}}"#);
+        client.put(format!("{PREFIX}/subnets/{subnet}"), value, None).await.expect("put");
+    }
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let node = Node::start(2, &etcd.url, "10.244.0.0/16", &folder);
+    assert_eq!(node.subnet().await.to_string(), "10.244.6.0/24");
+    let kept = client.get(format!("{PREFIX}/subnets/10.244.6.0-24"), None).await.expect("get");
+    assert_eq!(kept.kvs()[0].lease(), 0);
+    assert!(kept.kvs()[0].value_str().expect("text").contains("VtepMAC"));
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn an_outage_changes_nothing_and_a_compaction_under_the_watch_loses_nothing() {
+    let mut etcd = Etcd::start();
+    let folders = folders(2);
+    let first = Node::start(1, &etcd.url, "10.244.0.0/16", &folders[0]);
+    let subnet = first.subnet().await;
+    etcd.stop();
+    let mut health = first.health.clone();
+    let away = health.wait_for(|health| matches!(health, EtcdHealth::Away(_)));
+    tokio::time::timeout(LIMIT, away).await.expect("the outage is seen").expect("the keeper runs");
+    assert_eq!(first.network.borrow().as_ref().map(|network| network.own), Some(subnet));
+
+    etcd.resume();
+    let second = Node::start(2, &etcd.url, "10.244.0.0/16", &folders[1]);
+    let other = second.subnet().await;
+    let mut client = etcd.client().await;
+    let revision = client.get("x", None).await.expect("get").header().expect("header").revision();
+    client.compact(revision, None).await.expect("compact");
+    eventually("the first node learns of the second", LIMIT, || async {
+        first.network.borrow().as_ref()?.leases.contains_key(&other).then_some(())
+    })
+    .await;
+    assert_eq!(first.subnet().await, subnet);
+    first.stop().await;
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn the_last_free_subnet_goes_to_one_of_two_nodes() {
+    let etcd = Etcd::start();
+    // A /26 of /28s has four, and the first is skipped.
+    let folders = folders(4);
+    let nodes: Vec<Node> = (1..=4)
+        .zip(&folders)
+        .map(|(number, folder)| Node::start(number, &etcd.url, "10.244.0.0/26", folder))
+        .collect();
+    eventually("three have one", LIMIT, || async {
+        let holding: Vec<Ipv4Network> =
+            nodes.iter().filter_map(|node| node.network.borrow().as_ref().map(|network| network.own)).collect();
+        let distinct: BTreeSet<_> = holding.iter().collect();
+        assert_eq!(distinct.len(), holding.len(), "one subnet twice: {holding:?}");
+        (holding.len() == 3).then_some(())
+    })
+    .await;
+    for node in nodes {
+        node.stop().await;
+    }
+}

@@ -1,0 +1,86 @@
+//! What the integration tests share: a real etcd on a temporary folder.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// A real etcd; killed when dropped. It lives in the network namespace of the thread that starts it.
+pub struct Etcd {
+    child: Option<Child>,
+    folder: TempDir,
+    pub url: String,
+    peer: String,
+}
+
+impl Etcd {
+    pub fn start() -> Self {
+        Self::start_at(Ipv4Addr::LOCALHOST)
+    }
+
+    pub fn start_at(ip: Ipv4Addr) -> Self {
+        let port = |()| {
+            let socket = std::net::TcpListener::bind((ip, 0)).expect("a free port");
+            socket.local_addr().expect("bound").port()
+        };
+        let (client, peer) = (port(()), port(()));
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let mut etcd = Self {
+            child: None,
+            folder,
+            url: format!("http://{ip}:{client}"),
+            peer: format!("http://{ip}:{peer}"),
+        };
+        etcd.resume();
+        etcd
+    }
+
+    pub fn resume(&mut self) {
+        let child = Command::new("etcd")
+            .args(["--data-dir".as_ref(), self.folder.path().as_os_str()])
+            .args(["--listen-client-urls", &self.url, "--advertise-client-urls", &self.url])
+            .args(["--listen-peer-urls", &self.peer, "--initial-advertise-peer-urls", &self.peer])
+            .args(["--initial-cluster", &format!("default={}", self.peer), "--unsafe-no-fsync"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the program etcd is installed");
+        self.child = Some(child);
+    }
+
+    pub fn stop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().expect("kill etcd");
+            child.wait().expect("etcd ends");
+        }
+    }
+
+    pub async fn client(&self) -> etcd_client::Client {
+        etcd_client::Client::connect([&self.url], None).await.expect("connect")
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Asks again until there is an answer.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, limit: Duration, mut ask: impl FnMut() -> F) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(start.elapsed() < limit, "not within {limit:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+pub fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}

@@ -1,0 +1,104 @@
+//! The commands that talk to the API server: enough of `kubectl` to live without it, and `status`.
+
+mod apply;
+mod describe;
+mod exec;
+mod get;
+mod manifest;
+mod resource;
+mod rollout;
+mod status;
+pub mod wire;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::Subcommand;
+use orch_client::Client;
+
+use crate::lab::Lab;
+use crate::output;
+
+pub use rollout::wait as wait_rollout;
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Show objects: `get pods`, `get pod web-0 -o yaml`, `get nodes,pods -A`
+    Get(get::Flags),
+    /// Show one object with its conditions and events
+    Describe(describe::Flags),
+    /// Create or change the objects of a manifest
+    Apply(apply::ApplyFlags),
+    /// Delete objects, by name or by manifest
+    Delete(apply::DeleteFlags),
+    /// Print what a container of a pod wrote
+    Logs(exec::LogFlags),
+    /// Run a command in a container: `exec POD -- CMD`
+    Exec(exec::Flags),
+    /// Set the number of replicas: `scale deployment/web --replicas 3`
+    Scale(rollout::ScaleFlags),
+    /// Wait until a deployment runs its newest version
+    Rollout(rollout::RolloutFlags),
+    /// Nodes, subnets, VTEPs and the health of the components on one screen
+    Status,
+}
+
+/// Where an object is.
+#[derive(clap::Args, Clone)]
+pub struct NamespaceFlag {
+    /// Namespace
+    #[arg(short, long, default_value = "default")]
+    pub namespace: String,
+}
+
+/// The cluster's client, from the first kubeconfig there is.
+///
+/// # Errors
+/// There is none, or it cannot be read.
+pub fn connect(kubeconfig: Option<&Path>, lab_dir: &Path) -> anyhow::Result<Client> {
+    let path = find_kubeconfig(kubeconfig, lab_dir)?;
+    Client::from_kubeconfig(&path).with_context(|| {
+        format!("read kubeconfig {}; `orchctl lab kubeconfig` prints the path of the lab's", path.display())
+    })
+}
+
+fn find_kubeconfig(named: Option<&Path>, lab_dir: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(path) = named {
+        return Ok(path.to_owned());
+    }
+    if let Some(path) = std::env::var_os("KUBECONFIG").filter(|value| !value.is_empty()) {
+        return Ok(PathBuf::from(path));
+    }
+    if let Some(lab) = Lab::open(lab_dir)?
+        && lab.kubeconfig().exists()
+    {
+        return Ok(lab.kubeconfig());
+    }
+    let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".kube/config"));
+    home.filter(|path| path.exists()).ok_or_else(|| {
+        anyhow::Error::new(output::Hint(
+            "start a lab with `make up`, or name a file with --kubeconfig or KUBECONFIG".to_owned(),
+        ))
+        .context("there is no cluster to talk to: no kubeconfig was found")
+    })
+}
+
+/// Runs one command; returns the exit code.
+///
+/// # Errors
+/// What the API server or the command line is to blame for, in words for people.
+pub async fn run(command: Command, client: Client, lab_dir: &Path) -> anyhow::Result<u8> {
+    match command {
+        Command::Get(flags) => get::run(&client, flags).await.map(|()| 0),
+        Command::Describe(flags) => describe::run(&client, flags).await.map(|()| 0),
+        Command::Apply(flags) => apply::apply(&client, flags).await.map(|()| 0),
+        Command::Delete(flags) => apply::delete(&client, flags).await.map(|()| 0),
+        Command::Logs(flags) => exec::logs(&client, flags).await.map(|()| 0),
+        Command::Exec(flags) => exec::run(&client, flags).await,
+        Command::Scale(flags) => rollout::scale(&client, flags).await.map(|()| 0),
+        Command::Rollout(flags) => rollout::run(&client, flags).await.map(|()| 0),
+        Command::Status => status::run(&client, lab_dir).await,
+    }
+}
+
+pub use apply::apply_file;
