@@ -3,16 +3,19 @@
 //! They are part of the API: a stored default decides what a pod template hashes to and whether `apply` sees a
 //! change. Source: upstream's `pkg/apis/*/v1/defaults.go`, restated over JSON.
 
+mod normal;
+
 use serde_json::{Map, Value, json};
 
-/// Sets the defaults of one object.
+/// Sets the defaults of one object, and brings it into the form in which it is stored: without nulls, quantities
+/// in their canonical form.
 pub fn apply(group: &str, kind: &str, object: &mut Value) {
+    normal::drop_nulls(object);
     match (group, kind) {
-        ("", "Pod") => {
-            if let Some(spec) = object.get_mut("spec") {
-                pod_spec(spec);
-            }
-        }
+        ("", "Pod") => inside(object, "spec", |spec| {
+            pod_spec(spec);
+            pod_itself(spec);
+        }),
         ("apps", "Deployment") => deployment(object),
         ("apps", "ReplicaSet") => replica_set(object),
         ("", "Service") => service(object),
@@ -49,7 +52,8 @@ fn set_text(object: &mut Value, key: &str, value: &str) {
 
 fn each(object: &mut Value, key: &str, mut change: impl FnMut(&mut Value)) {
     if let Some(items) = object.get_mut(key).and_then(Value::as_array_mut) {
-        items.iter_mut().for_each(&mut change);
+        // What is no object is for validation to name.
+        items.iter_mut().filter(|item| item.is_object()).for_each(&mut change);
     }
 }
 
@@ -59,47 +63,52 @@ fn inside(object: &mut Value, key: &str, change: impl FnOnce(&mut Value)) {
     }
 }
 
+/// The defaults of a pod spec, in pods and in templates alike. What is set here is part of every template's hash.
 fn pod_spec(spec: &mut Value) {
-    if !spec.is_object() {
-        return;
-    }
     set_text(spec, "restartPolicy", "Always");
     set(spec, "terminationGracePeriodSeconds", json!(30));
     set_text(spec, "dnsPolicy", "ClusterFirst");
     set(spec, "securityContext", json!({}));
     set_text(spec, "schedulerName", "default-scheduler");
-    set(spec, "enableServiceLinks", json!(true));
-    let host_network = spec["hostNetwork"] == true;
     for list in ["initContainers", "containers", "ephemeralContainers"] {
-        each(spec, list, |item| container(item, host_network));
+        each(spec, list, container);
     }
-    if let Some(account) =
-        spec["serviceAccountName"].as_str().filter(|name| !name.is_empty()).map(str::to_owned)
-    {
-        // The deprecated alias follows.
+    // The deprecated alias and the field follow each other; the field decides.
+    if let Some(account) = text(spec, "serviceAccountName").or_else(|| text(spec, "serviceAccount")) {
+        spec["serviceAccountName"] = json!(account);
         spec["serviceAccount"] = json!(account);
     }
     each(spec, "volumes", volume);
-    each(spec, "topologySpreadConstraints", |constraint| {
-        set(constraint, "nodeAffinityPolicy", json!("Honor"));
-        set(constraint, "nodeTaintsPolicy", json!("Ignore"));
-    });
+    normal::pod_quantities(spec);
 }
 
-fn container(container: &mut Value, host_network: bool) {
-    if container["imagePullPolicy"].as_str().is_none_or(str::is_empty) {
-        let image = container["image"].as_str().unwrap_or_default();
-        let policy = if tag_is_latest(image) { "Always" } else { "IfNotPresent" };
-        container["imagePullPolicy"] = json!(policy);
+/// The defaults that only a pod gets, not the template it was made from.
+fn pod_itself(spec: &mut Value) {
+    set(spec, "enableServiceLinks", json!(true));
+    let host_network = spec["hostNetwork"] == true;
+    for list in ["initContainers", "containers"] {
+        each(spec, list, |container| {
+            inside(container, "resources", requests_from_limits);
+            if host_network {
+                each(container, "ports", |port| {
+                    if port["hostPort"].as_i64().unwrap_or(0) == 0 {
+                        port["hostPort"] = port["containerPort"].clone();
+                    }
+                });
+            }
+        });
     }
+}
+
+fn text(object: &Value, key: &str) -> Option<String> {
+    object[key].as_str().filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+fn container(container: &mut Value) {
+    pull_policy(container, "image", "imagePullPolicy");
     set_text(container, "terminationMessagePath", "/dev/termination-log");
     set_text(container, "terminationMessagePolicy", "File");
-    each(container, "ports", |port| {
-        set_text(port, "protocol", "TCP");
-        if host_network && port["hostPort"].as_i64().unwrap_or(0) == 0 {
-            port["hostPort"] = port["containerPort"].clone();
-        }
-    });
+    each(container, "ports", |port| set_text(port, "protocol", "TCP"));
     each(container, "env", |env| {
         inside(env, "valueFrom", |source| {
             inside(source, "fieldRef", |field| set_text(field, "apiVersion", "v1"))
@@ -108,7 +117,6 @@ fn container(container: &mut Value, host_network: bool) {
     if !container["resources"].is_object() {
         container["resources"] = json!({});
     }
-    inside(container, "resources", requests_from_limits);
     for name in ["livenessProbe", "readinessProbe", "startupProbe"] {
         inside(container, name, probe);
     }
@@ -117,6 +125,11 @@ fn container(container: &mut Value, host_network: bool) {
             inside(lifecycle, hook, |hook| inside(hook, "httpGet", http_get));
         }
     });
+}
+
+fn pull_policy(object: &mut Value, image: &str, policy: &str) {
+    let latest = tag_is_latest(object[image].as_str().unwrap_or_default());
+    set_text(object, policy, if latest { "Always" } else { "IfNotPresent" });
 }
 
 /// Whether an image has the tag `latest`, spelled or implied.
@@ -175,6 +188,12 @@ fn volume(volume: &mut Value) {
         });
     });
     inside(volume, "hostPath", |source| set(source, "type", json!("")));
+    inside(volume, "image", |source| pull_policy(source, "reference", "pullPolicy"));
+    inside(volume, "ephemeral", |source| {
+        inside(source, "volumeClaimTemplate", |template| {
+            inside(template, "spec", |spec| set(spec, "volumeMode", json!("Filesystem")));
+        });
+    });
     let sources =
         volume.as_object().map_or(0, |map| map.keys().filter(|key| *key != "name").count());
     if sources == 0 {
@@ -222,11 +241,18 @@ fn replica_set(object: &mut Value) {
     });
 }
 
+/// How long a client stays with its backend under `sessionAffinity: ClientIP`: three hours.
+const CLIENT_IP_SECS: i64 = 3 * 60 * 60;
+
 fn service(object: &mut Value) {
     inside(object, "spec", |spec| {
         set_text(spec, "sessionAffinity", "None");
         if spec["sessionAffinity"] == "ClientIP" {
-            set(spec, "sessionAffinityConfig", json!({ "clientIP": { "timeoutSeconds": 10800 } }));
+            if spec["sessionAffinityConfig"]["clientIP"]["timeoutSeconds"].is_null() {
+                spec["sessionAffinityConfig"] = json!({ "clientIP": { "timeoutSeconds": CLIENT_IP_SECS } });
+            }
+        } else if let Some(map) = spec.as_object_mut() {
+            map.shift_remove("sessionAffinityConfig");
         }
         set_text(spec, "type", "ClusterIP");
         each(spec, "ports", |port| {
@@ -236,10 +262,11 @@ fn service(object: &mut Value) {
             }
         });
         let kind = spec["type"].as_str().unwrap_or_default().to_owned();
-        if matches!(kind.as_str(), "NodePort" | "LoadBalancer") {
+        let external_ips = spec["externalIPs"].as_array().is_some_and(|ips| !ips.is_empty());
+        if matches!(kind.as_str(), "NodePort" | "LoadBalancer") || (kind == "ClusterIP" && external_ips) {
             set_text(spec, "externalTrafficPolicy", "Cluster");
         }
-        if kind != "ExternalName" {
+        if matches!(kind.as_str(), "ClusterIP" | "NodePort" | "LoadBalancer") {
             set_text(spec, "internalTrafficPolicy", "Cluster");
         }
         if kind == "LoadBalancer" {
@@ -260,6 +287,8 @@ fn namespace(object: &mut Value) {
 
 fn node(object: &mut Value) {
     inside(object, "status", |status| {
+        inside(status, "capacity", normal::quantities);
+        inside(status, "allocatable", normal::quantities);
         if status["allocatable"].is_null() && status["capacity"].is_object() {
             status["allocatable"] = status["capacity"].clone();
         }
@@ -268,11 +297,8 @@ fn node(object: &mut Value) {
 
 fn network_policy(object: &mut Value) {
     inside(object, "spec", |spec| {
-        for (list, peers) in [("ingress", "from"), ("egress", "to")] {
-            each(spec, list, |rule| {
-                each(rule, "ports", |port| set_text(port, "protocol", "TCP"));
-                let _ = peers;
-            });
+        for list in ["ingress", "egress"] {
+            each(spec, list, |rule| each(rule, "ports", |port| set_text(port, "protocol", "TCP")));
         }
         if spec["policyTypes"].as_array().is_none_or(Vec::is_empty) {
             let egress = spec["egress"].as_array().is_some_and(|rules| !rules.is_empty());
@@ -308,6 +334,73 @@ mod tests {
         assert_eq!(container["readinessProbe"]["failureThreshold"], 3);
         assert_eq!(spec["volumes"][0]["emptyDir"], json!({}));
         assert_eq!(spec["volumes"][1]["configMap"]["defaultMode"], 420);
+    }
+
+    #[test]
+    fn a_template_does_not_get_what_only_a_pod_gets() {
+        let spec = json!({ "hostNetwork": true, "serviceAccount": "bot", "containers": [{
+            "image": "web:1", "ports": [{ "containerPort": 80 }], "resources": { "limits": { "cpu": "1" } } }] });
+        let mut deployment = json!({ "spec": { "template": { "spec": spec } } });
+        apply("apps", "Deployment", &mut deployment);
+        let template = &deployment["spec"]["template"]["spec"];
+        assert_eq!(template["containers"][0]["resources"], json!({ "limits": { "cpu": "1" } }));
+        assert_eq!(template["containers"][0]["ports"][0]["hostPort"], Value::Null);
+        assert_eq!(template["enableServiceLinks"], Value::Null);
+        assert_eq!(template["serviceAccountName"], "bot");
+
+        let mut pod = json!({ "spec": spec });
+        apply("", "Pod", &mut pod);
+        let spec = &pod["spec"];
+        assert_eq!(spec["containers"][0]["resources"]["requests"], json!({ "cpu": "1" }));
+        assert_eq!(spec["containers"][0]["ports"][0]["hostPort"], 80);
+        assert_eq!(spec["enableServiceLinks"], true);
+    }
+
+    #[test]
+    fn quantities_are_stored_in_their_canonical_form_and_nulls_not_at_all() {
+        let mut pod = json!({ "metadata": { "creationTimestamp": null }, "spec": {
+            "nodeSelector": null,
+            "containers": [{ "image": "web:1",
+                "resources": { "requests": { "cpu": 1, "memory": "1024Mi" }, "limits": { "cpu": 1.5, "memory": "what" } },
+                "env": [{ "name": "A", "valueFrom": { "resourceFieldRef": { "resource": "limits.cpu" } } }] }],
+            "volumes": [{ "name": "v", "emptyDir": { "sizeLimit": "0.5Gi" } }],
+        } });
+        apply("", "Pod", &mut pod);
+        assert_eq!(pod["metadata"], json!({}));
+        let spec = &pod["spec"];
+        assert!(spec.get("nodeSelector").is_none());
+        let container = &spec["containers"][0];
+        assert_eq!(container["resources"]["requests"], json!({ "cpu": "1", "memory": "1Gi" }));
+        assert_eq!(container["resources"]["limits"], json!({ "cpu": "1500m", "memory": "what" }));
+        assert_eq!(container["env"][0]["valueFrom"]["resourceFieldRef"]["divisor"], "0");
+        assert_eq!(spec["volumes"][0]["emptyDir"]["sizeLimit"], "512Mi");
+    }
+
+    #[test]
+    fn objects_of_the_wrong_shape_are_left_for_validation() {
+        for object in [json!(1), json!([]), json!({ "spec": 1 }), json!({ "spec": { "containers": [1, "a", []],
+            "volumes": 3, "template": "x", "ports": ["x"], "strategy": 1, "ingress": [1] }, "metadata": 1 })] {
+            for (group, kind) in [
+                ("", "Pod"), ("apps", "Deployment"), ("apps", "ReplicaSet"), ("", "Service"), ("", "Secret"),
+                ("", "Namespace"), ("", "Node"), ("", "Endpoints"), ("discovery.k8s.io", "EndpointSlice"),
+                ("networking.k8s.io", "NetworkPolicy"),
+            ] {
+                apply(group, kind, &mut object.clone());
+            }
+        }
+    }
+
+    #[test]
+    fn session_affinity_and_its_timeout_go_together() {
+        let affinity = |spec: Value| {
+            let mut service = json!({ "spec": spec });
+            apply("", "Service", &mut service);
+            service["spec"]["sessionAffinityConfig"].clone()
+        };
+        assert_eq!(affinity(json!({ "sessionAffinity": "ClientIP" }))["clientIP"]["timeoutSeconds"], 10800);
+        let config = json!({ "clientIP": { "timeoutSeconds": 5 } });
+        assert_eq!(affinity(json!({ "sessionAffinity": "ClientIP", "sessionAffinityConfig": config })), config);
+        assert_eq!(affinity(json!({ "sessionAffinityConfig": config })), Value::Null);
     }
 
     #[test]

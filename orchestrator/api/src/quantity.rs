@@ -1,13 +1,35 @@
 //! Quantities: `500m`, `1Gi`, `1e3` (apimachinery, `resource.Quantity`).
 
+use std::cmp::Ordering;
 use std::fmt;
 
 /// A fixed-point number with nine decimal places, exact in that range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Quantity {
     /// Billionths.
     nano: i128,
     binary: bool,
+}
+
+// How a number is written has no part in what it is.
+impl PartialEq for Quantity {
+    fn eq(&self, other: &Self) -> bool {
+        self.nano == other.nano
+    }
+}
+
+impl Eq for Quantity {}
+
+impl PartialOrd for Quantity {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Quantity {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.nano.cmp(&other.nano)
+    }
 }
 
 const NANO: i128 = 1_000_000_000;
@@ -90,6 +112,14 @@ impl Quantity {
     #[must_use]
     pub fn value(&self) -> i64 {
         round_up(self.nano, NANO)
+    }
+
+    /// The same number, or the next thousandth above it.
+    #[must_use]
+    pub fn rounded_to_milli(self) -> Self {
+        let unit = NANO / 1000;
+        let nano = (self.nano.div_euclid(unit) + i128::from(self.nano.rem_euclid(unit) != 0)) * unit;
+        Self { nano, ..self }
     }
 
     #[must_use]
@@ -212,6 +242,14 @@ mod tests {
         for text in ["", "m", "1.2.3", "1Xi", "one", "1 Gi", "+", "1e", "--1"] {
             assert!(Quantity::parse(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn quantities_compare_by_their_number() {
+        let quantity = |text| Quantity::parse(text).expect(text);
+        assert_eq!(quantity("1Gi"), quantity("1073741824"));
+        assert!(quantity("1Gi") > quantity("1G") && quantity("999m") < quantity("1"));
+        assert_eq!(quantity("0.0001").rounded_to_milli(), quantity("1m"));
     }
 
     #[test]

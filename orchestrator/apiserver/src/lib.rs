@@ -1,1 +1,33 @@
-//! orch-apiserver
+//! The API server: the Kubernetes API on the wire, over a [`Store`](orch_store::Store).
+//!
+//! One generic REST store serves every kind. What kinds there are is data (`resources`, the type table, and the
+//! facts of `orch-facts`); what differs between them is in `strategy`, `admission` and `services`. The way of a
+//! request: `server` (TLS, user) → `request` (what is asked for) → `auth` (may they) → `read`, `watch`, `write`,
+//! `subresources` or `proxy` → `respond`, `table`.
+//!
+//! Reads come from the watch cache as bytes; nothing is parsed that need not be. Writes are compare-and-swap
+//! transactions on the store.
+
+mod admission;
+mod auth;
+mod bootstrap;
+mod compress;
+mod decode;
+mod discovery;
+mod health;
+mod printers;
+mod proxy;
+mod read;
+mod request;
+mod resources;
+mod respond;
+mod server;
+mod services;
+mod state;
+mod strategy;
+mod subresources;
+mod table;
+mod watch;
+mod write;
+
+pub use server::{ApiServer, Error, Options};

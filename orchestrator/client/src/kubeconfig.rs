@@ -73,9 +73,9 @@ mod tests {
 current-context: b
 contexts:
 - {name: a, context: {cluster: x, user: x}}
-- {name: b, context: {cluster: y, user: u}}
+- {name: b, context: {cluster: cy, user: u}}
 clusters:
-- {name: y, cluster: {server: 'https://10.0.0.1:6443', certificate-authority-data: QUJD}}
+- {name: cy, cluster: {server: 'https://10.0.0.1:6443', certificate-authority-data: QUJD}}
 users:
 - {name: u, user: {token: secret}}
 ";

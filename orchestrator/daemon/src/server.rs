@@ -162,7 +162,6 @@ fn api_options(
         ),
         service_cidr: flags.service_cidr,
         node_port_range: 30000..=32767,
-        cluster_domain: orch_config::CLUSTER_DOMAIN.to_owned(),
         dns_ip: orch_config::DNS_IP,
     })
 }

@@ -1,1 +1,12 @@
-//! orch-facts
+//! Facts about the types of the Kubernetes API, and what is read from them: protobuf bodies ([`protobuf`]), strict
+//! field checks ([`strict`]), strategic merge patches ([`strategic`]) and OpenAPI documents ([`openapi`]).
+//!
+//! The facts are one data file, `k8s-1.36.facts`, described at its head. Start with [`facts`].
+
+pub mod openapi;
+pub mod protobuf;
+pub mod strategic;
+pub mod strict;
+mod table;
+
+pub use table::{Facts, Field, FieldType, Shape, Type, TypeId, facts};

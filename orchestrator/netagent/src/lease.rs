@@ -26,6 +26,14 @@ pub use registry::{EtcdOptions, Registry, RegistryError};
 
 use crate::mac::Mac;
 
+/// All leases under a prefix, for the command line.
+///
+/// # Errors
+/// If etcd is away.
+pub async fn list(etcd: &EtcdOptions, prefix: &str) -> Result<Leases, RegistryError> {
+    Ok(Registry::connect(etcd, prefix).await?.list().await?.0)
+}
+
 /// All leases of a network by their IPv4 subnet.
 pub type Leases = BTreeMap<Ipv4Network, Lease>;
 

@@ -4,7 +4,7 @@
 //! masquerade) as a table, [`proxy`] keeps the kernel equal to it. The first two are pure.
 
 pub mod model;
-//PROXY pub mod proxy;
+pub mod proxy;
 pub mod ruleset;
 
 mod conntrack;

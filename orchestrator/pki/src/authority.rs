@@ -177,6 +177,16 @@ impl Authority {
     }
 }
 
+/// The public half of a private key in PEM, as PEM.
+///
+/// # Errors
+/// The text is no key.
+pub fn public_key_pem(key_pem: &str) -> Result<String, Error> {
+    KeyPair::from_pem(key_pem)
+        .map(|key| key.public_key_pem())
+        .map_err(|source| Error::Make { subject: "the public key".to_owned(), source })
+}
+
 fn set_validity(params: &mut CertificateParams, days: i64) {
     let now = OffsetDateTime::now_utc();
     params.not_before = now - CLOCK_SKEW;

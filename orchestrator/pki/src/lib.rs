@@ -9,6 +9,6 @@ mod authority;
 mod cluster;
 mod kubeconfig;
 
-pub use authority::{Authority, Error, Identity, Usage};
+pub use authority::{Authority, Error, Identity, Usage, public_key_pem};
 pub use cluster::{AgentCredentials, ClusterPki};
 pub use kubeconfig::kubeconfig;

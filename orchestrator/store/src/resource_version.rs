@@ -166,7 +166,10 @@ mod tests {
             spliced(r#"{"metadata":{"name":"a","resourceVersion":"7","uid":"u"}}"#),
             r#"{"metadata":{"name":"a","resourceVersion":"42","uid":"u"}}"#
         );
-        assert_eq!(spliced(r#"{ "metadata" : { } }"#), r#"{ "metadata" : {"resourceVersion":"42" } }"#);
+        assert_eq!(
+            spliced(r#"{ "metadata" : { } }"#),
+            r#"{ "metadata" : {"resourceVersion":"42" } }"#
+        );
         assert_eq!(spliced("{}"), r#"{"metadata":{"resourceVersion":"42"}}"#);
         assert_eq!(spliced(r#"{"a":1}"#), r#"{"metadata":{"resourceVersion":"42"},"a":1}"#);
     }
@@ -182,7 +185,9 @@ mod tests {
 
     #[test]
     fn what_is_no_object_comes_back_as_it_is() {
-        for json in ["", "[]", "null", r#"{"metadata":null}"#, r#"{"metadata":"#, r#"{"a"#, r#"{"a\"#, "{,"] {
+        for json in
+            ["", "[]", "null", r#"{"metadata":null}"#, r#"{"metadata":"#, r#"{"a"#, r#"{"a\"#, "{,"]
+        {
             assert_eq!(spliced(json), json);
         }
     }
@@ -195,7 +200,11 @@ mod tests {
             any::<String>().prop_map(Value::from),
             "[{}\\[\\],:\"\\\\ ]{0,8}".prop_map(Value::from),
         ];
-        let key = prop_oneof![Just("metadata".to_owned()), Just("resourceVersion".to_owned()), any::<String>()];
+        let key = prop_oneof![
+            Just("metadata".to_owned()),
+            Just("resourceVersion".to_owned()),
+            any::<String>()
+        ];
         leaf.prop_recursive(4, 32, 6, move |inner| {
             prop_oneof![
                 prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),

@@ -1,298 +1,255 @@
 //! Rules of pod specs, in pods and in templates.
 
+mod container;
+mod placement;
+mod volume;
+
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
+pub(super) use container::{port_name, port_number, port_or_name};
+
+use super::{at_least, items, label, one_of};
+use crate::names;
 use crate::status::FieldError;
-use crate::{Quantity, names};
 
 /// Checks a pod spec at `path`.
 pub(super) fn spec(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
-    let restart = ["Always", "OnFailure", "Never"];
-    one_of(&spec["restartPolicy"], &format!("{path}.restartPolicy"), &restart, errors);
+    let field = |name: &str| format!("{path}.{name}");
+    let volumes = volume::volumes(spec, &field("volumes"), errors);
+    container::containers(spec, path, &volumes, errors);
+    one_of(&spec["restartPolicy"], &field("restartPolicy"), &["Always", "OnFailure", "Never"], errors);
     let dns = ["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"];
-    one_of(&spec["dnsPolicy"], &format!("{path}.dnsPolicy"), &dns, errors);
-    if spec["terminationGracePeriodSeconds"].as_i64().is_some_and(|seconds| seconds < 0) {
-        let field = format!("{path}.terminationGracePeriodSeconds");
-        errors.push(FieldError::invalid(
-            field,
-            &spec["terminationGracePeriodSeconds"],
-            "must be greater than or equal to 0",
-        ));
+    one_of(&spec["dnsPolicy"], &field("dnsPolicy"), &dns, errors);
+    at_least(0, &spec["terminationGracePeriodSeconds"], &field("terminationGracePeriodSeconds"), errors);
+    if let Some(seconds) = spec["activeDeadlineSeconds"].as_i64()
+        && !(1..=i64::from(i32::MAX)).contains(&seconds)
+    {
+        let detail = format!("must be between 1 and {}, inclusive", i32::MAX);
+        errors.push(FieldError::invalid(field("activeDeadlineSeconds"), &spec["activeDeadlineSeconds"], detail));
     }
-    let volumes = volumes(spec, path, errors);
-    let containers = spec["containers"].as_array().map_or(&[][..], Vec::as_slice);
-    if containers.is_empty() {
-        errors.push(FieldError::required(format!("{path}.containers"), ""));
-    }
-    let mut seen = BTreeSet::new();
-    for list in ["initContainers", "containers"] {
-        for (index, item) in spec[list].as_array().into_iter().flatten().enumerate() {
-            let at = format!("{path}.{list}[{index}]");
-            let name = item["name"].as_str().unwrap_or_default();
-            if name.is_empty() {
-                errors.push(FieldError::required(format!("{at}.name"), ""));
-            } else if let Err(why) = names::is_dns1123_label(name) {
-                errors.push(FieldError::invalid(format!("{at}.name"), &item["name"], why));
-            } else if !seen.insert(name.to_owned()) {
-                errors.push(FieldError::duplicate(format!("{at}.name"), &item["name"]));
-            }
-            container(item, &at, &volumes, errors);
-            if list == "initContainers" && item["restartPolicy"].is_null() {
-                for probe in ["livenessProbe", "readinessProbe", "startupProbe", "lifecycle"] {
-                    if !item[probe].is_null() {
-                        errors.push(FieldError::forbidden(
-                            format!("{at}.{probe}"),
-                            "may not be set for init containers without restartPolicy=Always",
-                        ));
-                    }
-                }
-            }
-        }
-    }
-    for (index, toleration) in spec["tolerations"].as_array().into_iter().flatten().enumerate() {
-        let at = format!("{path}.tolerations[{index}]");
-        if !toleration["operator"].is_null() {
-            one_of(
-                &toleration["operator"],
-                &format!("{at}.operator"),
-                &["Equal", "Exists"],
-                errors,
-            );
-        }
-        if toleration["operator"] == "Exists"
-            && toleration["value"].as_str().is_some_and(|value| !value.is_empty())
+    for (name, check) in [
+        ("hostname", names::is_dns1123_label as fn(&str) -> Result<(), String>),
+        ("subdomain", names::is_dns1123_label),
+        ("serviceAccountName", names::is_dns1123_subdomain),
+        ("nodeName", names::is_dns1123_subdomain),
+        ("priorityClassName", names::is_dns1123_subdomain),
+        ("runtimeClassName", names::is_dns1123_subdomain),
+    ] {
+        if let Some(text) = spec[name].as_str().filter(|text| !text.is_empty())
+            && let Err(why) = check(text)
         {
-            errors.push(FieldError::invalid(
-                format!("{at}.operator"),
-                toleration,
-                "value must be empty when `operator` is 'Exists'",
-            ));
+            errors.push(FieldError::invalid(field(name), &spec[name], why));
         }
     }
     for (key, value) in spec["nodeSelector"].as_object().into_iter().flatten() {
-        super::label(key, value, &format!("{path}.nodeSelector"), errors);
+        label(key, value, &field("nodeSelector"), errors);
+    }
+    placement::tolerations(&spec["tolerations"], &field("tolerations"), errors);
+    placement::affinity(&spec["affinity"], &field("affinity"), errors);
+    placement::spread(&spec["topologySpreadConstraints"], &field("topologySpreadConstraints"), errors);
+    host_aliases(spec, path, errors);
+    dns_config(spec, path, errors);
+    security_context(&spec["securityContext"], &field("securityContext"), errors);
+    let mut gates = BTreeSet::new();
+    for (index, gate) in items(&spec["schedulingGates"]) {
+        let at = format!("{path}.schedulingGates[{index}]");
+        let name = gate["name"].as_str().unwrap_or_default();
+        if let Err(why) = names::is_qualified_name(name) {
+            errors.push(FieldError::invalid(at, &gate["name"], why));
+        } else if !gates.insert(name) {
+            errors.push(FieldError::duplicate(at, &gate["name"]));
+        }
+    }
+    if !gates.is_empty() && spec["nodeName"].as_str().is_some_and(|name| !name.is_empty()) {
+        errors.push(FieldError::forbidden(field("nodeName"), "cannot be set until all schedulingGates have been cleared"));
     }
 }
 
-fn one_of(value: &Value, field: &str, allowed: &[&str], errors: &mut Vec<FieldError>) {
-    if let Some(text) = value.as_str()
-        && !allowed.contains(&text)
-    {
-        errors.push(FieldError::not_supported(field, value, allowed));
-    }
-}
-
-fn volumes(spec: &Value, path: &str, errors: &mut Vec<FieldError>) -> BTreeSet<String> {
-    let mut names_seen = BTreeSet::new();
-    for (index, volume) in spec["volumes"].as_array().into_iter().flatten().enumerate() {
-        let at = format!("{path}.volumes[{index}]");
-        let name = volume["name"].as_str().unwrap_or_default();
-        if name.is_empty() {
-            errors.push(FieldError::required(format!("{at}.name"), ""));
-        } else if let Err(why) = names::is_dns1123_label(name) {
-            errors.push(FieldError::invalid(format!("{at}.name"), &volume["name"], why));
-        } else if !names_seen.insert(name.to_owned()) {
-            errors.push(FieldError::duplicate(format!("{at}.name"), &volume["name"]));
+fn host_aliases(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
+    for (index, alias) in items(&spec["hostAliases"]) {
+        let at = format!("{path}.hostAliases[{index}]");
+        if alias["ip"].as_str().is_none_or(|ip| ip.parse::<IpAddr>().is_err()) {
+            let detail = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
+            errors.push(FieldError::invalid(format!("{at}.ip"), &alias["ip"], detail));
         }
-        let sources = volume.as_object().map_or(0, |map| {
-            map.iter().filter(|(key, value)| *key != "name" && !value.is_null()).count()
-        });
-        if sources > 1 {
-            errors
-                .push(FieldError::forbidden(at.clone(), "may not specify more than 1 volume type"));
-        }
-        if volume["hostPath"].is_object()
-            && volume["hostPath"]["path"].as_str().is_none_or(str::is_empty)
-        {
-            errors.push(FieldError::required(format!("{at}.hostPath.path"), ""));
-        }
-    }
-    names_seen
-}
-
-fn container(
-    container: &Value,
-    at: &str,
-    volumes: &BTreeSet<String>,
-    errors: &mut Vec<FieldError>,
-) {
-    let image = container["image"].as_str().unwrap_or_default();
-    if image.is_empty() {
-        errors.push(FieldError::required(format!("{at}.image"), ""));
-    } else if image.trim() != image {
-        errors.push(FieldError::invalid(
-            format!("{at}.image"),
-            &container["image"],
-            "must not have leading or trailing whitespace",
-        ));
-    }
-    let policies = ["Always", "IfNotPresent", "Never"];
-    one_of(&container["imagePullPolicy"], &format!("{at}.imagePullPolicy"), &policies, errors);
-    let mut port_names = BTreeSet::new();
-    for (index, port) in container["ports"].as_array().into_iter().flatten().enumerate() {
-        let field = |name: &str| format!("{at}.ports[{index}].{name}");
-        port_number(&port["containerPort"], &field("containerPort"), errors);
-        if port["hostPort"].as_i64().unwrap_or(0) != 0 {
-            port_number(&port["hostPort"], &field("hostPort"), errors);
-        }
-        one_of(&port["protocol"], &field("protocol"), &["SCTP", "TCP", "UDP"], errors);
-        if let Some(name) = port["name"].as_str().filter(|name| !name.is_empty()) {
-            if name.len() > 15
-                || names::is_dns1123_label(name).is_err()
-                || !name.bytes().any(|b| b.is_ascii_lowercase())
-            {
-                errors.push(FieldError::invalid(field("name"), &port["name"], "must be an IANA_SVC_NAME (at most 15 characters, matching regex [a-z0-9]([a-z0-9-]*[a-z0-9])*, it must contain at least one letter [a-z], and hyphens cannot be adjacent to other hyphens): e.g. \"http\""));
-            } else if !port_names.insert(name.to_owned()) {
-                errors.push(FieldError::duplicate(field("name"), &port["name"]));
+        for (place, name) in items(&alias["hostnames"]) {
+            if let Err(why) = names::is_dns1123_subdomain(name.as_str().unwrap_or_default()) {
+                errors.push(FieldError::invalid(format!("{at}.hostnames[{place}]"), name, why));
             }
         }
     }
-    for (index, env) in container["env"].as_array().into_iter().flatten().enumerate() {
-        let name = env["name"].as_str().unwrap_or_default();
-        let field = format!("{at}.env[{index}].name");
+}
+
+/// Resolvers and search domains that the system's resolver library takes.
+const NAMESERVERS_LIMIT: usize = 3;
+const SEARCHES_LIMIT: usize = 32;
+
+fn dns_config(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
+    let config = &spec["dnsConfig"];
+    let servers = config["nameservers"].as_array().map_or(0, Vec::len);
+    if spec["dnsPolicy"] == "None" && servers == 0 {
+        let (at, detail) = if config.is_null() {
+            (format!("{path}.dnsConfig"), "must provide `dnsConfig` when `dnsPolicy` is None")
+        } else {
+            (
+                format!("{path}.dnsConfig.nameservers"),
+                "must provide at least one DNS nameserver when `dnsPolicy` is None",
+            )
+        };
+        errors.push(FieldError::required(at, detail));
+    }
+    if servers > NAMESERVERS_LIMIT {
+        let detail = format!("must not have more than {NAMESERVERS_LIMIT} nameservers");
+        errors.push(FieldError::invalid(format!("{path}.dnsConfig.nameservers"), &config["nameservers"], detail));
+    }
+    for (index, server) in items(&config["nameservers"]) {
+        if server.as_str().is_none_or(|ip| ip.parse::<IpAddr>().is_err()) {
+            let detail = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
+            errors.push(FieldError::invalid(format!("{path}.dnsConfig.nameservers[{index}]"), server, detail));
+        }
+    }
+    if config["searches"].as_array().is_some_and(|searches| searches.len() > SEARCHES_LIMIT) {
+        let detail = format!("must not have more than {SEARCHES_LIMIT} search paths");
+        errors.push(FieldError::invalid(format!("{path}.dnsConfig.searches"), &config["searches"], detail));
+    }
+}
+
+fn security_context(context: &Value, at: &str, errors: &mut Vec<FieldError>) {
+    for name in ["runAsUser", "runAsGroup", "fsGroup"] {
+        id(&context[name], &format!("{at}.{name}"), errors);
+    }
+    for (index, group) in items(&context["supplementalGroups"]) {
+        id(group, &format!("{at}.supplementalGroups[{index}]"), errors);
+    }
+    let policies = ["Always", "OnRootMismatch"];
+    one_of(&context["fsGroupChangePolicy"], &format!("{at}.fsGroupChangePolicy"), &policies, errors);
+    let mut names_seen = BTreeSet::new();
+    for (index, sysctl) in items(&context["sysctls"]) {
+        let field = format!("{at}.sysctls[{index}].name");
+        let name = sysctl["name"].as_str().unwrap_or_default();
         if name.is_empty() {
             errors.push(FieldError::required(field, ""));
-        } else if name.contains('=') || name.chars().any(char::is_control) {
-            errors.push(FieldError::invalid(field, &env["name"], "a valid environment variable name must consist only of printable ASCII characters other than '='"));
-        }
-        if !env["valueFrom"].is_null()
-            && env["value"].as_str().is_some_and(|value| !value.is_empty())
-        {
-            errors.push(FieldError::invalid(
-                format!("{at}.env[{index}].valueFrom"),
-                &json!(""),
-                "may not be specified when `value` is not empty",
-            ));
-        }
-    }
-    let mut mounts = BTreeSet::new();
-    for (index, mount) in container["volumeMounts"].as_array().into_iter().flatten().enumerate() {
-        let field = |name: &str| format!("{at}.volumeMounts[{index}].{name}");
-        let name = mount["name"].as_str().unwrap_or_default();
-        if !volumes.contains(name) {
-            errors.push(FieldError::not_found(field("name"), &mount["name"]));
-        }
-        let target = mount["mountPath"].as_str().unwrap_or_default();
-        if target.is_empty() {
-            errors.push(FieldError::required(field("mountPath"), ""));
-        } else if !mounts.insert(target.to_owned()) {
-            errors.push(FieldError::invalid(
-                field("mountPath"),
-                &mount["mountPath"],
-                "must be unique",
-            ));
-        }
-        if mount["subPath"]
-            .as_str()
-            .is_some_and(|path| path.starts_with('/') || path.split('/').any(|part| part == ".."))
-        {
-            errors.push(FieldError::invalid(
-                field("subPath"),
-                &mount["subPath"],
-                "must be a relative path without '..'",
-            ));
-        }
-    }
-    resources(&container["resources"], &format!("{at}.resources"), errors);
-    for name in ["livenessProbe", "readinessProbe", "startupProbe"] {
-        let probe = &container[name];
-        if probe.is_object() {
-            let handlers = ["exec", "httpGet", "tcpSocket", "grpc"]
-                .iter()
-                .filter(|handler| !probe[**handler].is_null())
-                .count();
-            let field = format!("{at}.{name}");
-            if handlers == 0 {
-                errors.push(FieldError::required(field, "must specify a handler type"));
-            } else if handlers > 1 {
-                errors
-                    .push(FieldError::forbidden(field, "may not specify more than 1 handler type"));
-            } else if name != "readinessProbe"
-                && probe["successThreshold"].as_i64().unwrap_or(1) != 1
-            {
-                errors.push(FieldError::invalid(
-                    format!("{field}.successThreshold"),
-                    &probe["successThreshold"],
-                    "must be 1",
-                ));
-            }
+        } else if !names_seen.insert(name) {
+            errors.push(FieldError::duplicate(field, &sysctl["name"]));
         }
     }
 }
 
-pub(super) fn port_number(value: &Value, field: &str, errors: &mut Vec<FieldError>) {
-    if !value.as_i64().is_some_and(|port| (1..=65535).contains(&port)) {
-        errors.push(FieldError::invalid(field, value, "must be between 1 and 65535, inclusive"));
+/// A user or group number.
+fn id(value: &Value, field: &str, errors: &mut Vec<FieldError>) {
+    if let Some(number) = value.as_i64()
+        && !(0..=i64::from(i32::MAX)).contains(&number)
+    {
+        let detail = format!("must be between 0 and {}, inclusive", i32::MAX);
+        errors.push(FieldError::invalid(field, value, detail));
     }
 }
 
-fn resources(resources: &Value, at: &str, errors: &mut Vec<FieldError>) {
-    for list in ["limits", "requests"] {
-        for (name, quantity) in resources[list].as_object().into_iter().flatten() {
-            let text = quantity.as_str().map_or_else(|| quantity.to_string(), str::to_owned);
-            let field = format!("{at}.{list}[{name}]");
-            match Quantity::parse(&text) {
-                Err(error) => errors.push(FieldError::invalid(field, quantity, error.to_string())),
-                Ok(parsed) if parsed.is_negative() => {
-                    errors.push(FieldError::invalid(
-                        field,
-                        quantity,
-                        "must be greater than or equal to 0",
-                    ));
-                }
-                Ok(parsed) if list == "requests" => {
-                    let limit = &resources["limits"][name];
-                    let limit_text =
-                        limit.as_str().map_or_else(|| limit.to_string(), str::to_owned);
-                    if !limit.is_null()
-                        && Quantity::parse(&limit_text).is_ok_and(|limit| parsed > limit)
-                    {
-                        errors.push(FieldError::invalid(
-                            format!("{at}.requests"),
-                            quantity,
-                            format!("must be less than or equal to {name} limit of {limit_text}"),
-                        ));
-                    }
-                }
-                Ok(_) => {}
-            }
-        }
-    }
-}
+const UPDATE_FORBIDDEN: &str = "pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
 
 /// Of an existing pod only few fields may change.
 pub(super) fn update(new: &Value, old: &Value, errors: &mut Vec<FieldError>) {
-    let mut probe = new["spec"].clone();
-    let before = &old["spec"];
+    let (before, after) = (&old["spec"], &new["spec"]);
     for list in ["containers", "initContainers"] {
-        for (index, item) in before[list].as_array().into_iter().flatten().enumerate() {
-            if let Some(changed) = probe.get_mut(list).and_then(|items| items.get_mut(index)) {
-                if changed["image"].as_str().is_some_and(str::is_empty) {
-                    errors.push(FieldError::required(format!("spec.{list}[{index}].image"), ""));
-                }
+        let count = |spec: &Value| spec[list].as_array().map_or(0, Vec::len);
+        if count(before) != count(after) {
+            errors.push(FieldError::forbidden(
+                format!("spec.{list}"),
+                "pod updates may not add or remove containers",
+            ));
+            return;
+        }
+    }
+    // What may change is put back as it was; what differs then, may not.
+    let mut rest = after.clone();
+    for list in ["containers", "initContainers"] {
+        for (index, item) in items(&before[list]) {
+            container::image(&after[list][index], &format!("spec.{list}[{index}]"), errors);
+            if let Some(changed) = rest.get_mut(list).and_then(|items| items.get_mut(index)) {
                 copy(changed, item, "image");
             }
         }
     }
-    for field in ["activeDeadlineSeconds", "terminationGracePeriodSeconds", "schedulingGates"] {
-        copy(&mut probe, before, field);
+    active_deadline(before, after, errors);
+    copy(&mut rest, before, "activeDeadlineSeconds");
+    let grace = |spec: &Value| spec["terminationGracePeriodSeconds"].as_i64();
+    if grace(before).is_some_and(|seconds| seconds < 0) && grace(after) == Some(1) {
+        copy(&mut rest, before, "terminationGracePeriodSeconds");
     }
-    // Tolerations may be added, never removed or changed.
-    let kept = before["tolerations"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .all(|old| probe["tolerations"].as_array().into_iter().flatten().any(|new| new == old));
-    if kept {
-        copy(&mut probe, before, "tolerations");
+    let contained = |list: &str, one: &Value, other: &Value| {
+        items(&one[list]).all(|(_, item)| items(&other[list]).any(|(_, same)| same == item))
+    };
+    // Tolerations may only be added, apart from how long they last.
+    if contained("tolerations", before, after) {
+        placement::tolerations(&after["tolerations"], "spec.tolerations", errors);
+        copy(&mut rest, before, "tolerations");
     }
-    if probe != *before {
-        errors.push(FieldError::forbidden(
-            "spec",
-            "pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)",
-        ));
+    if contained("schedulingGates", after, before) {
+        copy(&mut rest, before, "schedulingGates");
+    } else {
+        let added = items(&after["schedulingGates"])
+            .filter(|(_, gate)| !items(&before["schedulingGates"]).any(|(_, old)| old == *gate))
+            .map(|(_, gate)| gate["name"].as_str().unwrap_or_default().to_owned())
+            .collect::<Vec<_>>();
+        let detail = format!("only deletion is allowed, but found new scheduling gates {:?}", added.join(", "));
+        errors.push(FieldError::forbidden("spec.schedulingGates", detail));
+        return;
+    }
+    // A pod that is still gated may be pointed at fewer nodes.
+    if items(&before["schedulingGates"]).next().is_some() {
+        let narrowed = before["nodeSelector"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .all(|(key, value)| after["nodeSelector"].get(key) == Some(value));
+        if narrowed {
+            copy(&mut rest, before, "nodeSelector");
+        }
+        let node_affinity = |spec: &Value| spec["affinity"]["nodeAffinity"].clone();
+        if node_affinity(before).is_null() {
+            if let Some(affinity) = rest.get_mut("affinity").and_then(Value::as_object_mut) {
+                affinity.shift_remove("nodeAffinity");
+            }
+            if rest["affinity"].as_object().is_some_and(serde_json::Map::is_empty) {
+                copy(&mut rest, before, "affinity");
+            }
+        }
+    }
+    // The control plane's own containers for debugging come through their own subresource.
+    copy(&mut rest, before, "ephemeralContainers");
+    if rest != *before {
+        errors.push(FieldError::forbidden("spec", UPDATE_FORBIDDEN));
+    }
+}
+
+fn active_deadline(before: &Value, after: &Value, errors: &mut Vec<FieldError>) {
+    let field = "activeDeadlineSeconds";
+    match (before[field].as_i64(), after[field].as_i64()) {
+        (None, Some(seconds)) if seconds < 0 => {
+            errors.push(FieldError::invalid(
+                format!("spec.{field}"),
+                &after[field],
+                "must be greater than or equal to 0",
+            ));
+        }
+        (Some(old), Some(new)) if new > old => {
+            errors.push(FieldError::invalid(
+                format!("spec.{field}"),
+                &after[field],
+                "must be less than or equal to previous value",
+            ));
+        }
+        (Some(_), None) => {
+            errors.push(FieldError::invalid(
+                format!("spec.{field}"),
+                &Value::Null,
+                "must not update from a positive integer to nil value",
+            ));
+        }
+        _ => {}
     }
 }
 

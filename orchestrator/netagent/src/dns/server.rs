@@ -17,6 +17,7 @@ use tracing::{debug, info, warn};
 use super::answer::{Outcome, answer, encode, response_to};
 use super::forward::Forwarder;
 use super::zone::{Domain, Zone};
+use crate::status::NetStatus;
 
 /// Queries under way to the outside. More wait in the socket's buffer, and are lost when that is full: the clients ask
 /// again.
@@ -38,6 +39,8 @@ pub struct Server {
     pub zone: watch::Receiver<Option<Arc<Zone>>>,
     /// For all other names.
     pub forwarder: Forwarder,
+    /// Told when the server answers.
+    pub status: Arc<watch::Sender<NetStatus>>,
 }
 
 impl Server {
@@ -73,6 +76,7 @@ impl Server {
             Err(error) => return error,
         };
         info!(address = %self.address, domain = self.domain.name, "cluster DNS answers");
+        self.status.send_modify(|status| status.dns = Some(self.address.ip().to_string()));
         // Dropped with this future, which ends the tasks.
         let stop = cancel.child_token();
         let _guard = stop.clone().drop_guard();

@@ -1,6 +1,8 @@
 //! What the integration tests share: a real etcd on a temporary folder.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
 
+pub mod netns;
+
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -58,8 +60,11 @@ impl Etcd {
         }
     }
 
+    /// A client, once etcd answers.
     pub async fn client(&self) -> etcd_client::Client {
-        etcd_client::Client::connect([&self.url], None).await.expect("connect")
+        let client = etcd_client::Client::connect([&self.url], None).await.expect("connect");
+        eventually("etcd answers", Duration::from_secs(20), || async { client.clone().get("x", None).await.ok() }).await;
+        client
     }
 }
 

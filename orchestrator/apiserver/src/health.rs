@@ -1,0 +1,61 @@
+//! `/healthz`, `/livez`, `/readyz`, `/metrics`.
+
+use std::fmt::Write as _;
+
+use http::{Response, StatusCode};
+use orch_client::Body;
+
+use crate::respond;
+use crate::state::Shared;
+
+/// One line per check with `verbose`, `ok` or the failures otherwise.
+pub(crate) fn check(shared: &Shared, path: &str, verbose: bool) -> Response<Body> {
+    let mut checks = vec![("ping".to_owned(), true)];
+    if path == "/readyz" {
+        for stored in shared.stored.values() {
+            checks.push((format!("cache-{}", stored.resource.plural), stored.cache.is_ready()));
+        }
+        checks.push(("not-shutting-down".to_owned(), !shared.stop.is_cancelled()));
+    }
+    let good = checks.iter().all(|(_, good)| *good);
+    if good && !verbose {
+        return respond::text(StatusCode::OK, "ok");
+    }
+    let mut text = String::new();
+    for (name, good) in &checks {
+        let _ = if *good {
+            writeln!(text, "[+]{name} ok")
+        } else {
+            writeln!(text, "[-]{name} failed: still filling from etcd")
+        };
+    }
+    let verdict = if good { "passed" } else { "failed" };
+    let _ = writeln!(text, "{} check {verdict}", path.trim_start_matches('/'));
+    respond::text(if good { StatusCode::OK } else { StatusCode::INTERNAL_SERVER_ERROR }, text)
+}
+
+/// Prometheus text format: objects per resource and how far the caches are.
+pub(crate) fn metrics(shared: &Shared) -> Response<Body> {
+    let mut text = String::from(
+        "# HELP apiserver_storage_objects Number of stored objects.\n# TYPE apiserver_storage_objects gauge\n",
+    );
+    for stored in shared.stored.values() {
+        let resource = stored.resource;
+        let name = if resource.group.is_empty() {
+            resource.plural.to_owned()
+        } else {
+            format!("{}.{}", resource.plural, resource.group)
+        };
+        let _ = writeln!(
+            text,
+            "apiserver_storage_objects{{resource=\"{name}\"}} {}",
+            stored.cache.snapshot().len()
+        );
+    }
+    let _ = writeln!(
+        text,
+        "# HELP orch_apiserver_cache_revision Revision of the store that all caches have seen.\n# TYPE orch_apiserver_cache_revision gauge\norch_apiserver_cache_revision {}",
+        shared.feed.revision()
+    );
+    respond::text(StatusCode::OK, text)
+}

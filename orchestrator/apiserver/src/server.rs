@@ -1,0 +1,542 @@
+//! The server: from a connection to a handler, and the way in for components of the same process.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use ipnetwork::Ipv4Network;
+use orch_api::ApiError;
+use orch_client::{Body, Client, Error as ClientError, Transport};
+use orch_store::cache::Feed;
+use orch_store::{Store, compaction};
+use rustls::RootCertStore;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::auth::{self, Authenticator, User};
+use crate::bootstrap;
+use crate::health;
+use crate::proxy::{self, AgentClient};
+use crate::request::{self, Query, RequestInfo, Verb};
+use crate::resources;
+use crate::state::{Shared, start_caches};
+use crate::strategy::Part;
+use crate::write::Call;
+use crate::{discovery, read, respond, subresources, watch};
+
+/// Upper bound of a request body, upstream's.
+const BODY_LIMIT: usize = 3 * 1024 * 1024;
+/// How much history the store keeps for resuming watches and paged lists.
+const HISTORY: Duration = Duration::from_secs(300);
+/// How long open requests may go on after the stop.
+const DRAIN: Duration = Duration::from_secs(5);
+/// A TLS handshake that takes longer is given up.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What the server is made from.
+pub struct Options {
+    pub store: Arc<dyn Store>,
+    pub listen: SocketAddr,
+    /// Address under which pods and agents reach this server.
+    pub advertise: IpAddr,
+    pub tls_cert_pem: String,
+    pub tls_key_pem: String,
+    /// Signs the certificates of clients and agents.
+    pub client_ca_pem: String,
+    pub kubelet_client_cert_pem: String,
+    pub kubelet_client_key_pem: String,
+    /// EC P-256 key, PKCS#8 PEM; signs ServiceAccount tokens.
+    pub service_account_key_pem: String,
+    pub service_account_issuer: String,
+    pub service_cidr: Ipv4Network,
+    pub node_port_range: RangeInclusive<u16>,
+    pub dns_ip: Ipv4Addr,
+}
+
+/// Why the server cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "listen on {address}: {source}; another process has the port, or the address is not this host's"
+    )]
+    Listen { address: SocketAddr, source: std::io::Error },
+    #[error("TLS: {0}")]
+    Tls(String),
+    #[error("the server is stopping")]
+    Stopping,
+}
+
+/// A started API server.
+pub struct ApiServer {
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    tls: TlsAcceptor,
+    background: JoinSet<()>,
+}
+
+impl ApiServer {
+    /// Opens the port, starts the caches and makes the cluster's own objects. Requests are answered by [`serve`].
+    ///
+    /// # Errors
+    /// The port is taken or a key is unusable.
+    ///
+    /// [`serve`]: ApiServer::serve
+    pub async fn start(options: Options, stop: CancellationToken) -> Result<Self, Error> {
+        let listener = TcpListener::bind(options.listen)
+            .await
+            .map_err(|source| Error::Listen { address: options.listen, source })?;
+        let tls = acceptor(&options)?;
+        let public = orch_pki::public_key_pem(&options.service_account_key_pem)
+            .map_err(|error| Error::Tls(format!("the key for ServiceAccount tokens: {error}")))?;
+        let authenticator = Authenticator::new(
+            &options.service_account_issuer,
+            &options.service_account_key_pem,
+            &public,
+        )
+        .map_err(|error| Error::Tls(format!("the key for ServiceAccount tokens: {error}")))?;
+        let agents = AgentClient::new(
+            options.client_ca_pem.clone(),
+            options.kubelet_client_cert_pem.clone(),
+            options.kubelet_client_key_pem.clone(),
+        );
+        let store = options.store.clone();
+        let feed = Feed::start(store.clone(), "/registry/", stop.clone());
+        let stored = start_caches(&feed);
+        let shared = Arc::new(Shared {
+            store: store.clone(),
+            feed,
+            stored,
+            authenticator,
+            agents,
+            options,
+            allocation: tokio::sync::Mutex::new(()),
+            stop: stop.clone(),
+        });
+        let mut background = JoinSet::new();
+        background.spawn(compaction::run(store, HISTORY, stop.clone()));
+        let server = Self { shared, listener, tls, background };
+        let wanted = bootstrap::Wanted {
+            advertise: server.shared.options.advertise,
+            port: server.shared.options.listen.port(),
+            kubernetes_ip: Ipv4Addr::from_bits(
+                server.shared.options.service_cidr.network().to_bits() + 1,
+            ),
+            dns_ip: server.shared.options.dns_ip,
+        };
+        let client = server.client("system:apiserver", &["system:masters"]);
+        let mut server = server;
+        server.background.spawn(async move {
+            tokio::select! {
+                () = bootstrap::run(client, wanted) => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        Ok(server)
+    }
+
+    /// A client straight into this server, as a user in groups.
+    #[must_use]
+    pub fn client(&self, user: &str, groups: &[&str]) -> Client {
+        Client::new(InProcess { shared: self.shared.clone(), user: User::new(user, groups) })
+    }
+
+    /// The address it listens on.
+    ///
+    /// # Errors
+    /// The socket is closed.
+    pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Answers requests until it is told to stop.
+    ///
+    /// # Errors
+    /// None today; connections that fail are logged.
+    pub async fn serve(mut self, stop: CancellationToken) -> Result<(), Error> {
+        info!(address = %self.shared.options.listen, "the API server listens");
+        let mut connections = JoinSet::new();
+        loop {
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+                () = stop.cancelled() => break,
+            };
+            match accepted {
+                Ok((stream, peer)) => {
+                    let _ = stream.set_nodelay(true);
+                    let connection =
+                        connection(self.shared.clone(), self.tls.clone(), stream, stop.clone());
+                    connections.spawn(async move {
+                        if let Err(error) = connection.await {
+                            debug!(%peer, error, "a connection ended badly");
+                        }
+                    });
+                }
+                // Out of file descriptors, for example: others are being closed meanwhile.
+                Err(error) => {
+                    warn!(%error, "accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+        let drained = async { while connections.join_next().await.is_some() {} };
+        if tokio::time::timeout(DRAIN, drained).await.is_err() {
+            warn!("some requests did not end in time");
+        }
+        self.background.shutdown().await;
+        self.shared.feed.ended().await;
+        Ok(())
+    }
+}
+
+fn acceptor(options: &Options) -> Result<TlsAcceptor, Error> {
+    let broken = |what: &str, error: &dyn std::fmt::Display| Error::Tls(format!("{what}: {error}"));
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(options.client_ca_pem.as_bytes()) {
+        let certificate = certificate.map_err(|error| broken("client authority", &error))?;
+        roots.add(certificate).map_err(|error| broken("client authority", &error))?;
+    }
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(
+        Arc::new(roots),
+        provider.clone(),
+    )
+    .allow_unauthenticated()
+    .build()
+    .map_err(|error| broken("client authority", &error))?;
+    let chain = CertificateDer::pem_slice_iter(options.tls_cert_pem.as_bytes())
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| broken("server certificate", &error))?;
+    let key = PrivateKeyDer::from_pem_slice(options.tls_key_pem.as_bytes())
+        .map_err(|error| broken("server key", &error))?;
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| broken("versions", &error))?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)
+        .map_err(|error| broken("server certificate and key", &error))?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+async fn connection(
+    shared: Arc<Shared>,
+    tls: TlsAcceptor,
+    stream: tokio::net::TcpStream,
+    stop: CancellationToken,
+) -> Result<(), String> {
+    let stream = tokio::time::timeout(HANDSHAKE_LIMIT, tls.accept(stream))
+        .await
+        .map_err(|_| "the TLS handshake took too long".to_owned())?
+        .map_err(|error| error.to_string())?;
+    let certificate_user = stream
+        .get_ref()
+        .1
+        .peer_certificates()
+        .and_then(|chain| chain.first())
+        .and_then(|certificate| auth::user_of_certificate(certificate));
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (shared, certificate_user) = (shared.clone(), certificate_user.clone());
+        async move {
+            Ok::<_, std::convert::Infallible>(from_wire(&shared, certificate_user, request).await)
+        }
+    });
+    let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60));
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Duration::from_secs(30))
+        .max_concurrent_streams(1000);
+    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        outcome = connection.as_mut() => outcome.map_err(|error| error.to_string()),
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await.map_err(|error| error.to_string())
+        }
+    }
+}
+
+/// A request from the network: authenticate, read the body, handle.
+async fn from_wire(
+    shared: &Arc<Shared>,
+    certificate: Option<User>,
+    mut request: Request<Incoming>,
+) -> Response<Body> {
+    let user = match bearer(request.headers()) {
+        Some(token) => match subresources::user_of_token(shared, token) {
+            Some((user, _)) => user,
+            None => return respond::error(&ApiError::unauthorized()),
+        },
+        None => certificate.unwrap_or_else(User::anonymous),
+    };
+    let upgrade = request.extensions_mut().remove::<OnUpgrade>();
+    let (parts, body) = request.into_parts();
+    let bytes = match Limited::new(body, BODY_LIMIT).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) if error.is::<http_body_util::LengthLimitError>() => {
+            return respond::error(&ApiError::too_large(BODY_LIMIT));
+        }
+        Err(error) => {
+            return respond::error(&ApiError::bad_request(format!("the body broke off: {error}")));
+        }
+    };
+    let accepts_gzip = parts
+        .headers
+        .get(header::ACCEPT_ENCODING)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.contains("gzip"));
+    let response = handle(shared, &user, Request::from_parts(parts, bytes), upgrade).await;
+    crate::compress::large(response, accepts_gzip).await
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    value.strip_prefix("Bearer ").or_else(|| value.strip_prefix("bearer ")).map(str::trim)
+}
+
+/// Answers one request of a known user.
+pub(crate) async fn handle(
+    shared: &Arc<Shared>,
+    user: &User,
+    request: Request<Bytes>,
+    upgrade: Option<OnUpgrade>,
+) -> Response<Body> {
+    match route(shared, user, request, upgrade).await {
+        Ok(response) => response,
+        Err(error) => respond::error(&error),
+    }
+}
+
+async fn route(
+    shared: &Arc<Shared>,
+    user: &User,
+    request: Request<Bytes>,
+    upgrade: Option<OnUpgrade>,
+) -> Result<Response<Body>, ApiError> {
+    let (parts, body) = request.into_parts();
+    let path = parts.uri.path();
+    let query = Query::parse(parts.uri.query());
+    if let Some(info) = request::parse(&parts.method, path, &query) {
+        if !auth::allowed(user, &info) {
+            return Err(refusal(user, &info, path));
+        }
+        if info.subresource.is_empty()
+            && let Some(review) = resources::find_review(&info.group, &info.resource)
+        {
+            return if info.verb == Verb::Create {
+                subresources::review(shared, user, review, &parts.headers, &query, &body)
+            } else {
+                Err(ApiError::method_not_allowed())
+            };
+        }
+        return resource(shared, &info, &parts.method, &parts.headers, &query, &body, upgrade)
+            .await;
+    }
+    if !auth::path_allowed(user, path) {
+        return Err(refusal(
+            user,
+            &RequestInfo { verb: Verb::Get, ..RequestInfo::default() },
+            path,
+        ));
+    }
+    if parts.method != Method::GET && parts.method != Method::HEAD {
+        return Err(ApiError::method_not_allowed());
+    }
+    plain(shared, path, &query, &parts.headers).ok_or_else(ApiError::no_such_path)
+}
+
+fn refusal(user: &User, info: &RequestInfo, path: &str) -> ApiError {
+    if user.groups.iter().any(|group| group == "system:unauthenticated") {
+        return ApiError::unauthorized();
+    }
+    if info.resource.is_empty() {
+        let mut error = ApiError::refused("", "", "", "");
+        error.message =
+            format!("forbidden: User {:?} cannot {} path {path:?}", user.name, info.verb.as_str());
+        return error;
+    }
+    let resource = if info.subresource.is_empty() {
+        info.resource.clone()
+    } else {
+        format!("{}/{}", info.resource, info.subresource)
+    };
+    ApiError::forbidden(
+        &user.name,
+        info.verb.as_str(),
+        &info.group,
+        &resource,
+        &info.namespace,
+        &info.name,
+    )
+}
+
+/// Paths that name no resource.
+fn plain(
+    shared: &Shared,
+    path: &str,
+    query: &Query,
+    headers: &HeaderMap,
+) -> Option<Response<Body>> {
+    let trimmed = path.trim_end_matches('/');
+    let address = format!("{}:{}", shared.options.advertise, shared.options.listen.port());
+    match trimmed {
+        "/api" | "/apis" => return Some(discovery::root(trimmed, headers, &address)),
+        "/version" => return Some(discovery::version()),
+        "/healthz" | "/livez" | "/readyz" => {
+            return Some(health::check(shared, trimmed, query.has("verbose")));
+        }
+        "/metrics" => return Some(health::metrics(shared)),
+        "" => {
+            let paths = [
+                "/api",
+                "/apis",
+                "/healthz",
+                "/livez",
+                "/metrics",
+                "/openapi/v3",
+                "/readyz",
+                "/version",
+            ];
+            return Some(respond::json(StatusCode::OK, &serde_json::json!({ "paths": paths })));
+        }
+        _ => {}
+    }
+    if trimmed.starts_with("/openapi/v3") {
+        return discovery::openapi_v3(trimmed, headers);
+    }
+    let parts: Vec<&str> = trimmed.split('/').filter(|part| !part.is_empty()).collect();
+    match parts.as_slice() {
+        ["api", version] => discovery::group_version("", version),
+        ["apis", group] => discovery::one_group(group),
+        ["apis", group, version] => discovery::group_version(group, version),
+        _ => None,
+    }
+}
+
+async fn resource(
+    shared: &Arc<Shared>,
+    info: &RequestInfo,
+    method: &Method,
+    headers: &HeaderMap,
+    query: &Query,
+    body: &Bytes,
+    upgrade: Option<OnUpgrade>,
+) -> Result<Response<Body>, ApiError> {
+    let resource = resources::find(&info.group, &info.version, &info.resource)
+        .ok_or_else(ApiError::no_such_path)?;
+    let stored =
+        shared.stored(resource.group, resource.plural).ok_or_else(ApiError::no_such_path)?;
+    let namespace = if resource.namespaced { info.namespace.as_str() } else { "" };
+    let one =
+        matches!(info.verb, Verb::Get | Verb::Create | Verb::Update | Verb::Patch | Verb::Delete);
+    if resource.namespaced
+        && namespace.is_empty()
+        && one
+        && !(info.verb == Verb::Get && info.name.is_empty())
+    {
+        return Err(ApiError::method_not_allowed());
+    }
+    let call = Call { shared, stored, namespace, name: &info.name, query, headers, body };
+    if !info.subresource.is_empty() {
+        return subresource(&call, info, method, upgrade).await;
+    }
+    match info.verb {
+        Verb::Get => {
+            read::get(shared, stored, namespace, &info.name, query, respond::negotiate(headers)?)
+                .await
+        }
+        Verb::List => {
+            read::list(shared, stored, namespace, query, respond::negotiate(headers)?).await
+        }
+        Verb::Watch => {
+            let form = respond::negotiate(headers)?;
+            // A watch of one object is a watch of the collection with its name.
+            if info.name.is_empty() {
+                watch::watch(shared, stored, namespace, query, form).await
+            } else {
+                let narrowed = query.with("fieldSelector", &format!("metadata.name={}", info.name));
+                watch::watch(shared, stored, namespace, &narrowed, form).await
+            }
+        }
+        Verb::Create if info.name.is_empty() => call.create().await,
+        Verb::Create => Err(ApiError::method_not_allowed()),
+        Verb::Update if info.name.is_empty() => Err(ApiError::method_not_allowed()),
+        Verb::Update => call.update(Part::Main).await,
+        Verb::Patch if info.name.is_empty() => Err(ApiError::method_not_allowed()),
+        Verb::Patch => call.patch(Part::Main).await,
+        Verb::Delete => call.delete().await,
+        Verb::DeleteCollection => call.delete_collection().await,
+    }
+}
+
+async fn subresource(
+    call: &Call<'_>,
+    info: &RequestInfo,
+    method: &Method,
+    upgrade: Option<OnUpgrade>,
+) -> Result<Response<Body>, ApiError> {
+    let resource = call.stored.resource;
+    match (info.subresource.as_str(), info.verb) {
+        ("status", Verb::Get) if resource.status => {
+            read::get(
+                call.shared,
+                call.stored,
+                call.namespace,
+                call.name,
+                call.query,
+                respond::negotiate(call.headers)?,
+            )
+            .await
+        }
+        ("status", Verb::Update) if resource.status => call.update(Part::Status).await,
+        ("status", Verb::Patch) if resource.status => call.patch(Part::Status).await,
+        ("scale", Verb::Get | Verb::Update | Verb::Patch) if resource.scale => {
+            subresources::scale(call, method).await
+        }
+        (name, _) if !resource.subresources.iter().any(|sub| sub.name == name) => {
+            Err(ApiError::no_such_path())
+        }
+        ("binding", Verb::Create) => subresources::bind(call).await,
+        ("eviction", Verb::Create) => subresources::evict(call).await,
+        ("token", Verb::Create) => subresources::token(call).await,
+        ("finalize", Verb::Update) => subresources::finalize(call).await,
+        ("log", Verb::Get) => match proxy::unsupported(call.query) {
+            Some(error) => Err(error),
+            None => proxy::log(call).await,
+        },
+        ("exec" | "attach", Verb::Get | Verb::Create) => {
+            proxy::stream(call, &info.subresource, method, upgrade, call.shared.stop.clone()).await
+        }
+        _ => Err(ApiError::method_not_allowed()),
+    }
+}
+
+/// The way in for components of the same process: no TLS, no sockets, the user is given.
+struct InProcess {
+    shared: Arc<Shared>,
+    user: User,
+}
+
+#[async_trait]
+impl Transport for InProcess {
+    async fn send(&self, request: Request<Bytes>) -> Result<Response<Body>, ClientError> {
+        Ok(handle(&self.shared, &self.user, request, None).await)
+    }
+}

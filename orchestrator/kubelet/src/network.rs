@@ -1,0 +1,192 @@
+//! The pod network as the kubelet uses it: a sandbox gets addresses through CNI, and gives them back.
+
+pub(crate) mod netns;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use cni_invoke::{Attachment, Cni};
+use orch_api::k8s_openapi::api::core::v1::Pod;
+use orch_config::Paths;
+use serde_json::{Map, Value, json};
+
+use crate::api::{self, PodRef};
+
+/// Name of the pod's interface.
+const IFNAME: &str = "eth0";
+
+/// A sandbox's place in the pod network.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    pub(crate) sandbox: String,
+    pub(crate) netns: PathBuf,
+    pub(crate) pod: PodRef,
+    pub(crate) ports: Vec<Value>,
+}
+
+impl Place {
+    pub(crate) fn new(pod: &PodRef, sandbox: &str, netns: PathBuf) -> Self {
+        Self { sandbox: sandbox.to_owned(), netns, pod: pod.clone(), ports: Vec::new() }
+    }
+
+    /// With the host ports of the pod.
+    pub(crate) fn with_ports(mut self, pod: &Pod) -> Self {
+        self.ports = api::app_containers(pod)
+            .flat_map(|container| container.ports.iter().flatten())
+            .filter_map(|port| {
+                let host_port = port.host_port.filter(|port| *port > 0)?;
+                Some(json!({
+                    "hostPort": host_port,
+                    "containerPort": port.container_port,
+                    "protocol": port.protocol.as_deref().unwrap_or("TCP").to_lowercase(),
+                    "hostIP": port.host_ip.as_deref().unwrap_or_default(),
+                }))
+            })
+            .collect();
+        self
+    }
+}
+
+/// Connects sandboxes. A trait, so that tests need neither root nor plugins.
+#[async_trait]
+pub(crate) trait PodNetwork: Send + Sync {
+    /// Whether a sandbox could be connected now, else what is missing.
+    async fn ready(&self) -> Result<(), String>;
+
+    /// Holds the network namespace of a process open under a path of its own.
+    async fn pin(&self, pid: i32, sandbox: &str) -> Result<PathBuf, String>;
+
+    /// Connects a sandbox and returns its addresses; connects nothing if it fails.
+    async fn add(&self, place: &Place) -> Result<Vec<IpAddr>, String>;
+
+    /// Disconnects a sandbox and lets its namespace go; safe to repeat.
+    async fn remove(&self, place: &Place) -> Result<(), String>;
+
+    /// Where a sandbox's namespace is, or would be, held open.
+    fn netns_path(&self, sandbox: &str) -> PathBuf;
+
+    /// Sandboxes whose namespace is held open, for finding those that are gone.
+    async fn pinned(&self) -> Vec<String>;
+}
+
+/// The real one: plugins by the CNI specification.
+pub(crate) struct CniNetwork {
+    paths: Paths,
+}
+
+impl CniNetwork {
+    pub(crate) fn new(paths: Paths) -> Self {
+        Self { paths }
+    }
+
+    fn cni(&self) -> Cni {
+        Cni {
+            conf_dir: self.paths.cni_conf_dir(),
+            bin_dirs: vec![self.paths.cni_bin_dir()],
+            cache_dir: self.paths.cni_cache_dir(),
+        }
+    }
+}
+
+/// Plugins are child processes of synchronous code: they run beside the async workers.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| format!("the CNI call broke off: {error}"))?
+}
+
+fn attachment(place: &Place) -> Attachment {
+    let args = [
+        ("IgnoreUnknown", "1"),
+        ("K8S_POD_NAMESPACE", &place.pod.namespace),
+        ("K8S_POD_NAME", &place.pod.name),
+        ("K8S_POD_INFRA_CONTAINER_ID", &place.sandbox),
+        ("K8S_POD_UID", &place.pod.uid),
+    ];
+    let mut capabilities = Map::new();
+    if !place.ports.is_empty() {
+        capabilities.insert("portMappings".to_owned(), Value::Array(place.ports.clone()));
+    }
+    Attachment {
+        container_id: place.sandbox.clone(),
+        netns: place.netns.to_string_lossy().into_owned(),
+        ifname: IFNAME.to_owned(),
+        args: args.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
+        capabilities,
+    }
+}
+
+#[async_trait]
+impl PodNetwork for CniNetwork {
+    async fn ready(&self) -> Result<(), String> {
+        let folder = self.paths.cni_conf_dir();
+        let cni = self.cni();
+        let loaded = blocking(move || cni.load().map(drop).map_err(|error| error.to_string())).await;
+        loaded.map_err(|error| {
+            format!(
+                "the pod network is not configured in {} ({error}); the network agent writes it once it has a subnet",
+                folder.display()
+            )
+        })?;
+        let subnet = self.paths.subnet_env();
+        if subnet.exists() {
+            return Ok(());
+        }
+        Err(format!(
+            "this node has no subnet lease yet ({} is missing); see whether etcd answers and the log of the network agent",
+            subnet.display()
+        ))
+    }
+
+    async fn pin(&self, pid: i32, sandbox: &str) -> Result<PathBuf, String> {
+        let target = self.netns_path(sandbox);
+        let made = target.clone();
+        blocking(move || netns::pin(pid, &made).map_err(|error| format!("hold network namespace open: {error}"))).await?;
+        Ok(target)
+    }
+
+    async fn add(&self, place: &Place) -> Result<Vec<IpAddr>, String> {
+        let cni = self.cni();
+        let attachment = attachment(place);
+        blocking(move || {
+            let list = cni.load().map_err(|error| error.to_string())?;
+            match cni.add(&list, &attachment) {
+                Ok(result) => {
+                    let ips: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.ip()).collect();
+                    if ips.is_empty() { Err("the CNI plugins gave the pod no address".to_owned()) } else { Ok(ips) }
+                }
+                Err(error) => {
+                    // CNI spec §2: after a failed ADD, DEL releases what plugins before the failing one took.
+                    if let Err(left) = cni.del(&list, &attachment) {
+                        tracing::warn!(%left, "DEL after a failed ADD");
+                    }
+                    Err(error.to_string())
+                }
+            }
+        })
+        .await
+    }
+
+    async fn remove(&self, place: &Place) -> Result<(), String> {
+        let cni = self.cni();
+        let attachment = attachment(place);
+        blocking(move || {
+            let released = match cni.load() {
+                Ok(list) => cni.del(&list, &attachment).map_err(|error| error.to_string()),
+                // Without a configuration nothing was added either.
+                Err(_) => Ok(()),
+            };
+            let unpinned = netns::unpin(&PathBuf::from(&attachment.netns)).map_err(|error| error.to_string());
+            released.and(unpinned)
+        })
+        .await
+    }
+
+    fn netns_path(&self, sandbox: &str) -> PathBuf {
+        self.paths.netns_dir().join(sandbox)
+    }
+
+    async fn pinned(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.paths.netns_dir()).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    }
+}

@@ -1,0 +1,93 @@
+//! Keeps the zone and the server's address.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cni_netlink::{AddressOptions, Netlink, NetlinkError};
+use ipnetwork::{IpNetwork, Ipv4Network};
+use k8s_openapi::api::core::v1::{Namespace, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use orch_reconcile::Informer;
+use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::zone::{Zone, desired_zone};
+use crate::chain;
+
+/// Changes within this time are one new zone.
+const GATHER: Duration = Duration::from_millis(20);
+/// How often the address is looked after.
+const ADDRESS_CHECK: Duration = Duration::from_secs(10);
+
+/// Follows the cluster and publishes its zone until cancelled.
+pub(crate) async fn follow(
+    services: Informer<Service>,
+    slices: Informer<EndpointSlice>,
+    namespaces: Informer<Namespace>,
+    zone: watch::Sender<Option<Arc<Zone>>>,
+    cancel: CancellationToken,
+) {
+    let mut changes = (services.changed(), slices.changed(), namespaces.changed());
+    tokio::select! {
+        () = cancel.cancelled() => return,
+        () = async { services.synced().await; slices.synced().await; namespaces.synced().await; } => {}
+    }
+    loop {
+        changes.0.borrow_and_update();
+        changes.1.borrow_and_update();
+        changes.2.borrow_and_update();
+        let now = desired_zone(&services.list(), &slices.list(), &namespaces.list());
+        zone.send_if_modified(|zone| {
+            let changed = zone.as_deref() != Some(&now);
+            if changed {
+                *zone = Some(Arc::new(now));
+            }
+            changed
+        });
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = changes.0.changed() => if changed.is_err() { return },
+            changed = changes.1.changed() => if changed.is_err() { return },
+            changed = changes.2.changed() => if changed.is_err() { return },
+        }
+        sleep(GATHER).await;
+    }
+}
+
+/// Keeps `ip` on the loopback link until cancelled; then leaves it there, as it leaves everything.
+pub(crate) async fn hold_address(ip: Ipv4Addr, cancel: CancellationToken) {
+    let mut check = interval(ADDRESS_CHECK);
+    check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut complained = false;
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = check.tick() => {}
+        }
+        match tokio::task::spawn_blocking(move || ensure_address(ip)).await {
+            Ok(Ok(true)) => info!(%ip, "cluster DNS address added to lo"),
+            Ok(Ok(false)) => complained = false,
+            Ok(Err(error)) if !complained => {
+                complained = true;
+                warn!(%ip, error = chain(&error), "the cluster DNS address cannot be added to lo; pods have no DNS");
+            }
+            Ok(Err(_)) | Err(_) => {}
+        }
+    }
+}
+
+fn ensure_address(ip: Ipv4Addr) -> Result<bool, NetlinkError> {
+    let netlink = Netlink::open()?;
+    let Some(loopback) = netlink.link("lo")? else { return Ok(false) };
+    if !loopback.up {
+        netlink.set_up(loopback.index)?;
+    }
+    if netlink.addresses(loopback.index)?.iter().any(|address| address.ip() == IpAddr::V4(ip)) {
+        return Ok(false);
+    }
+    let address = IpNetwork::V4(Ipv4Network::from(ip));
+    netlink.add_address(loopback.index, address, &AddressOptions::default()).map(|()| true)
+}

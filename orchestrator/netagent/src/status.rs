@@ -1,0 +1,121 @@
+//! What the agent knows of the network, for `orchctl status`: a JSON file, written whole whenever it changed.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::files::{FileError, write_atomic};
+
+/// Changes within this time are written together.
+const GATHER: Duration = Duration::from_millis(200);
+
+/// The network as this node sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NetStatus {
+    /// Name of the node.
+    pub node: String,
+    /// Its address on the underlay.
+    pub node_ip: String,
+    /// Seconds since the epoch at the last change.
+    pub changed_at: u64,
+    /// `unknown`, `healthy`, or why etcd is away.
+    pub etcd: String,
+    /// The pod network.
+    pub network: Option<String>,
+    /// This node's subnet.
+    pub subnet: Option<String>,
+    /// The VXLAN device.
+    pub device: Option<DeviceStatus>,
+    /// Remote nodes that are programmed.
+    pub peers: Vec<PeerStatus>,
+    /// Services in the kernel.
+    pub services: ServiceStatus,
+    /// Address of the DNS server, once it has names.
+    pub dns: Option<String>,
+    /// What is wrong and wants a person.
+    pub problems: Vec<String>,
+}
+
+/// The VXLAN device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DeviceStatus {
+    /// Name of the link.
+    pub name: String,
+    /// Its MAC.
+    pub vtep_mac: String,
+    /// Its MTU, which is that of pods.
+    pub mtu: u32,
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// UDP port.
+    pub port: u16,
+}
+
+/// A remote node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PeerStatus {
+    /// Its subnet.
+    pub subnet: String,
+    /// Its address on the underlay.
+    pub public_ip: String,
+    /// MAC of its VTEP.
+    pub vtep_mac: String,
+}
+
+/// Services in the kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceStatus {
+    /// Service ports.
+    pub ports: usize,
+    /// Their endpoints.
+    pub endpoints: usize,
+    /// Whether the kernel holds the last known state.
+    pub in_force: bool,
+}
+
+impl NetStatus {
+    /// Reads a node's file.
+    ///
+    /// # Errors
+    /// If there is none, or it is not ours.
+    pub fn read(path: &Path) -> Result<Self, FileError> {
+        let failed = |source| FileError::Read { path: path.to_owned(), source };
+        let text = std::fs::read(path).map_err(failed)?;
+        serde_json::from_slice(&text).map_err(|error| failed(error.into()))
+    }
+}
+
+/// Writes the file after each change until cancelled.
+pub(crate) async fn write_changes(
+    path: std::path::PathBuf,
+    mut status: watch::Receiver<NetStatus>,
+    cancel: CancellationToken,
+) {
+    let mut last = NetStatus::default();
+    loop {
+        let mut now = status.borrow_and_update().clone();
+        now.changed_at = last.changed_at;
+        if now != last {
+            now.changed_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+            let text = serde_json::to_vec_pretty(&now).expect("plain data has a JSON form");
+            if let Err(error) = write_atomic(&path, &text) {
+                warn!(error = %crate::chain(&error), "the network status is not written");
+            }
+            last = now;
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = status.changed() => if changed.is_err() { return },
+        }
+        sleep(GATHER).await;
+    }
+}
