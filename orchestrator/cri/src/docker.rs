@@ -9,9 +9,10 @@ use async_trait::async_trait;
 use bollard::container::LogOutput;
 use bollard::exec::{CreateExecOptions, ResizeExecOptions, StartExecOptions, StartExecResults};
 use bollard::query_parameters::{
-    AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, CreateImageOptionsBuilder, EventsOptionsBuilder,
-    KillContainerOptionsBuilder, ListContainersOptionsBuilder, ListImagesOptionsBuilder, LogsOptionsBuilder,
-    RemoveContainerOptionsBuilder, ResizeContainerTTYOptionsBuilder,
+    AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, CreateImageOptionsBuilder,
+    EventsOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder,
+    ListImagesOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
+    ResizeContainerTTYOptionsBuilder,
 };
 use bollard::{ClientVersion, Docker};
 use bytes::Bytes;
@@ -19,8 +20,8 @@ use futures::stream::{BoxStream, StreamExt as _, TryStreamExt as _};
 use tokio::sync::Mutex;
 
 use crate::{
-    Container, ContainerSpec, Credentials, EngineInfo, Error, Event, EventKind, ExecSpec, ExecState, Image, LogQuery,
-    NODE_LABEL, Output, Result, Runtime, Session,
+    Container, ContainerSpec, Credentials, EngineInfo, Error, Event, EventKind, ExecSpec,
+    ExecState, Image, LogQuery, NODE_LABEL, Output, Result, Runtime, Session,
 };
 
 /// Oldest Engine API that has all we use (Docker 20.10).
@@ -86,10 +87,20 @@ impl DockerRuntime {
 
     /// # Errors
     /// The engine does not take the image.
-    async fn load_image(&self, docker: &Docker, reference: &str, layer: Vec<u8>, changes: Vec<String>) -> Result<()> {
+    async fn load_image(
+        &self,
+        docker: &Docker,
+        reference: &str,
+        layer: Vec<u8>,
+        changes: Vec<String>,
+    ) -> Result<()> {
         let (repo, tag) = reference.rsplit_once(':').unwrap_or((reference, "latest"));
-        let options =
-            CreateImageOptionsBuilder::default().from_src("-").repo(repo).tag(tag).changes(changes).build();
+        let options = CreateImageOptionsBuilder::default()
+            .from_src("-")
+            .repo(repo)
+            .tag(tag)
+            .changes(changes)
+            .build();
         let body = bollard::body_full(Bytes::from(layer));
         let outcome: std::result::Result<Vec<_>, _> =
             docker.create_image(Some(options), Some(body), None).try_collect().await;
@@ -121,7 +132,8 @@ impl Runtime for DockerRuntime {
         let mut wanted = vec![self.node_filter()];
         wanted.extend(labels.iter().map(|(key, value)| format!("{key}={value}")));
         let filters = HashMap::from([("label", wanted)]);
-        let filters: HashMap<String, Vec<String>> = filters.into_iter().map(|(key, all)| (key.to_owned(), all)).collect();
+        let filters: HashMap<String, Vec<String>> =
+            filters.into_iter().map(|(key, all)| (key.to_owned(), all)).collect();
         let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
         let summaries = match docker.list_containers(Some(options)).await {
             Ok(summaries) => summaries,
@@ -162,7 +174,10 @@ impl Runtime for DockerRuntime {
     async fn start(&self, id: &str) -> Result<()> {
         let docker = self.docker().await?;
         match docker.start_container(id, None).await {
-            Ok(()) | Err(bollard::errors::Error::DockerResponseServerError { status_code: 304, .. }) => Ok(()),
+            Ok(())
+            | Err(bollard::errors::Error::DockerResponseServerError { status_code: 304, .. }) => {
+                Ok(())
+            }
             Err(error) => Err(self.failed(error).await),
         }
     }
@@ -225,7 +240,10 @@ impl Runtime for DockerRuntime {
 
     async fn images(&self) -> Result<Vec<Image>> {
         let docker = self.docker().await?;
-        match docker.list_images(Some(ListImagesOptionsBuilder::default().digests(true).build())).await {
+        match docker
+            .list_images(Some(ListImagesOptionsBuilder::default().digests(true).build()))
+            .await
+        {
             Ok(images) => Ok(images.into_iter().filter_map(convert::image_summary).collect()),
             Err(error) => Err(self.failed(error).await),
         }
@@ -233,7 +251,8 @@ impl Runtime for DockerRuntime {
 
     async fn pull(&self, reference: &str, credentials: Option<&Credentials>) -> Result<()> {
         let docker = self.docker().await?;
-        let options = CreateImageOptionsBuilder::default().from_image(&convert::with_tag(reference)).build();
+        let options =
+            CreateImageOptionsBuilder::default().from_image(&convert::with_tag(reference)).build();
         let credentials = credentials.map(|known| bollard::auth::DockerCredentials {
             username: Some(known.username.clone()),
             password: Some(known.password.clone()),
@@ -251,8 +270,10 @@ impl Runtime for DockerRuntime {
 
     async fn import_program(&self, reference: &str, program: Bytes) -> Result<()> {
         let docker = self.docker().await?;
-        let layer = convert::program_layer(&program).map_err(|error| Error::Stream(error.to_string()))?;
-        self.load_image(&docker, reference, layer, vec!["ENTRYPOINT [\"/program\"]".to_owned()]).await
+        let layer =
+            convert::program_layer(&program).map_err(|error| Error::Stream(error.to_string()))?;
+        self.load_image(&docker, reference, layer, vec!["ENTRYPOINT [\"/program\"]".to_owned()])
+            .await
     }
 
     async fn logs(&self, id: &str, query: &LogQuery) -> Result<BoxStream<'static, Result<Output>>> {
@@ -283,13 +304,18 @@ impl Runtime for DockerRuntime {
             Ok(created) => created.id,
             Err(error) => return Err(self.failed(error).await),
         };
-        let options =
-            StartExecOptions { detach: false, tty: spec.tty, output_capacity: Some(EXEC_BUFFER_BYTES) };
+        let options = StartExecOptions {
+            detach: false,
+            tty: spec.tty,
+            output_capacity: Some(EXEC_BUFFER_BYTES),
+        };
         match docker.start_exec(&session, Some(options)).await {
             Ok(StartExecResults::Attached { output, input }) => {
                 Ok(Session { id: session, output: outputs(output), input })
             }
-            Ok(StartExecResults::Detached) => Err(Error::Stream("the engine detached the command".to_owned())),
+            Ok(StartExecResults::Detached) => {
+                Err(Error::Stream("the engine detached the command".to_owned()))
+            }
             Err(error) => Err(self.failed(error).await),
         }
     }
@@ -315,17 +341,26 @@ impl Runtime for DockerRuntime {
 
     async fn attach(&self, id: &str, stdin: bool) -> Result<Session> {
         let docker = self.docker().await?;
-        let options =
-            AttachContainerOptionsBuilder::default().stream(true).stdout(true).stderr(true).stdin(stdin).build();
+        let options = AttachContainerOptionsBuilder::default()
+            .stream(true)
+            .stdout(true)
+            .stderr(true)
+            .stdin(stdin)
+            .build();
         match docker.attach_container(id, Some(options)).await {
-            Ok(attached) => Ok(Session { id: id.to_owned(), output: outputs(attached.output), input: attached.input }),
+            Ok(attached) => Ok(Session {
+                id: id.to_owned(),
+                output: outputs(attached.output),
+                input: attached.input,
+            }),
             Err(error) => Err(self.failed(error).await),
         }
     }
 
     async fn resize(&self, id: &str, width: u16, height: u16) -> Result<()> {
         let docker = self.docker().await?;
-        let options = ResizeContainerTTYOptionsBuilder::default().w(width.into()).h(height.into()).build();
+        let options =
+            ResizeContainerTTYOptionsBuilder::default().w(width.into()).h(height.into()).build();
         match docker.resize_container_tty(id, options).await {
             Ok(()) => Ok(()),
             Err(error) => Err(self.failed(error).await),
@@ -335,7 +370,9 @@ impl Runtime for DockerRuntime {
 
 fn outputs<S>(stream: S) -> BoxStream<'static, Result<Output>>
 where
-    S: futures::Stream<Item = std::result::Result<LogOutput, bollard::errors::Error>> + Send + 'static,
+    S: futures::Stream<Item = std::result::Result<LogOutput, bollard::errors::Error>>
+        + Send
+        + 'static,
 {
     stream
         .map(|piece| match piece {

@@ -7,10 +7,14 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nobody answers on the engine's socket.
-    #[error("the container engine does not answer on {socket} ({reason}); start it, for example with `systemctl start docker`")]
+    #[error(
+        "the container engine does not answer on {socket} ({reason}); start it, for example with `systemctl start docker`"
+    )]
     Unavailable { socket: String, reason: String },
     /// The engine speaks only versions older than the floor.
-    #[error("the container engine speaks API {found}, and {floor} or later is needed: upgrade Docker to 20.10 or later")]
+    #[error(
+        "the container engine speaks API {found}, and {floor} or later is needed: upgrade Docker to 20.10 or later"
+    )]
     TooOld { found: String, floor: &'static str },
     /// The container, image or command is absent.
     #[error("{0}")]

@@ -11,8 +11,8 @@ use parking_lot::Mutex;
 use tokio::sync::broadcast;
 
 use crate::{
-    Container, ContainerSpec, Credentials, EngineInfo, Error, Event, EventKind, ExecSpec, ExecState, Image, LogQuery,
-    NetworkMode, Output, Result, Runtime, Session, State,
+    Container, ContainerSpec, Credentials, EngineInfo, Error, Event, EventKind, ExecSpec,
+    ExecState, Image, LogQuery, NetworkMode, Output, Result, Runtime, Session, State,
 };
 
 /// Events kept for a slow reader; tests make far fewer.
@@ -100,7 +100,11 @@ impl FakeRuntime {
         container.state = State::Exited { code, oom_killed: false, error: String::new() };
         container.pid = 0;
         container.finished_at = time;
-        Some(Event { container: id.to_owned(), kind: EventKind::Died, labels: container.labels.clone() })
+        Some(Event {
+            container: id.to_owned(),
+            kind: EventKind::Died,
+            labels: container.labels.clone(),
+        })
     }
 
     fn tell(&self, event: Option<Event>) {
@@ -114,7 +118,10 @@ impl FakeRuntime {
 impl Inner {
     fn up(&self) -> Result<()> {
         if self.down {
-            return Err(Error::Unavailable { socket: "fake".to_owned(), reason: "it is down".to_owned() });
+            return Err(Error::Unavailable {
+                socket: "fake".to_owned(),
+                reason: "it is down".to_owned(),
+            });
         }
         Ok(())
     }
@@ -127,7 +134,12 @@ impl Inner {
     /// A new moment, as Docker would write it.
     fn tick(&mut self) -> String {
         self.clock += 1;
-        format!("2026-01-01T{:02}:{:02}:{:02}Z", self.clock / 3600, self.clock / 60 % 60, self.clock % 60)
+        format!(
+            "2026-01-01T{:02}:{:02}:{:02}Z",
+            self.clock / 3600,
+            self.clock / 60 % 60,
+            self.clock % 60
+        )
     }
 }
 
@@ -135,13 +147,19 @@ impl Inner {
 impl Runtime for FakeRuntime {
     async fn info(&self) -> Result<EngineInfo> {
         self.inner.lock().up()?;
-        Ok(EngineInfo { name: "fake".to_owned(), version: "1.0".to_owned(), ..EngineInfo::default() })
+        Ok(EngineInfo {
+            name: "fake".to_owned(),
+            version: "1.0".to_owned(),
+            ..EngineInfo::default()
+        })
     }
 
     async fn list(&self, labels: &[(&str, &str)]) -> Result<Vec<Container>> {
         let inner = self.inner.lock();
         inner.up()?;
-        let fits = |container: &&Container| labels.iter().all(|(key, value)| container.label(key) == *value);
+        let fits = |container: &&Container| {
+            labels.iter().all(|(key, value)| container.label(key) == *value)
+        };
         Ok(inner.containers.values().map(|entry| &entry.container).filter(fits).cloned().collect())
     }
 
@@ -158,7 +176,10 @@ impl Runtime for FakeRuntime {
             return Err(Error::NotFound(format!("No such image: {}", spec.image)));
         }
         if inner.containers.values().any(|entry| entry.spec.name == spec.name) {
-            return Err(Error::Conflict(format!("The container name \"{}\" is already in use", spec.name)));
+            return Err(Error::Conflict(format!(
+                "The container name \"{}\" is already in use",
+                spec.name
+            )));
         }
         inner.next_id += 1;
         let id = format!("{:012x}", inner.next_id);
@@ -182,11 +203,16 @@ impl Runtime for FakeRuntime {
         let event = {
             let mut inner = self.inner.lock();
             inner.up()?;
-            let entry = inner.containers.get(id).ok_or_else(|| Error::NotFound(format!("No such container: {id}")))?;
+            let entry = inner
+                .containers
+                .get(id)
+                .ok_or_else(|| Error::NotFound(format!("No such container: {id}")))?;
             if let NetworkMode::Container(other) = &entry.spec.network
                 && !inner.containers.get(other).is_some_and(|entry| entry.container.is_running())
             {
-                return Err(Error::Conflict("cannot join network of a non running container".to_owned()));
+                return Err(Error::Conflict(
+                    "cannot join network of a non running container".to_owned(),
+                ));
             }
             let time = inner.tick();
             let pid = i32::try_from(inner.clock).unwrap_or(1);
@@ -199,7 +225,11 @@ impl Runtime for FakeRuntime {
             container.state = State::Running;
             container.pid = pid;
             container.started_at = time;
-            Event { container: id.to_owned(), kind: EventKind::Started, labels: container.labels.clone() }
+            Event {
+                container: id.to_owned(),
+                kind: EventKind::Started,
+                labels: container.labels.clone(),
+            }
         };
         self.tell(Some(event));
         Ok(())
@@ -249,7 +279,11 @@ impl Runtime for FakeRuntime {
     async fn images(&self) -> Result<Vec<Image>> {
         let inner = self.inner.lock();
         inner.up()?;
-        let image = |name: &String| Image { id: format!("sha256:{name}"), names: vec![name.clone()], ..Image::default() };
+        let image = |name: &String| Image {
+            id: format!("sha256:{name}"),
+            names: vec![name.clone()],
+            ..Image::default()
+        };
         Ok(inner.images.iter().map(image).collect())
     }
 
@@ -271,7 +305,11 @@ impl Runtime for FakeRuntime {
         Ok(())
     }
 
-    async fn logs(&self, id: &str, _query: &LogQuery) -> Result<BoxStream<'static, Result<Output>>> {
+    async fn logs(
+        &self,
+        id: &str,
+        _query: &LogQuery,
+    ) -> Result<BoxStream<'static, Result<Output>>> {
         let inner = self.inner.lock();
         inner.up()?;
         if !inner.containers.contains_key(id) {
@@ -320,8 +358,11 @@ mod tests {
     #[tokio::test]
     async fn names_are_unique_and_joining_needs_a_running_sandbox() {
         let fake = FakeRuntime::with_images(&["pause"]);
-        let spec =
-            ContainerSpec { name: "sandbox".to_owned(), image: "pause".to_owned(), ..ContainerSpec::default() };
+        let spec = ContainerSpec {
+            name: "sandbox".to_owned(),
+            image: "pause".to_owned(),
+            ..ContainerSpec::default()
+        };
         let sandbox = fake.create(&spec).await.expect("created");
         assert!(matches!(fake.create(&spec).await, Err(Error::Conflict(_))));
         let joiner = ContainerSpec {

@@ -13,8 +13,8 @@ pub use docker::DockerRuntime;
 pub use error::{Error, Result};
 pub use fake::FakeRuntime;
 pub use model::{
-    Container, ContainerSpec, Credentials, EngineInfo, Event, EventKind, ExecSpec, ExecState, Image, LogQuery, Mount,
-    NetworkMode, Output, Propagation, Session, State,
+    Container, ContainerSpec, Credentials, EngineInfo, Event, EventKind, ExecSpec, ExecState,
+    Image, LogQuery, Mount, NetworkMode, Output, Propagation, Session, State,
 };
 
 use async_trait::async_trait;

@@ -62,7 +62,10 @@ pub(crate) fn is_host_network(pod: &Pod) -> bool {
 
 /// The seconds that containers get to end, by the deletion or else by the spec.
 pub(crate) fn grace_seconds(pod: &Pod) -> i64 {
-    let wanted = pod.metadata.deletion_grace_period_seconds.filter(|_| pod.metadata.deletion_timestamp.is_some());
+    let wanted = pod
+        .metadata
+        .deletion_grace_period_seconds
+        .filter(|_| pod.metadata.deletion_timestamp.is_some());
     let by_spec = pod.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds);
     wanted.or(by_spec).unwrap_or(30).max(0)
 }

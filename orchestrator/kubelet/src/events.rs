@@ -1,7 +1,7 @@
 //! Events about pods and the node.
 
+use crate::shim::reconcile::EventRecorder;
 use orch_api::k8s_openapi::api::core::v1::{ObjectReference, Pod};
-use orch_reconcile::EventRecorder;
 
 use crate::api::{self, PodRef};
 
@@ -23,7 +23,14 @@ impl Events {
     }
 
     /// About one container of the pod.
-    pub(crate) fn container(&self, pod: &Pod, container: &str, kind: &'static str, reason: &str, message: &str) {
+    pub(crate) fn container(
+        &self,
+        pod: &Pod,
+        container: &str,
+        kind: &'static str,
+        reason: &str,
+        message: &str,
+    ) {
         self.recorder.event(&pod_reference(pod, Some(container)), kind, reason, message);
     }
 

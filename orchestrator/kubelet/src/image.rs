@@ -63,7 +63,9 @@ impl Images {
     ) -> Result<Outcome, Error> {
         let reference = container.image.clone().unwrap_or_default();
         if !is_valid_reference(&reference) {
-            let message = format!("Failed to apply default image tag \"{reference}\": couldn't parse image name: invalid reference format");
+            let message = format!(
+                "Failed to apply default image tag \"{reference}\": couldn't parse image name: invalid reference format"
+            );
             self.events.container(pod, &container.name, "Warning", "InspectFailed", &message);
             return Ok(Outcome::Missing(waiting("InvalidImageName", message), None));
         }
@@ -79,7 +81,13 @@ impl Images {
                 let message = format!(
                     "Container image \"{reference}\" is not present with pull policy of Never; load it with `orchctl image load`"
                 );
-                self.events.container(pod, &container.name, "Warning", "ErrImageNeverPull", &message);
+                self.events.container(
+                    pod,
+                    &container.name,
+                    "Warning",
+                    "ErrImageNeverPull",
+                    &message,
+                );
                 Ok(Outcome::Missing(waiting("ErrImageNeverPull", message), Some(FIRST_DELAY)))
             }
             ("Never" | "IfNotPresent", Some(image)) => {
@@ -88,11 +96,16 @@ impl Images {
                 self.pulls.lock().remove(&key);
                 Ok(Outcome::Present(image))
             }
-            (_, present) => Ok(self.pull(pod, container, &key, &reference, present, credentials, wake)),
+            (_, present) => {
+                Ok(self.pull(pod, container, &key, &reference, present, credentials, wake))
+            }
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only repeat the names")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one call site; a struct would only repeat the names"
+    )]
     fn pull(
         &self,
         pod: &Pod,
@@ -121,7 +134,10 @@ impl Images {
                 if !left.is_zero() {
                     if !*told {
                         *told = true;
-                        return Outcome::Missing(waiting("ErrImagePull", message.clone()), Some(Duration::from_secs(1)));
+                        return Outcome::Missing(
+                            waiting("ErrImagePull", message.clone()),
+                            Some(Duration::from_secs(1)),
+                        );
                     }
                     let message = format!("Back-off pulling image \"{reference}\": {message}");
                     self.events.container(pod, &container.name, "Normal", "BackOff", &message);
@@ -133,8 +149,21 @@ impl Images {
         }
         pulls.insert(key.to_owned(), Pull::Running(vec![wake.clone()]));
         drop(pulls);
-        self.events.container(pod, &container.name, "Normal", "Pulling", &format!("Pulling image \"{reference}\""));
-        self.spawn_pull(pod.clone(), container.name.clone(), key.to_owned(), reference.to_owned(), delay, credentials);
+        self.events.container(
+            pod,
+            &container.name,
+            "Normal",
+            "Pulling",
+            &format!("Pulling image \"{reference}\""),
+        );
+        self.spawn_pull(
+            pod.clone(),
+            container.name.clone(),
+            key.to_owned(),
+            reference.to_owned(),
+            delay,
+            credentials,
+        );
         Outcome::Pulling
     }
 
@@ -166,7 +195,13 @@ impl Images {
                         "Failed to pull image \"{reference}\": {error}; without a registry, load it with `orchctl image load` and use imagePullPolicy IfNotPresent"
                     );
                     images.events.container(&pod, &container, "Warning", "Failed", &told);
-                    images.events.container(&pod, &container, "Warning", "Failed", "Error: ErrImagePull");
+                    images.events.container(
+                        &pod,
+                        &container,
+                        "Warning",
+                        "Failed",
+                        "Error: ErrImagePull",
+                    );
                     Pull::Failed { message, until: Instant::now() + delay, delay, told: false }
                 }
             };
@@ -225,13 +260,15 @@ pub(crate) fn is_valid_reference(reference: &str) -> bool {
     let mut parts = path.split('/').peekable();
     let mut first = true;
     while let Some(part) = parts.next() {
-        let is_host = first && parts.peek().is_some() && (part.contains(['.', ':']) || part == "localhost");
+        let is_host =
+            first && parts.peek().is_some() && (part.contains(['.', ':']) || part == "localhost");
         first = false;
         let fits = if is_host {
             part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-:".contains(&byte))
         } else {
-            part.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte))
-                && part.starts_with(|c: char| c.is_ascii_alphanumeric())
+            part.bytes().all(|byte| {
+                byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte)
+            }) && part.starts_with(|c: char| c.is_ascii_alphanumeric())
                 && part.ends_with(|c: char| c.is_ascii_alphanumeric())
         };
         if part.is_empty() || !fits {
@@ -247,12 +284,31 @@ mod tests {
 
     #[test]
     fn references_by_table() {
-        for good in ["web", "web:1", "shop/web:v1.2-x", "host.example:5000/shop/web", "localhost/web:x", "a__b"] {
+        for good in [
+            "web",
+            "web:1",
+            "shop/web:v1.2-x",
+            "host.example:5000/shop/web",
+            "localhost/web:x",
+            "a__b",
+        ] {
             assert!(is_valid_reference(good), "{good}");
         }
         let digest = format!("web@sha256:{}", "a".repeat(64));
         assert!(is_valid_reference(&digest));
-        for bad in ["", "Web", "web:", "web::1", "/web", "web/", "we b", "web@sha256:x", "-web", "web:.x", ":1"] {
+        for bad in [
+            "",
+            "Web",
+            "web:",
+            "web::1",
+            "/web",
+            "web/",
+            "we b",
+            "web@sha256:x",
+            "-web",
+            "web:.x",
+            ":1",
+        ] {
             assert!(!is_valid_reference(bad), "{bad}");
         }
     }

@@ -5,8 +5,8 @@ pub(crate) mod netns;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use crate::shim::cni::{Attachment, Cni};
 use async_trait::async_trait;
-use cni_invoke::{Attachment, Cni};
 use orch_api::k8s_openapi::api::core::v1::Pod;
 use orch_config::Paths;
 use serde_json::{Map, Value, json};
@@ -90,8 +90,12 @@ impl CniNetwork {
 }
 
 /// Plugins are child processes of synchronous code: they run beside the async workers.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| format!("the CNI call broke off: {error}"))?
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| format!("the CNI call broke off: {error}"))?
 }
 
 fn attachment(place: &Place) -> Attachment {
@@ -120,7 +124,8 @@ impl PodNetwork for CniNetwork {
     async fn ready(&self) -> Result<(), String> {
         let folder = self.paths.cni_conf_dir();
         let cni = self.cni();
-        let loaded = blocking(move || cni.load().map(drop).map_err(|error| error.to_string())).await;
+        let loaded =
+            blocking(move || cni.load().map(drop).map_err(|error| error.to_string())).await;
         loaded.map_err(|error| {
             format!(
                 "the pod network is not configured in {} ({error}); the network agent writes it once it has a subnet",
@@ -140,7 +145,10 @@ impl PodNetwork for CniNetwork {
     async fn pin(&self, pid: i32, sandbox: &str) -> Result<PathBuf, String> {
         let target = self.netns_path(sandbox);
         let made = target.clone();
-        blocking(move || netns::pin(pid, &made).map_err(|error| format!("hold network namespace open: {error}"))).await?;
+        blocking(move || {
+            netns::pin(pid, &made).map_err(|error| format!("hold network namespace open: {error}"))
+        })
+        .await?;
         Ok(target)
     }
 
@@ -152,7 +160,11 @@ impl PodNetwork for CniNetwork {
             match cni.add(&list, &attachment) {
                 Ok(result) => {
                     let ips: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.ip()).collect();
-                    if ips.is_empty() { Err("the CNI plugins gave the pod no address".to_owned()) } else { Ok(ips) }
+                    if ips.is_empty() {
+                        Err("the CNI plugins gave the pod no address".to_owned())
+                    } else {
+                        Ok(ips)
+                    }
                 }
                 Err(error) => {
                     // CNI spec §2: after a failed ADD, DEL releases what plugins before the failing one took.
@@ -175,7 +187,8 @@ impl PodNetwork for CniNetwork {
                 // Without a configuration nothing was added either.
                 Err(_) => Ok(()),
             };
-            let unpinned = netns::unpin(&PathBuf::from(&attachment.netns)).map_err(|error| error.to_string());
+            let unpinned =
+                netns::unpin(&PathBuf::from(&attachment.netns)).map_err(|error| error.to_string());
             released.and(unpinned)
         })
         .await

@@ -77,14 +77,17 @@ impl Prober {
         while self.running.try_join_next().is_some() {}
         let mut wanted: BTreeMap<Key, Container> = BTreeMap::new();
         for container in api::all_containers(pod) {
-            let Some(instance) = observed.latest(&container.name).filter(|found| found.container.is_running()) else {
+            let Some(instance) =
+                observed.latest(&container.name).filter(|found| found.container.is_running())
+            else {
                 continue;
             };
             let id = instance.id().to_owned();
             if held.contains(&id) {
                 continue;
             }
-            let startup_passed = container.startup_probe.is_none() || self.passed(&id, Kind::Startup);
+            let startup_passed =
+                container.startup_probe.is_none() || self.passed(&id, Kind::Startup);
             for kind in [Kind::Startup, Kind::Liveness, Kind::Readiness] {
                 let due = if kind == Kind::Startup { !startup_passed } else { startup_passed };
                 if due && kind.of(container).is_some() {
@@ -108,11 +111,17 @@ impl Prober {
             }
             let stop = CancellationToken::new();
             self.tasks.insert(key.clone(), stop.clone());
-            let started = observed.latest(&container.name).and_then(|found| api::parse_time(&found.container.started_at));
+            let started = observed
+                .latest(&container.name)
+                .and_then(|found| api::parse_time(&found.container.started_at));
             let task = Task {
                 cx: cx.clone(),
                 pod: pod.clone(),
-                target: Target { container, container_id: key.0.clone(), ip: pod_ips.first().copied() },
+                target: Target {
+                    container,
+                    container_id: key.0.clone(),
+                    ip: pod_ips.first().copied(),
+                },
                 kind: key.1,
                 probe,
                 age: started.map_or(Duration::ZERO, |at| {
@@ -156,7 +165,10 @@ impl Prober {
     fn select(&self, pod: &Pod, observed: &Observed, kind: Kind) -> BTreeSet<String> {
         api::all_containers(pod)
             .filter_map(|container| {
-                let id = observed.latest(&container.name).filter(|found| found.container.is_running())?.id();
+                let id = observed
+                    .latest(&container.name)
+                    .filter(|found| found.container.is_running())?
+                    .id();
                 (kind.of(container).is_none() || self.passed(id, kind)).then(|| id.to_owned())
             })
             .collect()
@@ -195,27 +207,44 @@ struct Task {
 }
 
 fn seconds(value: Option<i32>, default: u32) -> Duration {
-    let value = value.and_then(|value| u32::try_from(value).ok()).filter(|value| *value > 0).unwrap_or(default);
+    let value = value
+        .and_then(|value| u32::try_from(value).ok())
+        .filter(|value| *value > 0)
+        .unwrap_or(default);
     Duration::from_secs(value.into())
 }
 
 impl Task {
     async fn run(self) {
-        let delay = Duration::from_secs(u64::try_from(self.probe.initial_delay_seconds.unwrap_or(0)).unwrap_or(0));
+        let delay = Duration::from_secs(
+            u64::try_from(self.probe.initial_delay_seconds.unwrap_or(0)).unwrap_or(0),
+        );
         tokio::time::sleep(delay.saturating_sub(self.age)).await;
-        let (period, timeout) = (seconds(self.probe.period_seconds, 10), seconds(self.probe.timeout_seconds, 1));
+        let (period, timeout) =
+            (seconds(self.probe.period_seconds, 10), seconds(self.probe.timeout_seconds, 1));
         let mut tally = Tally::new(&self.probe, self.kind);
         let mut ticks = tokio::time::interval(period);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            let outcome = match tokio::time::timeout(timeout, handler::check(&self.cx, &self.target, &self.probe)).await {
+            let outcome = match tokio::time::timeout(
+                timeout,
+                handler::check(&self.cx, &self.target, &self.probe),
+            )
+            .await
+            {
                 Ok(outcome) => outcome,
                 Err(_) => Err(format!("no answer within {} s", timeout.as_secs())),
             };
             if let Err(why) = &outcome {
                 let message = format!("{} probe failed: {why}", self.kind.name());
-                self.cx.events.container(&self.pod, &self.target.container.name, "Warning", "Unhealthy", &message);
+                self.cx.events.container(
+                    &self.pod,
+                    &self.target.container.name,
+                    "Warning",
+                    "Unhealthy",
+                    &message,
+                );
             }
             if let Some(verdict) = tally.count(outcome.is_ok()) {
                 let key = (self.target.container_id.clone(), self.kind);
@@ -242,7 +271,8 @@ struct Tally {
 impl Tally {
     fn new(probe: &Probe, kind: Kind) -> Self {
         // Only readiness may ask for more than one success (API validation).
-        let successes = if kind == Kind::Readiness { probe.success_threshold.unwrap_or(1).max(1) } else { 1 };
+        let successes =
+            if kind == Kind::Readiness { probe.success_threshold.unwrap_or(1).max(1) } else { 1 };
         Self {
             successes: 0,
             failures: 0,
@@ -271,7 +301,8 @@ mod tests {
 
     #[test]
     fn thresholds_count_in_a_row() {
-        let probe = Probe { success_threshold: Some(2), failure_threshold: Some(3), ..Probe::default() };
+        let probe =
+            Probe { success_threshold: Some(2), failure_threshold: Some(3), ..Probe::default() };
         let mut tally = Tally::new(&probe, Kind::Readiness);
         let verdicts: Vec<_> = [true, false, true, true, false, false, true, false, false, false]
             .into_iter()

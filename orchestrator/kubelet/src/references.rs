@@ -25,18 +25,26 @@ fn names(pod: &Pod) -> Names {
     let mut names = Names::default();
     for container in api::all_containers(pod) {
         for source in container.env_from.iter().flatten() {
-            names.config_maps.extend(source.config_map_ref.iter().map(|wanted| wanted.name.clone()));
+            names
+                .config_maps
+                .extend(source.config_map_ref.iter().map(|wanted| wanted.name.clone()));
             names.secrets.extend(source.secret_ref.iter().map(|wanted| wanted.name.clone()));
         }
-        for source in container.env.iter().flatten().filter_map(|variable| variable.value_from.as_ref()) {
-            names.config_maps.extend(source.config_map_key_ref.iter().map(|wanted| wanted.name.clone()));
+        for source in
+            container.env.iter().flatten().filter_map(|variable| variable.value_from.as_ref())
+        {
+            names
+                .config_maps
+                .extend(source.config_map_key_ref.iter().map(|wanted| wanted.name.clone()));
             names.secrets.extend(source.secret_key_ref.iter().map(|wanted| wanted.name.clone()));
         }
     }
     for volume in pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()) {
         names.config_maps.extend(volume.config_map.iter().map(|source| source.name.clone()));
         names.secrets.extend(volume.secret.iter().filter_map(|source| source.secret_name.clone()));
-        for source in volume.projected.iter().flat_map(|projected| projected.sources.iter().flatten()) {
+        for source in
+            volume.projected.iter().flat_map(|projected| projected.sources.iter().flatten())
+        {
             names.config_maps.extend(source.config_map.iter().map(|source| source.name.clone()));
             names.secrets.extend(source.secret.iter().map(|source| source.name.clone()));
         }
@@ -58,7 +66,11 @@ pub(crate) async fn fetch(client: &Client, pod: &Pod) -> Result<References, Erro
     Ok(References { config_maps, secrets })
 }
 
-async fn all<K: Kind>(client: &Client, namespace: &str, names: BTreeSet<String>) -> Result<BTreeMap<String, K>, Error> {
+async fn all<K: Kind>(
+    client: &Client,
+    namespace: &str,
+    names: BTreeSet<String>,
+) -> Result<BTreeMap<String, K>, Error> {
     let api = Api::<K>::namespaced(client.clone(), namespace);
     let found = futures::future::try_join_all(names.into_iter().map(|name| {
         let api = api.clone();

@@ -20,9 +20,17 @@ const LONGEST_DELAY: Duration = Duration::from_secs(5);
 pub(crate) type Pods = Option<Arc<BTreeMap<String, Arc<Pod>>>>;
 
 /// Keeps the map up to date until cancelled. What was known stays known while the API server is away.
-pub(crate) async fn run(client: Client, node: String, out: watch::Sender<Pods>, stop: CancellationToken) {
+pub(crate) async fn run(
+    client: Client,
+    node: String,
+    out: watch::Sender<Pods>,
+    stop: CancellationToken,
+) {
     let api = Api::<Pod>::all(client);
-    let params = ListParams { field_selector: Some(format!("spec.nodeName={node}")), ..ListParams::default() };
+    let params = ListParams {
+        field_selector: Some(format!("spec.nodeName={node}")),
+        ..ListParams::default()
+    };
     let mut delay = FIRST_DELAY;
     while !stop.is_cancelled() {
         let outcome = tokio::select! {
@@ -41,7 +49,12 @@ pub(crate) async fn run(client: Client, node: String, out: watch::Sender<Pods>, 
 }
 
 /// Lists, then watches for as long as the server has the history.
-async fn follow(api: &Api<Pod>, params: &ListParams, out: &watch::Sender<Pods>, delay: &mut Duration) -> Result<(), Error> {
+async fn follow(
+    api: &Api<Pod>,
+    params: &ListParams,
+    out: &watch::Sender<Pods>,
+    delay: &mut Duration,
+) -> Result<(), Error> {
     let list = api.list(params).await?;
     let mut pods: BTreeMap<String, Arc<Pod>> = BTreeMap::new();
     for pod in list.items {

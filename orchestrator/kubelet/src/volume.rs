@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags};
 use orch_api::Quantity;
-use orch_api::k8s_openapi::api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource, Pod, Volume};
+use orch_api::k8s_openapi::api::core::v1::{
+    EmptyDirVolumeSource, HostPathVolumeSource, Pod, Volume,
+};
 
 use crate::api;
 use crate::pod::env::References;
@@ -65,8 +67,9 @@ pub(crate) fn ensure(folder: &Path, pod: &Pod, sources: &Sources<'_>) -> Result<
     let group = group.and_then(|group| u32::try_from(group).ok());
     for volume in spec.volumes.iter().flatten() {
         let target = folder.join("volumes").join(&volume.name);
-        let made = ensure_one(&target, pod, volume, sources, group)
-            .map_err(|error| format!("MountVolume.SetUp failed for volume \"{}\" : {error}", volume.name))?;
+        let made = ensure_one(&target, pod, volume, sources, group).map_err(|error| {
+            format!("MountVolume.SetUp failed for volume \"{}\" : {error}", volume.name)
+        })?;
         all.by_name.insert(volume.name.clone(), made);
     }
     Ok(all)
@@ -91,15 +94,25 @@ fn ensure_one(
     Ok((target.to_owned(), true))
 }
 
-fn empty_dir(target: &Path, source: &EmptyDirVolumeSource, group: Option<u32>) -> Result<(), String> {
+fn empty_dir(
+    target: &Path,
+    source: &EmptyDirVolumeSource,
+    group: Option<u32>,
+) -> Result<(), String> {
     let failed = |error: std::io::Error| format!("make {}: {error}", target.display());
     let fresh = !target.exists();
     fs::create_dir_all(target).map_err(failed)?;
     if source.medium.as_deref() == Some("Memory") && !is_mount_point(target) {
         let limit = source.size_limit.as_ref().and_then(|limit| Quantity::parse(&limit.0).ok());
         let options = limit.map(|limit| format!("size={}", limit.value()));
-        nix::mount::mount(Some("tmpfs"), target, Some("tmpfs"), MsFlags::empty(), options.as_deref())
-            .map_err(|error| format!("mount tmpfs on {}: {error}", target.display()))?;
+        nix::mount::mount(
+            Some("tmpfs"),
+            target,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            options.as_deref(),
+        )
+        .map_err(|error| format!("mount tmpfs on {}: {error}", target.display()))?;
     } else if !fresh {
         return Ok(());
     }
@@ -127,8 +140,9 @@ fn host_path(source: &HostPathVolumeSource) -> Result<PathBuf, String> {
         "" if !path.exists() => fs::create_dir_all(&path).map_err(failed)?,
         _ => {}
     }
-    let meta = fs::metadata(&path)
-        .map_err(|_| format!("hostPath type check failed: {} does not exist on the node", path.display()))?;
+    let meta = fs::metadata(&path).map_err(|_| {
+        format!("hostPath type check failed: {} does not exist on the node", path.display())
+    })?;
     let fits = match kind {
         "Directory" | "DirectoryOrCreate" => meta.is_dir(),
         "File" | "FileOrCreate" => meta.is_file(),
@@ -137,7 +151,11 @@ fn host_path(source: &HostPathVolumeSource) -> Result<PathBuf, String> {
         "BlockDevice" => meta.file_type().is_block_device(),
         _ => true,
     };
-    if fits { Ok(path) } else { Err(format!("hostPath type check failed: {} is not a {kind}", path.display())) }
+    if fits {
+        Ok(path)
+    } else {
+        Err(format!("hostPath type check failed: {} is not a {kind}", path.display()))
+    }
 }
 
 fn payload(pod: &Pod, volume: &Volume, sources: &Sources<'_>) -> Result<Payload, String> {
@@ -152,7 +170,12 @@ fn payload(pod: &Pod, volume: &Volume, sources: &Sources<'_>) -> Result<Payload,
     }
     if let Some(source) = &volume.downward_api {
         let mode = payload::mode(source.default_mode, DEFAULT_MODE);
-        return payload::downward(pod, sources.place, source.items.as_deref().unwrap_or_default(), mode);
+        return payload::downward(
+            pod,
+            sources.place,
+            source.items.as_deref().unwrap_or_default(),
+            mode,
+        );
     }
     let Some(projected) = &volume.projected else {
         return Err("this kind of volume is not supported on this node".to_owned());
@@ -161,10 +184,22 @@ fn payload(pod: &Pod, volume: &Volume, sources: &Sources<'_>) -> Result<Payload,
     let mut all = Payload::new();
     for source in projected.sources.iter().flatten() {
         if let Some(source) = &source.config_map {
-            all.extend(config_map(sources, &source.name, source.items.as_deref(), mode, source.optional)?);
+            all.extend(config_map(
+                sources,
+                &source.name,
+                source.items.as_deref(),
+                mode,
+                source.optional,
+            )?);
         }
         if let Some(source) = &source.secret {
-            all.extend(secret(sources, &source.name, source.items.as_deref(), mode, source.optional)?);
+            all.extend(secret(
+                sources,
+                &source.name,
+                source.items.as_deref(),
+                mode,
+                source.optional,
+            )?);
         }
         if let Some(source) = &source.downward_api {
             let items = source.items.as_deref().unwrap_or_default();
@@ -188,7 +223,9 @@ fn config_map(
 ) -> Result<Payload, String> {
     let optional = optional == Some(true);
     match sources.references.config_maps.get(name) {
-        Some(map) => payload::project(&payload::config_map_entries(map), items, mode, optional, name),
+        Some(map) => {
+            payload::project(&payload::config_map_entries(map), items, mode, optional, name)
+        }
         None if optional => Ok(Payload::new()),
         None => Err(format!("configmap \"{name}\" not found")),
     }
@@ -203,7 +240,9 @@ fn secret(
 ) -> Result<Payload, String> {
     let optional = optional == Some(true);
     match sources.references.secrets.get(name) {
-        Some(secret) => payload::project(&payload::secret_entries(secret), items, mode, optional, name),
+        Some(secret) => {
+            payload::project(&payload::secret_entries(secret), items, mode, optional, name)
+        }
         None if optional => Ok(Payload::new()),
         None => Err(format!("secret \"{name}\" not found")),
     }

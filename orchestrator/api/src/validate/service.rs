@@ -1,42 +1,111 @@
-//! Rules of Services and EndpointSlices.
+//! Rules of Services.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::pod::port_number;
+use super::pod::{port_number, port_or_name};
+use super::{items, labels, one_of};
 use crate::names;
 use crate::status::FieldError;
 
 const TYPES: [&str; 4] = ["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"];
-const PROTOCOLS: [&str; 3] = ["SCTP", "TCP", "UDP"];
-/// Endpoints of one slice.
-const ENDPOINTS_LIMIT: usize = 1000;
+pub(super) const PROTOCOLS: [&str; 3] = ["SCTP", "TCP", "UDP"];
+/// A client stays with its backend for at most a day.
+const AFFINITY_SECS_MOST: i64 = 24 * 60 * 60;
 
-pub(super) fn service(object: &Value, errors: &mut Vec<FieldError>) {
-    let spec = &object["spec"];
+/// `old` is the Service before a change, and null for a new one. What the type no longer allows is tolerated while it
+/// is as it was: the API server takes it away.
+pub(super) fn service(object: &Value, old: &Value, errors: &mut Vec<FieldError>) {
+    let (spec, before) = (&object["spec"], &old["spec"]);
     let kind = spec["type"].as_str().unwrap_or("ClusterIP");
     if !TYPES.contains(&kind) {
         errors.push(FieldError::not_supported("spec.type", &spec["type"], &TYPES));
     }
+    labels(&spec["selector"], "spec.selector", errors);
     if kind == "ExternalName" {
-        if spec["externalName"].as_str().is_none_or(str::is_empty) {
-            errors.push(FieldError::required("spec.externalName", ""));
-        }
-        return;
+        external_name(spec, errors);
+    } else {
+        cluster_ip(spec, kind, errors);
     }
-    let ports = spec["ports"].as_array().map_or(&[][..], Vec::as_slice);
-    let headless = spec["clusterIP"] == "None";
-    if ports.is_empty() && !headless {
+    ports(spec, before, kind, errors);
+    for (field, allowed) in [
+        ("sessionAffinity", ["ClientIP", "None"]),
+        ("externalTrafficPolicy", ["Cluster", "Local"]),
+        ("internalTrafficPolicy", ["Cluster", "Local"]),
+    ] {
+        one_of(&spec[field], &format!("spec.{field}"), &allowed, errors);
+    }
+    let timeout = &spec["sessionAffinityConfig"]["clientIP"]["timeoutSeconds"];
+    if timeout.as_i64().is_some_and(|seconds| !(1..=AFFINITY_SECS_MOST).contains(&seconds)) {
+        let field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+        let detail = format!("must be greater than 0 and less than {AFFINITY_SECS_MOST}");
+        errors.push(FieldError::invalid(field, timeout, detail));
+    }
+    let policy = &spec["externalTrafficPolicy"];
+    if policy.is_string() && policy != &before["externalTrafficPolicy"] && !matches!(kind, "NodePort" | "LoadBalancer")
+    {
+        let external_ips = items(&spec["externalIPs"]).next().is_some();
+        if !external_ips {
+            let detail = "may only be set for externally-accessible services";
+            errors.push(FieldError::invalid("spec.externalTrafficPolicy", policy, detail));
+        }
+    }
+    for (index, ip) in items(&spec["externalIPs"]) {
+        let usable = ip.as_str().and_then(|ip| ip.parse::<IpAddr>().ok()).is_some_and(|ip| {
+            !ip.is_unspecified() && !ip.is_loopback() && !ip.is_multicast()
+        });
+        if !usable {
+            let detail = "must be a valid IP address that other hosts can reach";
+            errors.push(FieldError::invalid(format!("spec.externalIPs[{index}]"), ip, detail));
+        }
+    }
+    let policies = ["PreferDualStack", "RequireDualStack", "SingleStack"];
+    one_of(&spec["ipFamilyPolicy"], "spec.ipFamilyPolicy", &policies, errors);
+    for (index, family) in items(&spec["ipFamilies"]) {
+        one_of(family, &format!("spec.ipFamilies[{index}]"), &["IPv4", "IPv6"], errors);
+    }
+}
+
+fn external_name(spec: &Value, errors: &mut Vec<FieldError>) {
+    let name = spec["externalName"].as_str().unwrap_or_default();
+    let name = name.strip_suffix('.').unwrap_or(name);
+    if name.is_empty() {
+        errors.push(FieldError::required("spec.externalName", ""));
+    } else if let Err(why) = names::is_dns1123_subdomain(name) {
+        errors.push(FieldError::invalid("spec.externalName", &spec["externalName"], why));
+    }
+}
+
+fn cluster_ip(spec: &Value, kind: &str, errors: &mut Vec<FieldError>) {
+    let ip = spec["clusterIP"].as_str().unwrap_or_default();
+    if ip == "None" {
+        if kind != "ClusterIP" {
+            let detail = format!("may not be set to 'None' for {kind} services");
+            errors.push(FieldError::invalid("spec.clusterIPs[0]", &spec["clusterIP"], detail));
+        }
+    } else if !ip.is_empty() && ip.parse::<IpAddr>().is_err() {
+        let detail = "must be empty, 'None', or a valid IP address";
+        errors.push(FieldError::invalid("spec.clusterIPs[0]", &spec["clusterIP"], detail));
+    }
+    let list = &spec["clusterIPs"];
+    if !ip.is_empty() && list.is_array() && list[0] != spec["clusterIP"] {
+        errors.push(FieldError::invalid("spec.clusterIPs", list, "first value must match `clusterIP`"));
+    }
+}
+
+fn ports(spec: &Value, before: &Value, kind: &str, errors: &mut Vec<FieldError>) {
+    let count = spec["ports"].as_array().map_or(0, Vec::len);
+    if count == 0 && spec["clusterIP"] != "None" && kind != "ExternalName" {
         errors.push(FieldError::required("spec.ports", ""));
     }
-    let (mut names_seen, mut numbers) = (BTreeSet::new(), BTreeSet::new());
-    for (index, port) in ports.iter().enumerate() {
+    let (mut names_seen, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    for (index, port) in items(&spec["ports"]) {
         let field = |name: &str| format!("spec.ports[{index}].{name}");
         let name = port["name"].as_str().unwrap_or_default();
         if name.is_empty() {
-            if ports.len() > 1 {
+            if count > 1 {
                 errors.push(FieldError::required(field("name"), ""));
             }
         } else if let Err(why) = names::is_dns1123_label(name) {
@@ -45,113 +114,41 @@ pub(super) fn service(object: &Value, errors: &mut Vec<FieldError>) {
             errors.push(FieldError::duplicate(field("name"), &port["name"]));
         }
         port_number(&port["port"], &field("port"), errors);
-        if port["targetPort"].is_i64() || port["targetPort"].is_u64() {
-            port_number(&port["targetPort"], &field("targetPort"), errors);
+        if !port["targetPort"].is_null() {
+            port_or_name(&port["targetPort"], &field("targetPort"), errors);
         }
         let protocol = port["protocol"].as_str().unwrap_or("TCP");
-        if !PROTOCOLS.contains(&protocol) {
-            errors.push(FieldError::not_supported(
-                field("protocol"),
-                &port["protocol"],
-                &PROTOCOLS,
-            ));
-        }
+        one_of(&port["protocol"], &field("protocol"), &PROTOCOLS, errors);
         if !numbers.insert((protocol, port["port"].as_i64())) {
-            errors.push(FieldError::duplicate(format!("spec.ports[{index}]"), port));
+            let shown = json!({ "protocol": protocol, "port": port["port"] });
+            errors.push(FieldError::duplicate(format!("spec.ports[{index}]"), &shown));
         }
-        if kind == "ClusterIP" && port["nodePort"].as_i64().unwrap_or(0) != 0 {
-            errors.push(FieldError::forbidden(
-                field("nodePort"),
-                "may not be used when `type` is 'ClusterIP'",
-            ));
+        let node_port = port["nodePort"].as_i64().unwrap_or(0);
+        if node_port == 0 {
+            continue;
         }
-    }
-    if let Some(ip) = spec["clusterIP"].as_str().filter(|ip| !ip.is_empty() && *ip != "None")
-        && ip.parse::<IpAddr>().is_err()
-    {
-        errors.push(FieldError::invalid(
-            "spec.clusterIP",
-            &spec["clusterIP"],
-            "must be empty, 'None', or a valid IP address",
-        ));
-    }
-    if headless && kind != "ClusterIP" {
-        errors.push(FieldError::invalid(
-            "spec.clusterIPs[0]",
-            &spec["clusterIP"],
-            format!("may not be set to 'None' for {kind} services"),
-        ));
-    }
-    for (field, allowed) in [
-        ("sessionAffinity", ["ClientIP", "None"]),
-        ("externalTrafficPolicy", ["Cluster", "Local"]),
-        ("internalTrafficPolicy", ["Cluster", "Local"]),
-    ] {
-        if let Some(value) = spec[field].as_str().filter(|value| !value.is_empty())
-            && !allowed.contains(&value)
-        {
-            errors.push(FieldError::not_supported(format!("spec.{field}"), &spec[field], &allowed));
+        if matches!(kind, "ClusterIP" | "ExternalName") {
+            if items(&before["ports"]).any(|(_, old)| old["nodePort"] == port["nodePort"]) {
+                continue;
+            }
+            let detail = format!("may not be used when `type` is '{kind}'");
+            errors.push(FieldError::forbidden(field("nodePort"), detail));
+        } else if !node_ports.insert((protocol, node_port)) {
+            errors.push(FieldError::duplicate(field("nodePort"), &port["nodePort"]));
         }
-    }
-    for (key, value) in spec["selector"].as_object().into_iter().flatten() {
-        super::label(key, value, "spec.selector", errors);
     }
 }
 
+/// A cluster IP stays as long as the Service has one. An absent one means "as it is".
 pub(super) fn update(new: &Value, old: &Value, errors: &mut Vec<FieldError>) {
-    let (before, after) = (&old["spec"]["clusterIP"], &new["spec"]["clusterIP"]);
-    let external = |object: &Value| object["spec"]["type"] == "ExternalName";
-    if !external(new)
-        && !external(old)
-        && before.as_str().is_some_and(|ip| !ip.is_empty())
+    let ip = |object: &Value| {
+        let external = object["spec"]["type"] == "ExternalName";
+        let ip = object["spec"]["clusterIP"].as_str().unwrap_or_default().to_owned();
+        (!external && !ip.is_empty()).then_some(ip)
+    };
+    if let (Some(before), Some(after)) = (ip(old), ip(new))
         && before != after
     {
-        errors.push(FieldError::invalid("spec.clusterIPs[0]", after, "may not change once set"));
-    }
-}
-
-pub(super) fn endpoint_slice(object: &Value, errors: &mut Vec<FieldError>) {
-    let kind = object["addressType"].as_str().unwrap_or_default();
-    if kind.is_empty() {
-        errors.push(FieldError::required("addressType", ""));
-    } else if !["FQDN", "IPv4", "IPv6"].contains(&kind) {
-        errors.push(FieldError::not_supported(
-            "addressType",
-            &object["addressType"],
-            &["FQDN", "IPv4", "IPv6"],
-        ));
-    }
-    let endpoints = object["endpoints"].as_array().map_or(&[][..], Vec::as_slice);
-    if endpoints.len() > ENDPOINTS_LIMIT {
-        errors.push(FieldError {
-            field: "endpoints".to_owned(),
-            kind: crate::status::FieldErrorKind::TooMany,
-            detail: format!("must have at most {ENDPOINTS_LIMIT} items"),
-        });
-    }
-    for (index, endpoint) in endpoints.iter().enumerate() {
-        let addresses = endpoint["addresses"].as_array().map_or(&[][..], Vec::as_slice);
-        if addresses.is_empty() {
-            errors.push(FieldError::required(
-                format!("endpoints[{index}].addresses"),
-                "must contain at least 1 address",
-            ));
-        }
-        for (place, address) in addresses.iter().enumerate() {
-            let parsed: Option<IpAddr> = address.as_str().and_then(|text| text.parse().ok());
-            let good = match kind {
-                "IPv4" => parsed.is_some_and(|ip| ip.is_ipv4()),
-                "IPv6" => parsed.is_some_and(|ip| ip.is_ipv6()),
-                _ => true,
-            };
-            if !good {
-                let field = format!("endpoints[{index}].addresses[{place}]");
-                errors.push(FieldError::invalid(
-                    field,
-                    address,
-                    format!("must be a valid {kind} address"),
-                ));
-            }
-        }
+        errors.push(FieldError::invalid("spec.clusterIPs[0]", &json!(after), "may not change once set"));
     }
 }

@@ -1,56 +1,23 @@
-//! Rules of Deployments, ReplicaSets and NetworkPolicies.
+//! Rules of Deployments and ReplicaSets.
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde_json::Value;
 
+use super::{annotations, at_least, label_selector, labels};
 use crate::status::FieldError;
-use crate::{Selector, names};
 
 pub(super) fn deployment(object: &Value, errors: &mut Vec<FieldError>) {
     let spec = &object["spec"];
     common(spec, errors);
-    let strategy = &spec["strategy"];
-    match strategy["type"].as_str() {
-        Some("RollingUpdate") => {
-            let rolling = &strategy["rollingUpdate"];
-            let at = "spec.strategy.rollingUpdate";
-            for field in ["maxUnavailable", "maxSurge"] {
-                count_or_percent(&rolling[field], &format!("{at}.{field}"), errors);
-            }
-            let zero = |value: &Value| *value == 0 || *value == "0%" || *value == "0";
-            if zero(&rolling["maxUnavailable"]) && zero(&rolling["maxSurge"]) {
-                errors.push(FieldError::invalid(
-                    format!("{at}.maxUnavailable"),
-                    &rolling["maxUnavailable"],
-                    "may not be 0 when `maxSurge` is 0",
-                ));
-            }
-        }
-        Some("Recreate") if !strategy["rollingUpdate"].is_null() => {
-            errors.push(FieldError::forbidden(
-                "spec.strategy.rollingUpdate",
-                "may not be specified when strategy `type` is 'Recreate'",
-            ))
-        }
-        Some("Recreate") | None => {}
-        Some(_) => {
-            errors.push(FieldError::not_supported(
-                "spec.strategy.type",
-                &strategy["type"],
-                &["Recreate", "RollingUpdate"],
-            ));
-        }
-    }
-    let (deadline, ready) =
-        (spec["progressDeadlineSeconds"].as_i64(), spec["minReadySeconds"].as_i64().unwrap_or(0));
-    if deadline.is_some_and(|deadline| deadline <= ready) {
-        errors.push(FieldError::invalid(
-            "spec.progressDeadlineSeconds",
-            &spec["progressDeadlineSeconds"],
-            "must be greater than minReadySeconds",
-        ));
+    strategy(&spec["strategy"], errors);
+    at_least(0, &spec["revisionHistoryLimit"], "spec.revisionHistoryLimit", errors);
+    at_least(0, &spec["progressDeadlineSeconds"], "spec.progressDeadlineSeconds", errors);
+    let ready = spec["minReadySeconds"].as_i64().unwrap_or(0);
+    if spec["progressDeadlineSeconds"].as_i64().is_some_and(|deadline| deadline <= ready) {
+        let field = "spec.progressDeadlineSeconds";
+        let detail = "must be greater than minReadySeconds";
+        errors.push(FieldError::invalid(field, &spec["progressDeadlineSeconds"], detail));
     }
 }
 
@@ -59,125 +26,83 @@ pub(super) fn replica_set(object: &Value, errors: &mut Vec<FieldError>) {
 }
 
 fn common(spec: &Value, errors: &mut Vec<FieldError>) {
-    for field in ["replicas", "minReadySeconds", "revisionHistoryLimit"] {
-        if spec[field].as_i64().is_some_and(|number| number < 0) {
-            errors.push(FieldError::invalid(
-                format!("spec.{field}"),
-                &spec[field],
-                "must be greater than or equal to 0",
-            ));
-        }
-    }
-    let selector = selector(&spec["selector"], "spec.selector", errors);
+    at_least(0, &spec["replicas"], "spec.replicas", errors);
+    at_least(0, &spec["minReadySeconds"], "spec.minReadySeconds", errors);
     let template = &spec["template"];
-    let labels: BTreeMap<String, String> =
-        serde_json::from_value(template["metadata"]["labels"].clone()).unwrap_or_default();
-    if let Some(selector) = selector {
+    if spec["selector"].is_null() {
+        errors.push(FieldError::required("spec.selector", ""));
+    } else if let Some(selector) = label_selector(&spec["selector"], "spec.selector", errors) {
+        let own: BTreeMap<String, String> =
+            serde_json::from_value(template["metadata"]["labels"].clone()).unwrap_or_default();
         if selector.is_everything() {
-            errors.push(FieldError::invalid(
-                "spec.selector",
-                &spec["selector"],
-                "empty selector is invalid for deployment",
-            ));
-        } else if !selector.matches(&labels) {
-            errors.push(FieldError::invalid(
-                "spec.template.metadata.labels",
-                &template["metadata"]["labels"],
-                "`selector` does not match template `labels`",
-            ));
+            let detail = "empty selector is invalid for deployment";
+            errors.push(FieldError::invalid("spec.selector", &spec["selector"], detail));
+        } else if !selector.matches(&own) {
+            let detail = "`selector` does not match template `labels`";
+            let field = "spec.template.metadata.labels";
+            errors.push(FieldError::invalid(field, &template["metadata"]["labels"], detail));
         }
     }
-    for (key, value) in template["metadata"]["labels"].as_object().into_iter().flatten() {
-        super::label(key, value, "spec.template.metadata.labels", errors);
-    }
+    labels(&template["metadata"]["labels"], "spec.template.labels", errors);
+    annotations(&template["metadata"]["annotations"], "spec.template.annotations", errors);
     super::pod::spec(&template["spec"], "spec.template.spec", errors);
     let restart = &template["spec"]["restartPolicy"];
-    if restart.as_str().is_some_and(|policy| policy != "Always") {
-        errors.push(FieldError::not_supported(
-            "spec.template.spec.restartPolicy",
-            restart,
-            &["Always"],
-        ));
+    if matches!(restart.as_str(), Some("Never" | "OnFailure")) {
+        errors.push(FieldError::not_supported("spec.template.spec.restartPolicy", restart, &["Always"]));
+    }
+    if !template["spec"]["activeDeadlineSeconds"].is_null() {
+        let detail = "activeDeadlineSeconds in ReplicaSet is not Supported";
+        errors.push(FieldError::forbidden("spec.template.spec.activeDeadlineSeconds", detail));
+    }
+    if !template["spec"]["ephemeralContainers"].is_null() {
+        let detail = "ephemeral containers not allowed in pod template";
+        errors.push(FieldError::forbidden("spec.template.spec.ephemeralContainers", detail));
     }
 }
 
-fn selector(value: &Value, field: &str, errors: &mut Vec<FieldError>) -> Option<Selector> {
-    if value.is_null() {
-        errors.push(FieldError::required(field, ""));
-        return None;
-    }
-    let parsed: LabelSelector = match serde_json::from_value(value.clone()) {
-        Ok(parsed) => parsed,
-        Err(error) => {
-            errors.push(FieldError::invalid(field, value, error.to_string()));
-            return None;
+fn strategy(strategy: &Value, errors: &mut Vec<FieldError>) {
+    let at = "spec.strategy";
+    match strategy["type"].as_str() {
+        Some("RollingUpdate") => {
+            let rolling = &strategy["rollingUpdate"];
+            for field in ["maxUnavailable", "maxSurge"] {
+                count_or_percent(&rolling[field], &format!("{at}.rollingUpdate.{field}"), errors);
+            }
+            let zero = |value: &Value| *value == 0 || *value == "0%";
+            if zero(&rolling["maxUnavailable"]) && zero(&rolling["maxSurge"]) {
+                let detail = "may not be 0 when `maxSurge` is 0";
+                let field = format!("{at}.rollingUpdate.maxUnavailable");
+                errors.push(FieldError::invalid(field, &rolling["maxUnavailable"], detail));
+            }
+            let share = rolling["maxUnavailable"].as_str().and_then(|text| text.strip_suffix('%'));
+            if share.and_then(|digits| digits.parse::<u32>().ok()).is_some_and(|percent| percent > 100) {
+                let field = format!("{at}.rollingUpdate.maxUnavailable");
+                errors.push(FieldError::invalid(field, &rolling["maxUnavailable"], "must not be greater than 100%"));
+            }
         }
-    };
-    for (key, value) in parsed.match_labels.iter().flatten() {
-        if let Err(why) = names::is_qualified_name(key).and_then(|()| names::is_label_value(value))
-        {
-            errors.push(FieldError::invalid(
-                format!("{field}.matchLabels"),
-                &Value::String(key.clone()),
-                why,
-            ));
+        Some("Recreate") => {
+            if !strategy["rollingUpdate"].is_null() {
+                let detail = "may not be specified when strategy `type` is 'Recreate'";
+                errors.push(FieldError::forbidden(format!("{at}.rollingUpdate"), detail));
+            }
         }
-    }
-    match Selector::from_label_selector(&parsed) {
-        Ok(selector) => Some(selector),
-        Err(error) => {
-            errors.push(FieldError::invalid(format!("{field}.matchExpressions"), value, error.0));
-            None
+        _ => {
+            let allowed = ["Recreate", "RollingUpdate"];
+            errors.push(FieldError::not_supported(format!("{at}.type"), &strategy["type"], &allowed));
         }
     }
 }
 
 fn count_or_percent(value: &Value, field: &str, errors: &mut Vec<FieldError>) {
-    let good = match value {
-        Value::Null => true,
-        Value::Number(number) => number.as_i64().is_some_and(|number| number >= 0),
-        Value::String(text) => text
-            .strip_suffix('%')
-            .is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())),
-        _ => false,
-    };
-    if !good {
-        errors.push(FieldError::invalid(
-            field,
-            value,
-            "must be an integer or percentage (e.g '5%')",
-        ));
-    }
-}
-
-pub(super) fn network_policy(object: &Value, errors: &mut Vec<FieldError>) {
-    let spec = &object["spec"];
-    for (index, kind) in spec["policyTypes"].as_array().into_iter().flatten().enumerate() {
-        if !matches!(kind.as_str(), Some("Ingress" | "Egress")) {
-            errors.push(FieldError::not_supported(
-                format!("spec.policyTypes[{index}]"),
-                kind,
-                &["Egress", "Ingress"],
-            ));
-        }
-    }
-    for (list, peers) in [("ingress", "from"), ("egress", "to")] {
-        for (index, rule) in spec[list].as_array().into_iter().flatten().enumerate() {
-            for (place, peer) in rule[peers].as_array().into_iter().flatten().enumerate() {
-                let at = format!("spec.{list}[{index}].{peers}[{place}]");
-                let (block, others) = (
-                    !peer["ipBlock"].is_null(),
-                    !peer["podSelector"].is_null() || !peer["namespaceSelector"].is_null(),
-                );
-                if block && others {
-                    errors.push(FieldError::forbidden(
-                        at,
-                        "may not specify both ipBlock and another peer",
-                    ));
-                } else if !block && !others {
-                    errors.push(FieldError::required(at, "must specify a peer"));
-                }
+    match value {
+        Value::Null => {}
+        Value::String(text) => {
+            let digits = text.strip_suffix('%').unwrap_or_default();
+            if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+                let detail = "must be an integer or percentage (e.g '5%%')";
+                errors.push(FieldError::invalid(field, value, detail));
             }
         }
+        _ => at_least(0, value, field, errors),
     }
 }

@@ -4,11 +4,14 @@ use std::path::Path;
 
 use bollard::errors::Error as DockerError;
 use bollard::models::{
-    ContainerCreateBody, ContainerInspectResponse, ContainerStateStatusEnum, EventMessage, HealthConfig, HostConfig,
-    ImageInspect, ImageSummary, Mount as DockerMount, MountBindOptions, MountBindOptionsPropagationEnum, MountType,
+    ContainerCreateBody, ContainerInspectResponse, ContainerStateStatusEnum, EventMessage,
+    HealthConfig, HostConfig, ImageInspect, ImageSummary, Mount as DockerMount, MountBindOptions,
+    MountBindOptionsPropagationEnum, MountType,
 };
 
-use crate::{Container, ContainerSpec, Error, Event, Image, Mount, NetworkMode, Propagation, State};
+use crate::{
+    Container, ContainerSpec, Error, Event, Image, Mount, NetworkMode, Propagation, State,
+};
 
 /// Time over which the CPU quota counts (CFS default; Kubernetes uses it too).
 const CPU_PERIOD_MICROS: i64 = 100_000;
@@ -26,7 +29,9 @@ pub(super) fn error(socket: &Path, error: DockerError) -> Error {
             socket: socket.display().to_string(),
             reason: "no answer in time".to_owned(),
         },
-        other => Error::Unavailable { socket: socket.display().to_string(), reason: other.to_string() },
+        other => {
+            Error::Unavailable { socket: socket.display().to_string(), reason: other.to_string() }
+        }
     }
 }
 
@@ -36,7 +41,11 @@ pub(super) fn container(found: ContainerInspectResponse) -> Container {
     let running = state.running.unwrap_or(false);
     let status = match state.status {
         _ if running => State::Running,
-        Some(ContainerStateStatusEnum::CREATED) if state.error.as_deref().unwrap_or("").is_empty() => State::Created,
+        Some(ContainerStateStatusEnum::CREATED)
+            if state.error.as_deref().unwrap_or("").is_empty() =>
+        {
+            State::Created
+        }
         _ => State::Exited {
             code: state.exit_code.unwrap_or_default(),
             oom_killed: state.oom_killed.unwrap_or(false),
@@ -48,7 +57,10 @@ pub(super) fn container(found: ContainerInspectResponse) -> Container {
         labels: config.labels.unwrap_or_default().into_iter().collect(),
         state: status,
         pid: state.pid.and_then(|pid| i32::try_from(pid).ok()).unwrap_or_default(),
-        created_nanos: found.created.and_then(|time| i64::try_from(time.unix_timestamp_nanos()).ok()).unwrap_or_default(),
+        created_nanos: found
+            .created
+            .and_then(|time| i64::try_from(time.unix_timestamp_nanos()).ok())
+            .unwrap_or_default(),
         started_at: state.started_at.unwrap_or_default(),
         finished_at: state.finished_at.unwrap_or_default(),
         image_id: found.image.unwrap_or_default(),
@@ -60,7 +72,11 @@ pub(super) fn container(found: ContainerInspectResponse) -> Container {
 pub(super) fn event(event: EventMessage) -> Option<Event> {
     let kind = super::event_kind(event.action.as_deref()?)?;
     let actor = event.actor?;
-    Some(Event { container: actor.id?, kind, labels: actor.attributes.unwrap_or_default().into_iter().collect() })
+    Some(Event {
+        container: actor.id?,
+        kind,
+        labels: actor.attributes.unwrap_or_default().into_iter().collect(),
+    })
 }
 
 pub(super) fn image(found: ImageInspect) -> Image {
@@ -79,13 +95,22 @@ pub(super) fn image_summary(found: ImageSummary) -> Option<Image> {
     names.extend(found.repo_digests);
     // What lost its tag is listed as `<none>`.
     names.retain(|name| !name.contains("<none>"));
-    (!names.is_empty()).then_some(Image { id: found.id, names, size_bytes: found.size, user: String::new() })
+    (!names.is_empty()).then_some(Image {
+        id: found.id,
+        names,
+        size_bytes: found.size,
+        user: String::new(),
+    })
 }
 
 /// Docker pulls all tags of a name that has none.
 pub(super) fn with_tag(reference: &str) -> String {
     let last = reference.rsplit('/').next().unwrap_or(reference);
-    if last.contains(':') || last.contains('@') { reference.to_owned() } else { format!("{reference}:latest") }
+    if last.contains(':') || last.contains('@') {
+        reference.to_owned()
+    } else {
+        format!("{reference}:latest")
+    }
 }
 
 pub(super) fn create_body(spec: &ContainerSpec) -> ContainerCreateBody {
@@ -102,7 +127,10 @@ pub(super) fn create_body(spec: &ContainerSpec) -> ContainerCreateBody {
         entrypoint: some(&spec.entrypoint),
         cmd: some(&spec.args),
         // The kubelet probes; the image's own check would only cost.
-        healthcheck: Some(HealthConfig { test: Some(vec!["NONE".to_owned()]), ..HealthConfig::default() }),
+        healthcheck: Some(HealthConfig {
+            test: Some(vec!["NONE".to_owned()]),
+            ..HealthConfig::default()
+        }),
         image: Some(spec.image.clone()),
         working_dir: spec.working_dir.clone(),
         labels: Some(spec.labels.clone().into_iter().collect()),

@@ -12,8 +12,10 @@ const DEFAULT_SERVER: &str = "docker.io";
 /// Reads the pod's pull secrets; one that is missing or unreadable is skipped, as upstream does.
 pub(crate) async fn fetch(client: &Client, pod: &Pod) -> Vec<Credentials> {
     let names = pod.spec.iter().flat_map(|spec| spec.image_pull_secrets.iter().flatten());
-    let secrets =
-        Api::<Secret>::namespaced(client.clone(), pod.metadata.namespace.as_deref().unwrap_or_default());
+    let secrets = Api::<Secret>::namespaced(
+        client.clone(),
+        pod.metadata.namespace.as_deref().unwrap_or_default(),
+    );
     let mut all = Vec::new();
     for reference in names {
         match secrets.get_opt(&reference.name).await {
@@ -42,7 +44,9 @@ fn parse(secret: &Secret) -> Vec<Credentials> {
                 let (user, password) = std::str::from_utf8(&bytes).ok()?.split_once(':')?;
                 Some((user.to_owned(), password.to_owned()))
             });
-            if let Some((username, password)) = pair.or_else(|| Some((text("username")?, text("password")?))) {
+            if let Some((username, password)) =
+                pair.or_else(|| Some((text("username")?, text("password")?)))
+            {
                 all.push(Credentials { server: server.clone(), username, password });
             }
         }
@@ -72,8 +76,10 @@ mod tests {
     #[test]
     fn a_docker_configuration_is_understood() {
         let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
-        let config = json!({ "auths": { "reg.example:5000": { "auth": encode("me:secret") } } }).to_string();
-        let secret = serde_json::from_value(json!({ "data": { ".dockerconfigjson": encode(&config) } }));
+        let config =
+            json!({ "auths": { "reg.example:5000": { "auth": encode("me:secret") } } }).to_string();
+        let secret =
+            serde_json::from_value(json!({ "data": { ".dockerconfigjson": encode(&config) } }));
         let all = parse(&secret.expect("a secret"));
         let found = for_image(&all, "reg.example:5000/web:1").expect("credentials");
         assert_eq!((found.username.as_str(), found.password.as_str()), ("me", "secret"));

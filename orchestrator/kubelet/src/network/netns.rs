@@ -17,10 +17,12 @@ pub(crate) fn pin(pid: i32, target: &Path) -> io::Result<()> {
     }
     fs::write(target, b"")?;
     let source = PathBuf::from(format!("/proc/{pid}/ns/net"));
-    nix::mount::mount(Some(&source), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(|error| {
-        let _ = fs::remove_file(target);
-        io::Error::from(error)
-    })
+    nix::mount::mount(Some(&source), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(
+        |error| {
+            let _ = fs::remove_file(target);
+            io::Error::from(error)
+        },
+    )
 }
 
 /// Lets it go; one that is not bound, or is gone, is fine.

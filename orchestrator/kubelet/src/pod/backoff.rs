@@ -23,13 +23,22 @@ pub(crate) struct Backoff {
 
 impl Backoff {
     /// How long to wait yet, and the whole delay, after a failure at `failed`.
-    pub(crate) fn remaining(&self, key: &str, failed: Timestamp, now: Timestamp) -> Option<(Duration, Duration)> {
+    pub(crate) fn remaining(
+        &self,
+        key: &str,
+        failed: Timestamp,
+        now: Timestamp,
+    ) -> Option<(Duration, Duration)> {
         let entry = self.entries.get(key)?;
         if since(failed, entry.last) > FORGET_AFTER {
             return None;
         }
         let waited = since(now, failed);
-        entry.delay.checked_sub(waited).filter(|left| !left.is_zero()).map(|left| (left, entry.delay))
+        entry
+            .delay
+            .checked_sub(waited)
+            .filter(|left| !left.is_zero())
+            .map(|left| (left, entry.delay))
     }
 
     /// Notes another try.
@@ -70,7 +79,11 @@ mod tests {
             assert_eq!(left, delay);
             delays.push(delay.as_secs());
             now += i64::try_from(delay.as_secs()).expect("small");
-            assert_eq!(backoff.remaining("a", at(now) - delay, at(now)), None, "waited long enough");
+            assert_eq!(
+                backoff.remaining("a", at(now) - delay, at(now)),
+                None,
+                "waited long enough"
+            );
             backoff.next("a", at(now));
         }
         assert_eq!(delays, [10, 20, 40, 80, 160, 300, 300]);
@@ -83,6 +96,9 @@ mod tests {
         backoff.next("a", at(20));
         assert_eq!(backoff.remaining("a", at(700), at(700)), None);
         backoff.next("a", at(700));
-        assert_eq!(backoff.remaining("a", at(700), at(700)).map(|(_, delay)| delay.as_secs()), Some(10));
+        assert_eq!(
+            backoff.remaining("a", at(700), at(700)).map(|(_, delay)| delay.as_secs()),
+            Some(10)
+        );
     }
 }

@@ -40,7 +40,12 @@ pub(crate) struct Sandbox {
 }
 
 /// The sandbox of a pod.
-pub(crate) fn sandbox_spec(pod: &Pod, attempt: u32, image: &str, host_network: &NetworkMode) -> ContainerSpec {
+pub(crate) fn sandbox_spec(
+    pod: &Pod,
+    attempt: u32,
+    image: &str,
+    host_network: &NetworkMode,
+) -> ContainerSpec {
     let spec = api::spec(pod);
     let host = api::is_host_network(pod);
     let sysctls = spec.security_context.and_then(|context| context.sysctls).unwrap_or_default();
@@ -80,7 +85,11 @@ pub(crate) struct Parts<'a> {
 ///
 /// # Errors
 /// The pod asks for something that cannot be; the text is for the container's waiting message.
-pub(crate) fn container_spec(pod: &Pod, container: &Container, parts: Parts<'_>) -> Result<ContainerSpec, String> {
+pub(crate) fn container_spec(
+    pod: &Pod,
+    container: &Container,
+    parts: Parts<'_>,
+) -> Result<ContainerSpec, String> {
     let pod_spec = api::spec(pod);
     let pod_ref = PodRef::of(pod);
     let context = container.security_context.clone().unwrap_or_default();
@@ -91,8 +100,9 @@ pub(crate) fn container_spec(pod: &Pod, container: &Container, parts: Parts<'_>)
     if non_root {
         check_non_root(uid, parts.image_user)?;
     }
-    let lookup =
-        |name: &str| parts.env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
+    let lookup = |name: &str| {
+        parts.env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
+    };
     let expand_all = |list: &Option<Vec<String>>| -> Vec<String> {
         list.iter().flatten().map(|word| expand(word, lookup)).collect()
     };
@@ -112,7 +122,11 @@ pub(crate) fn container_spec(pod: &Pod, container: &Container, parts: Parts<'_>)
         env: parts.env.iter().map(|(name, value)| format!("{name}={value}")).collect(),
         working_dir: container.working_dir.clone().filter(|path| !path.is_empty()),
         user,
-        extra_groups: groups.into_iter().chain(pod_context.fs_group).map(|group| group.to_string()).collect(),
+        extra_groups: groups
+            .into_iter()
+            .chain(pod_context.fs_group)
+            .map(|group| group.to_string())
+            .collect(),
         network: if api::is_host_network(pod) {
             parts.sandbox.host_network.clone()
         } else {
@@ -137,12 +151,18 @@ pub(crate) fn container_spec(pod: &Pod, container: &Container, parts: Parts<'_>)
             // 100 ms period: 100 µs per thousandth of a CPU.
             (cpu.milli() * 100).max(MIN_QUOTA_MICROS)
         }),
-        memory_bytes: amount(container, "memory", true).map(|memory| memory.value()).filter(|bytes| *bytes > 0),
+        memory_bytes: amount(container, "memory", true)
+            .map(|memory| memory.value())
+            .filter(|bytes| *bytes > 0),
         ..ContainerSpec::default()
     })
 }
 
-fn user(context: &SecurityContext, pod_user: Option<i64>, pod_group: Option<i64>) -> Option<String> {
+fn user(
+    context: &SecurityContext,
+    pod_user: Option<i64>,
+    pod_group: Option<i64>,
+) -> Option<String> {
     let user = context.run_as_user.or(pod_user);
     let group = context.run_as_group.or(pod_group);
     match (user, group) {
@@ -176,10 +196,9 @@ fn mounts(
 ) -> Result<Vec<Mount>, String> {
     let mut mounts = Vec::new();
     for wanted in container.volume_mounts.iter().flatten() {
-        let volume = parts
-            .volumes
-            .source(&wanted.name)
-            .ok_or_else(|| format!("volume \"{}\" of the container is not among the pod's volumes", wanted.name))?;
+        let volume = parts.volumes.source(&wanted.name).ok_or_else(|| {
+            format!("volume \"{}\" of the container is not among the pod's volumes", wanted.name)
+        })?;
         let sub_path = match (&wanted.sub_path_expr, &wanted.sub_path) {
             (Some(text), _) if !text.is_empty() => Some(expand(text, &lookup)),
             (_, Some(text)) if !text.is_empty() => Some(text.clone()),
@@ -192,7 +211,8 @@ fn mounts(
         mounts.push(Mount {
             source: source.to_string_lossy().into_owned(),
             target: wanted.mount_path.clone(),
-            read_only: wanted.read_only.unwrap_or(false) || parts.volumes.is_read_only(&wanted.name),
+            read_only: wanted.read_only.unwrap_or(false)
+                || parts.volumes.is_read_only(&wanted.name),
             propagation: match wanted.mount_propagation.as_deref() {
                 Some("HostToContainer") => Propagation::HostToContainer,
                 Some("Bidirectional") => Propagation::Bidirectional,
@@ -200,8 +220,10 @@ fn mounts(
             },
         });
     }
-    let is_mounted = |path: &str| container.volume_mounts.iter().flatten().any(|mount| mount.mount_path == path);
-    let read_only = container.security_context.as_ref().and_then(|context| context.read_only_root_filesystem);
+    let is_mounted =
+        |path: &str| container.volume_mounts.iter().flatten().any(|mount| mount.mount_path == path);
+    let read_only =
+        container.security_context.as_ref().and_then(|context| context.read_only_root_filesystem);
     let mut file = |source: &Path, target: &str| {
         if !is_mounted(target) {
             mounts.push(Mount {
@@ -237,8 +259,10 @@ fn oom_score_adj(pod: &Pod, container: &Container, node_memory_bytes: i64) -> i6
         Some("Guaranteed") => 0,
         Some("Burstable") => {
             let request = amount(container, "memory", false).map_or(0, |memory| memory.value());
-            let share = i128::from(request) * i128::from(OOM_BEST_EFFORT) / i128::from(node_memory_bytes.max(1));
-            (OOM_BEST_EFFORT - i64::try_from(share).unwrap_or(OOM_BEST_EFFORT)).clamp(2, OOM_BEST_EFFORT - 1)
+            let share = i128::from(request) * i128::from(OOM_BEST_EFFORT)
+                / i128::from(node_memory_bytes.max(1));
+            (OOM_BEST_EFFORT - i64::try_from(share).unwrap_or(OOM_BEST_EFFORT))
+                .clamp(2, OOM_BEST_EFFORT - 1)
         }
         _ => OOM_BEST_EFFORT,
     }
@@ -282,12 +306,16 @@ mod tests {
         assert_eq!((spec.cpu_shares, spec.cpu_quota), (Some(256), Some(50_000)));
         assert_eq!(spec.memory_bytes, Some(1 << 30));
         assert_eq!(spec.oom_score_adj, Some(500));
-        assert_eq!(build(json!({ "name": "a" }), json!({})).expect("a container").oom_score_adj, Some(1000));
+        assert_eq!(
+            build(json!({ "name": "a" }), json!({})).expect("a container").oom_score_adj,
+            Some(1000)
+        );
     }
 
     #[test]
     fn names_arguments_and_files_are_those_of_the_pod() {
-        let spec = build(json!({ "name": "a", "args": ["--x=$(A)"] }), json!({})).expect("a container");
+        let spec =
+            build(json!({ "name": "a", "args": ["--x=$(A)"] }), json!({})).expect("a container");
         assert_eq!(spec.name, "k8s_a_web_shop_u_2");
         assert_eq!(spec.args, ["--x=1"]);
         let targets: Vec<_> = spec.mounts.iter().map(|mount| mount.target.as_str()).collect();
@@ -298,13 +326,19 @@ mod tests {
     #[test]
     fn root_is_refused_where_it_is_forbidden() {
         assert!(build(json!({ "name": "a" }), json!({ "runAsNonRoot": true })).is_err());
-        let spec = build(json!({ "name": "a" }), json!({ "runAsNonRoot": true, "runAsUser": 7, "runAsGroup": 8 }));
+        let spec = build(
+            json!({ "name": "a" }),
+            json!({ "runAsNonRoot": true, "runAsUser": 7, "runAsGroup": 8 }),
+        );
         assert_eq!(spec.expect("a container").user.as_deref(), Some("7:8"));
     }
 
     #[test]
     fn a_mount_without_volume_is_named() {
-        let error = build(json!({ "name": "a", "volumeMounts": [{ "name": "v", "mountPath": "/v" }] }), json!({}));
+        let error = build(
+            json!({ "name": "a", "volumeMounts": [{ "name": "v", "mountPath": "/v" }] }),
+            json!({}),
+        );
         assert!(error.expect_err("no volume").contains("volume \"v\""));
     }
 }

@@ -64,7 +64,8 @@ impl Worker {
             if let Some(instance) = observed.latest(&container.name)
                 && !self.messages.contains_key(instance.id())
             {
-                let text = super::message::read(self.cx.runtime(), &folder, container, instance).await;
+                let text =
+                    super::message::read(self.cx.runtime(), &folder, container, instance).await;
                 self.messages.insert(instance.id().to_owned(), text);
             }
         }
@@ -87,14 +88,20 @@ impl Worker {
 
     fn grace(&self, pod: Option<&Arc<Pod>>) -> Duration {
         match (&*self.wanted.borrow(), pod) {
-            (Wanted::Exists(pod), _) => Duration::from_secs(u64::try_from(api::grace_seconds(pod)).unwrap_or(0)),
+            (Wanted::Exists(pod), _) => {
+                Duration::from_secs(u64::try_from(api::grace_seconds(pod)).unwrap_or(0))
+            }
             // Deleted by force: whoever did it does not wait for the containers.
             (Wanted::Gone, _) => ORPHAN_GRACE,
         }
     }
 
     /// Ends all running containers, within the pod's grace period; sidecars after the others, last one first.
-    pub(super) async fn end_containers(&mut self, pod: Option<&Arc<Pod>>, observed: &Observed) -> Result<(), Error> {
+    pub(super) async fn end_containers(
+        &mut self,
+        pod: Option<&Arc<Pod>>,
+        observed: &Observed,
+    ) -> Result<(), Error> {
         let begun = self.ending_since.unwrap_or_else(Instant::now);
         let (deadline, listener) = watch::channel(begun + self.grace(pod));
         let sidecars: Vec<&str> = pod
@@ -103,15 +110,19 @@ impl Worker {
             .filter(|container| api::is_sidecar(container))
             .map(|container| container.name.as_str())
             .collect();
-        let running: Vec<Instance> =
-            observed.instances().filter(|instance| instance.container.is_running()).cloned().collect();
+        let running: Vec<Instance> = observed
+            .instances()
+            .filter(|instance| instance.container.is_running())
+            .cloned()
+            .collect();
         let name = |instance: &Instance| instance.container.label(labels::CONTAINER).to_owned();
         let (last, first): (Vec<_>, Vec<_>) =
             running.into_iter().partition(|instance| sidecars.contains(&name(instance).as_str()));
         let ip = self.ips(observed).first().copied();
         let mut groups = vec![first];
         for sidecar in sidecars.iter().rev() {
-            groups.push(last.iter().filter(|instance| name(instance) == *sidecar).cloned().collect());
+            groups
+                .push(last.iter().filter(|instance| name(instance) == *sidecar).cloned().collect());
         }
         let unknown = Arc::new(Pod::default());
         let pod = pod.unwrap_or(&unknown);

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use orch_api::k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, Pod, Secret, Service};
+use orch_api::k8s_openapi::api::core::v1::{
+    ConfigMap, Container, EnvVarSource, Pod, Secret, Service,
+};
 
 use crate::pod::expand::expand;
 use crate::pod::fields::{self, Place};
@@ -46,7 +48,10 @@ pub(crate) fn environment(
             match references.secrets.get(&wanted.name) {
                 Some(found) => {
                     for (key, value) in found.data.iter().flatten() {
-                        all.set(&format!("{prefix}{key}"), String::from_utf8_lossy(&value.0).into_owned());
+                        all.set(
+                            &format!("{prefix}{key}"),
+                            String::from_utf8_lossy(&value.0).into_owned(),
+                        );
                     }
                 }
                 None if wanted.optional == Some(true) => {}
@@ -77,7 +82,9 @@ fn from_source(
 ) -> Result<Option<String>, String> {
     if let Some(wanted) = &source.field_ref {
         let value = fields::field(pod, place, &wanted.field_path);
-        return value.map(Some).ok_or_else(|| format!("unsupported fieldPath: {}", wanted.field_path));
+        return value
+            .map(Some)
+            .ok_or_else(|| format!("unsupported fieldPath: {}", wanted.field_path));
     }
     if let Some(wanted) = &source.resource_field_ref {
         return fields::resource(pod, container, place, wanted).map(Some);
@@ -85,13 +92,29 @@ fn from_source(
     if let Some(wanted) = &source.config_map_key_ref {
         let found = references.config_maps.get(&wanted.name);
         let value = found.and_then(|map| map.data.as_ref()?.get(&wanted.key).cloned());
-        return required(value, wanted.optional, found.is_some(), "configmap", "ConfigMap", &wanted.name, &wanted.key);
+        return required(
+            value,
+            wanted.optional,
+            found.is_some(),
+            "configmap",
+            "ConfigMap",
+            &wanted.name,
+            &wanted.key,
+        );
     }
     if let Some(wanted) = &source.secret_key_ref {
         let found = references.secrets.get(&wanted.name);
         let value = found.and_then(|secret| secret.data.as_ref()?.get(&wanted.key));
         let value = value.map(|bytes| String::from_utf8_lossy(&bytes.0).into_owned());
-        return required(value, wanted.optional, found.is_some(), "secret", "Secret", &wanted.name, &wanted.key);
+        return required(
+            value,
+            wanted.optional,
+            found.is_some(),
+            "secret",
+            "Secret",
+            &wanted.name,
+            &wanted.key,
+        );
     }
     Ok(None)
 }
@@ -134,7 +157,11 @@ impl Variables {
 
 /// Variables for Services, as Docker links had them (Kubernetes, "Discovering services"). `all` are those of the
 /// pod's namespace and `default/kubernetes`; without service links only the latter counts.
-pub(crate) fn service_variables(namespace: &str, links: bool, all: &[Service]) -> Vec<(String, String)> {
+pub(crate) fn service_variables(
+    namespace: &str,
+    links: bool,
+    all: &[Service],
+) -> Vec<(String, String)> {
     let mut variables = Vec::new();
     for service in all {
         let name = service.metadata.name.as_deref().unwrap_or_default();
@@ -152,12 +179,16 @@ pub(crate) fn service_variables(namespace: &str, links: bool, all: &[Service]) -
         let Some(first) = ports.first() else { continue };
         let host = if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() };
         let prefix = name.to_uppercase().replace('-', "_");
-        let mut add = |suffix: String, value: String| variables.push((format!("{prefix}_{suffix}"), value));
+        let mut add =
+            |suffix: String, value: String| variables.push((format!("{prefix}_{suffix}"), value));
         add("SERVICE_HOST".to_owned(), ip.to_owned());
         add("SERVICE_PORT".to_owned(), first.port.to_string());
         for port in ports {
             if let Some(name) = port.name.as_deref().filter(|name| !name.is_empty()) {
-                add(format!("SERVICE_PORT_{}", name.to_uppercase().replace('-', "_")), port.port.to_string());
+                add(
+                    format!("SERVICE_PORT_{}", name.to_uppercase().replace('-', "_")),
+                    port.port.to_string(),
+                );
             }
         }
         for (index, port) in ports.iter().enumerate() {
@@ -188,7 +219,13 @@ mod tests {
         }))
         .expect("a pod");
         let container = pod.spec.as_ref().expect("a spec").containers[0].clone();
-        environment(&pod, &container, &Place::default(), references, &[("SVC".to_owned(), "s".to_owned())])
+        environment(
+            &pod,
+            &container,
+            &Place::default(),
+            references,
+            &[("SVC".to_owned(), "s".to_owned())],
+        )
     }
 
     fn references() -> References {
@@ -225,8 +262,14 @@ mod tests {
                 { "name": "V", "valueFrom": { "configMapKeyRef": { "name": name, "key": key } } },
             ] })
         };
-        assert_eq!(build(key("no", "A"), &references()), Err("configmap \"no\" not found".to_owned()));
-        assert_eq!(build(key("cm", "no"), &references()), Err("couldn't find key no in ConfigMap cm".to_owned()));
+        assert_eq!(
+            build(key("no", "A"), &references()),
+            Err("configmap \"no\" not found".to_owned())
+        );
+        assert_eq!(
+            build(key("cm", "no"), &references()),
+            Err("couldn't find key no in ConfigMap cm".to_owned())
+        );
     }
 
     #[test]
@@ -238,7 +281,8 @@ mod tests {
             }))
             .expect("a service")
         };
-        let all = [service("default", "kubernetes"), service("shop", "my-db"), service("other", "x")];
+        let all =
+            [service("default", "kubernetes"), service("shop", "my-db"), service("other", "x")];
         let names = |links| -> Vec<String> {
             service_variables("shop", links, &all).into_iter().map(|(name, _)| name).collect()
         };

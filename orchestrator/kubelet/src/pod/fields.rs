@@ -84,7 +84,8 @@ pub(crate) fn resource(
         "requests" => resources.requests,
         _ => return Err(format!("unsupported container resource : {}", selector.resource)),
     };
-    let quantity = map.unwrap_or_default().get(name).and_then(|quantity| Quantity::parse(&quantity.0).ok());
+    let quantity =
+        map.unwrap_or_default().get(name).and_then(|quantity| Quantity::parse(&quantity.0).ok());
     let quantity = quantity.unwrap_or_else(|| match (kind, name) {
         ("limits", "cpu") => Quantity::from_milli(place.allocatable_cpu_milli),
         ("limits", "memory") => Quantity::from_value(place.allocatable_memory_bytes),
@@ -97,9 +98,11 @@ pub(crate) fn resource(
         .filter(|divisor| divisor.milli() > 0)
         .unwrap_or(Quantity::from_value(1));
     let value = if name == "cpu" {
-        quantity.milli().div_euclid(divisor.milli()) + i64::from(quantity.milli() % divisor.milli() != 0)
+        quantity.milli().div_euclid(divisor.milli())
+            + i64::from(quantity.milli() % divisor.milli() != 0)
     } else {
-        quantity.value().div_euclid(divisor.value()) + i64::from(quantity.value() % divisor.value() != 0)
+        quantity.value().div_euclid(divisor.value())
+            + i64::from(quantity.value() % divisor.value() != 0)
     };
     Ok(value.to_string())
 }
@@ -130,7 +133,8 @@ mod tests {
     fn resources_are_rounded_up_to_the_divisor() {
         let value = |resource: &str, divisor: &str| {
             let selector =
-                serde_json::from_value(json!({ "resource": resource, "divisor": divisor })).expect("a selector");
+                serde_json::from_value(json!({ "resource": resource, "divisor": divisor }))
+                    .expect("a selector");
             let place = Place { allocatable_cpu_milli: 2000, ..Place::default() };
             super::resource(&pod(), &api::spec(&pod()).containers[0], &place, &selector)
         };

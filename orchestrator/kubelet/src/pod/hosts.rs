@@ -22,7 +22,11 @@ pub(crate) struct ClusterDns {
 /// The name a pod knows itself by.
 pub(crate) fn hostname(pod: &Pod) -> String {
     let spec = api::spec(pod);
-    let name = spec.hostname.filter(|name| !name.is_empty()).or_else(|| pod.metadata.name.clone()).unwrap_or_default();
+    let name = spec
+        .hostname
+        .filter(|name| !name.is_empty())
+        .or_else(|| pod.metadata.name.clone())
+        .unwrap_or_default();
     // A label of DNS holds 63 characters, and Linux 64 in a host name.
     let mut cut: String = name.chars().take(63).collect();
     while cut.ends_with(['-', '.']) {
@@ -47,7 +51,11 @@ pub(crate) fn hosts_file(pod: &Pod, ips: &[IpAddr], dns: &ClusterDns, node_hosts
         let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
         for ip in ips {
             let _ = match spec.subdomain.as_deref().filter(|domain| !domain.is_empty()) {
-                Some(subdomain) => writeln!(text, "{ip}\t{name}.{subdomain}.{namespace}.svc.{}\t{name}", dns.domain),
+                Some(subdomain) => writeln!(
+                    text,
+                    "{ip}\t{name}.{subdomain}.{namespace}.svc.{}\t{name}",
+                    dns.domain
+                ),
                 None => writeln!(text, "{ip}\t{name}"),
             };
         }
@@ -55,7 +63,8 @@ pub(crate) fn hosts_file(pod: &Pod, ips: &[IpAddr], dns: &ClusterDns, node_hosts
     if let Some(aliases) = spec.host_aliases.filter(|aliases| !aliases.is_empty()) {
         text.push_str("\n# Entries added by HostAliases.\n");
         for alias in aliases {
-            let _ = writeln!(text, "{}\t{}", alias.ip, alias.hostnames.unwrap_or_default().join("\t"));
+            let _ =
+                writeln!(text, "{}\t{}", alias.ip, alias.hostnames.unwrap_or_default().join("\t"));
         }
     }
     text
@@ -115,12 +124,18 @@ pub(crate) fn resolv_conf(pod: &Pod, dns: &ClusterDns, node_resolv: &str) -> Str
             let domain = &dns.domain;
             let mut searches =
                 vec![format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.clone()];
-            searches.extend(Resolver::parse(node_resolv).searches.into_iter().filter(|name| name != "."));
-            Resolver { servers: vec![dns.ip.to_string()], searches, options: vec!["ndots:5".to_owned()] }
+            searches.extend(
+                Resolver::parse(node_resolv).searches.into_iter().filter(|name| name != "."),
+            );
+            Resolver {
+                servers: vec![dns.ip.to_string()],
+                searches,
+                options: vec!["ndots:5".to_owned()],
+            }
         }
     };
     if let Some(extra) = spec.dns_config {
-        let mut add = |list: &mut Vec<String>, more: Option<Vec<String>>| {
+        let add = |list: &mut Vec<String>, more: Option<Vec<String>>| {
             for item in more.unwrap_or_default() {
                 if !list.contains(&item) {
                     list.push(item);
@@ -148,17 +163,26 @@ mod tests {
     use super::*;
 
     fn dns() -> ClusterDns {
-        ClusterDns { ip: "10.96.0.10".parse().expect("an address"), domain: "cluster.local".to_owned() }
+        ClusterDns {
+            ip: "10.96.0.10".parse().expect("an address"),
+            domain: "cluster.local".to_owned(),
+        }
     }
 
     fn pod(spec: Value) -> Pod {
-        serde_json::from_value(json!({ "metadata": { "name": "web-0", "namespace": "shop" }, "spec": spec }))
-            .expect("a pod")
+        serde_json::from_value(
+            json!({ "metadata": { "name": "web-0", "namespace": "shop" }, "spec": spec }),
+        )
+        .expect("a pod")
     }
 
     #[test]
     fn the_cluster_comes_first_with_its_search_domains() {
-        let text = resolv_conf(&pod(json!({ "containers": [] })), &dns(), "nameserver 1.1.1.1\nsearch corp.example\n");
+        let text = resolv_conf(
+            &pod(json!({ "containers": [] })),
+            &dns(),
+            "nameserver 1.1.1.1\nsearch corp.example\n",
+        );
         assert_eq!(
             text,
             "nameserver 10.96.0.10\nsearch shop.svc.cluster.local svc.cluster.local cluster.local corp.example\noptions ndots:5\n"

@@ -17,7 +17,12 @@ const MAX_FILE_BYTES: u64 = 4096;
 const MAX_LOG_BYTES: usize = 2048;
 const MAX_LOG_LINES: u64 = 80;
 
-pub(crate) async fn read(runtime: &dyn Runtime, folder: &Path, container: &Container, instance: &Instance) -> String {
+pub(crate) async fn read(
+    runtime: &dyn Runtime,
+    folder: &Path,
+    container: &Container,
+    instance: &Instance,
+) -> String {
     let mut text = String::new();
     if let Ok(file) = fs::File::open(termination_path(folder, &container.name, instance.attempt)) {
         let mut bytes = Vec::new();

@@ -34,8 +34,10 @@ impl Observed {
     pub(crate) fn from_containers(found: Vec<Container>) -> Self {
         let mut all = Self::default();
         for container in found {
-            let instance =
-                Instance { attempt: container.label(labels::ATTEMPT).parse().unwrap_or_default(), container };
+            let instance = Instance {
+                attempt: container.label(labels::ATTEMPT).parse().unwrap_or_default(),
+                container,
+            };
             let name = instance.container.label(labels::CONTAINER).to_owned();
             if name == labels::SANDBOX {
                 all.sandboxes.push(instance);
@@ -44,7 +46,9 @@ impl Observed {
             }
         }
         for list in all.containers.values_mut().chain([&mut all.sandboxes]) {
-            list.sort_by_key(|instance| std::cmp::Reverse((instance.attempt, instance.container.created_nanos)));
+            list.sort_by_key(|instance| {
+                std::cmp::Reverse((instance.attempt, instance.container.created_nanos))
+            });
         }
         all
     }
@@ -64,10 +68,6 @@ impl Observed {
 
     pub(crate) fn instances(&self) -> impl Iterator<Item = &Instance> {
         self.containers.values().flatten()
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.sandboxes.is_empty() && self.containers.values().all(Vec::is_empty)
     }
 }
 

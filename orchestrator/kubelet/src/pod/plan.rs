@@ -56,7 +56,10 @@ impl Plan {
     /// Nothing is to be done now.
     #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
-        self.kill.is_empty() && self.remove.is_empty() && self.sandbox.is_none() && self.start.is_empty()
+        self.kill.is_empty()
+            && self.remove.is_empty()
+            && self.sandbox.is_none()
+            && self.start.is_empty()
     }
 
     fn wake_in(&mut self, delay: Duration) {
@@ -85,7 +88,8 @@ const KEPT_INSTANCES: usize = 2;
 pub(crate) fn plan(pod: &Pod, observed: &Observed, known: &Knowledge<'_>) -> Plan {
     let mut plan = Plan::default();
     for instances in observed.containers.values() {
-        let useless = instances.iter().skip(KEPT_INSTANCES).filter(|old| !old.container.is_running());
+        let useless =
+            instances.iter().skip(KEPT_INSTANCES).filter(|old| !old.container.is_running());
         plan.remove.extend(useless.map(|old| old.id().to_owned()));
     }
     plan.remove.extend(observed.sandboxes.iter().skip(1).map(|old| old.id().to_owned()));
@@ -98,7 +102,8 @@ pub(crate) fn plan(pod: &Pod, observed: &Observed, known: &Knowledge<'_>) -> Pla
         Init::Done => true,
         Init::Waiting => false,
         Init::Failed => {
-            for instance in observed.instances().filter(|instance| instance.container.is_running()) {
+            for instance in observed.instances().filter(|instance| instance.container.is_running())
+            {
                 kill(&mut plan, known, instance, "the pod's init container failed".to_owned());
             }
             return plan;
@@ -146,18 +151,22 @@ fn replace_sandbox(pod: &Pod, observed: &Observed, known: &Knowledge<'_>, mut pl
 
 /// Whether any container would start in a new sandbox.
 fn wants_to_run(pod: &Pod, observed: &Observed) -> bool {
-    api::app_containers(pod).any(|container| match observed.latest(&container.name).map(|old| &old.container.state) {
-        None | Some(State::Created | State::Running) => true,
-        Some(State::Exited { code, .. }) => should_restart(pod, container, *code),
+    api::app_containers(pod).any(|container| {
+        match observed.latest(&container.name).map(|old| &old.container.state) {
+            None | Some(State::Created | State::Running) => true,
+            Some(State::Exited { code, .. }) => should_restart(pod, container, *code),
+        }
     }) && !init_failed(pod, observed)
 }
 
 fn init_failed(pod: &Pod, observed: &Observed) -> bool {
     api::restart_policy(pod) == "Never"
-        && api::init_containers(pod).filter(|container| !api::is_sidecar(container)).any(|container| {
-            matches!(observed.latest(&container.name).map(|old| &old.container.state),
+        && api::init_containers(pod).filter(|container| !api::is_sidecar(container)).any(
+            |container| {
+                matches!(observed.latest(&container.name).map(|old| &old.container.state),
                 Some(State::Exited { code, .. }) if *code != 0)
-        })
+            },
+        )
 }
 
 enum Init {
@@ -166,10 +175,17 @@ enum Init {
     Failed,
 }
 
-fn plan_init(pod: &Pod, observed: &Observed, known: &Knowledge<'_>, sandbox: &str, plan: &mut Plan) -> Init {
+fn plan_init(
+    pod: &Pod,
+    observed: &Observed,
+    known: &Knowledge<'_>,
+    sandbox: &str,
+    plan: &mut Plan,
+) -> Init {
     // Once an app container exists here, the init containers are history; sidecars still have to be kept up.
-    let past = api::app_containers(pod)
-        .any(|container| observed.latest(&container.name).is_some_and(|instance| instance.is_in(sandbox)));
+    let past = api::app_containers(pod).any(|container| {
+        observed.latest(&container.name).is_some_and(|instance| instance.is_in(sandbox))
+    });
     let mut result = Init::Done;
     for container in api::init_containers(pod) {
         let latest = observed.latest(&container.name);
@@ -187,7 +203,9 @@ fn plan_init(pod: &Pod, observed: &Observed, known: &Knowledge<'_>, sandbox: &st
         } else {
             match here.map(|instance| &instance.container.state) {
                 Some(State::Exited { code: 0, .. }) => continue,
-                Some(State::Exited { .. }) if api::restart_policy(pod) == "Never" => return Init::Failed,
+                Some(State::Exited { .. }) if api::restart_policy(pod) == "Never" => {
+                    return Init::Failed;
+                }
                 _ => start_or_wait(pod, container, latest, here.is_none(), known, plan),
             }
         }
@@ -196,17 +214,26 @@ fn plan_init(pod: &Pod, observed: &Observed, known: &Knowledge<'_>, sandbox: &st
     }
     if matches!(result, Init::Waiting) {
         for later in api::init_containers(pod) {
-            let none_here = !observed.latest(&later.name).is_some_and(|instance| instance.is_in(sandbox));
+            let none_here =
+                !observed.latest(&later.name).is_some_and(|instance| instance.is_in(sandbox));
             if none_here && !plan.start.iter().any(|start| start.name == later.name) {
                 let reason = "PodInitializing".to_owned();
-                plan.waiting.entry(later.name.clone()).or_insert(Waiting { reason, message: String::new() });
+                plan.waiting
+                    .entry(later.name.clone())
+                    .or_insert(Waiting { reason, message: String::new() });
             }
         }
     }
     result
 }
 
-fn plan_container(pod: &Pod, container: &Container, latest: Option<&Instance>, known: &Knowledge<'_>, plan: &mut Plan) {
+fn plan_container(
+    pod: &Pod,
+    container: &Container,
+    latest: Option<&Instance>,
+    known: &Knowledge<'_>,
+    plan: &mut Plan,
+) {
     let Some(instance) = latest else {
         plan.start.push(Start { name: container.name.clone(), attempt: 0 });
         return;
@@ -216,7 +243,12 @@ fn plan_container(pod: &Pod, container: &Container, latest: Option<&Instance>, k
             if let Some(why) = known.unhealthy.get(instance.id()) {
                 kill(plan, known, instance, why.clone());
             } else if instance.container.label(labels::SPEC_HASH) != spec_hash(container) {
-                kill(plan, known, instance, format!("Container {} definition changed", container.name));
+                kill(
+                    plan,
+                    known,
+                    instance,
+                    format!("Container {} definition changed", container.name),
+                );
             }
         }
         State::Exited { code, .. } if !should_restart(pod, container, *code) => {}
@@ -282,7 +314,11 @@ fn should_restart(pod: &Pod, container: &Container, code: i64) -> bool {
 fn kill(plan: &mut Plan, known: &Knowledge<'_>, instance: &Instance, why: String) {
     let id = instance.id().to_owned();
     if !known.busy.contains(&id) && !plan.kill.iter().any(|kill| kill.id == id) {
-        plan.kill.push(Kill { id, name: instance.container.label(labels::CONTAINER).to_owned(), why });
+        plan.kill.push(Kill {
+            id,
+            name: instance.container.label(labels::CONTAINER).to_owned(),
+            why,
+        });
     }
 }
 

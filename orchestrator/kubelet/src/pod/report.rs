@@ -13,7 +13,11 @@ pub(crate) struct Latest {
 }
 
 fn version(pod: &Pod) -> u64 {
-    pod.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or_default()
+    pod.metadata
+        .resource_version
+        .as_deref()
+        .and_then(|version| version.parse().ok())
+        .unwrap_or_default()
 }
 
 impl Latest {
@@ -28,14 +32,21 @@ impl Latest {
     ///
     /// # Errors
     /// The API server does not answer, or refuses.
-    pub(crate) async fn report(&mut self, client: &Client, status: &PodStatus) -> Result<(), Error> {
+    pub(crate) async fn report(
+        &mut self,
+        client: &Client,
+        status: &PodStatus,
+    ) -> Result<(), Error> {
         if self.pod.status.as_ref() == Some(status) {
             return Ok(());
         }
         let namespace = self.pod.metadata.namespace.as_deref().unwrap_or_default();
         let name = self.pod.metadata.name.clone().unwrap_or_default();
         let patch = patch(&self.pod, status);
-        match Api::<Pod>::namespaced(client.clone(), namespace).patch_status(&name, &Patch::Merge(patch)).await {
+        match Api::<Pod>::namespaced(client.clone(), namespace)
+            .patch_status(&name, &Patch::Merge(patch))
+            .await
+        {
             Ok(pod) => {
                 self.see(&Arc::new(pod));
                 Ok(())
@@ -73,6 +84,9 @@ mod tests {
         .expect("a pod");
         let status = PodStatus { phase: Some("Running".to_owned()), ..PodStatus::default() };
         let patch = patch(&pod, &status);
-        assert_eq!(patch, json!({ "metadata": { "uid": "u" }, "status": { "phase": "Running", "reason": null } }));
+        assert_eq!(
+            patch,
+            json!({ "metadata": { "uid": "u" }, "status": { "phase": "Running", "reason": null } })
+        );
     }
 }

@@ -63,17 +63,29 @@ pub(crate) fn termination_path(folder: &Path, container: &str, attempt: u32) -> 
 ///
 /// # Errors
 /// The disk refuses.
-pub(crate) fn write_files(cx: &Context, pod: &Pod, folder: &Path, ips: &[IpAddr]) -> std::io::Result<()> {
+pub(crate) fn write_files(
+    cx: &Context,
+    pod: &Pod,
+    folder: &Path,
+    ips: &[IpAddr],
+) -> std::io::Result<()> {
     std::fs::create_dir_all(folder.join("containers"))?;
-    let node_hosts =
-        if api::is_host_network(pod) { std::fs::read_to_string("/etc/hosts").unwrap_or_default() } else { String::new() };
+    let node_hosts = if api::is_host_network(pod) {
+        std::fs::read_to_string("/etc/hosts").unwrap_or_default()
+    } else {
+        String::new()
+    };
     std::fs::write(hosts_path(folder), hosts::hosts_file(pod, ips, &cx.dns, &node_hosts))?;
     let resolv = std::fs::read_to_string(&cx.options.resolv_conf).unwrap_or_default();
     std::fs::write(resolv_path(folder), hosts::resolv_conf(pod, &cx.dns, &resolv))
 }
 
 /// Makes a sandbox, without starting it. A leftover of the same name is replaced: nothing runs in it.
-pub(crate) async fn create_sandbox(cx: &Context, pod: &Pod, attempt: u32) -> Result<Sandbox, Error> {
+pub(crate) async fn create_sandbox(
+    cx: &Context,
+    pod: &Pod,
+    attempt: u32,
+) -> Result<Sandbox, Error> {
     let host_network = cx.host_network();
     let spec = container::sandbox_spec(pod, attempt, &cx.options.pause_image, &host_network);
     let id = match cx.runtime().create(&spec).await {
@@ -98,13 +110,21 @@ pub(crate) async fn ensure_pause_image(cx: &Context) -> Result<(), Error> {
     let path = &cx.options.pause_binary;
     let program = std::fs::read(path).map_err(|error| Error::Engine {
         code: 400,
-        message: format!("the sandbox image needs {}: {error}; `make build` makes it", path.display()),
+        message: format!(
+            "the sandbox image needs {}: {error}; `make build` makes it",
+            path.display()
+        ),
     })?;
     cx.runtime().import_program(&cx.options.pause_image, program.into()).await
 }
 
 /// Starts a sandbox and connects it. On failure the network is left as it was; the sandbox stays for the next look.
-pub(crate) async fn start_sandbox(cx: &Context, pod: &Pod, sandbox: &Sandbox, folder: &Path) -> Result<Vec<IpAddr>, String> {
+pub(crate) async fn start_sandbox(
+    cx: &Context,
+    pod: &Pod,
+    sandbox: &Sandbox,
+    folder: &Path,
+) -> Result<Vec<IpAddr>, String> {
     cx.runtime().start(&sandbox.id).await.map_err(|error| format!("start sandbox: {error}"))?;
     let ips = if api::is_host_network(pod) {
         vec![cx.options.node_ip]
@@ -125,7 +145,9 @@ pub(crate) async fn start_sandbox(cx: &Context, pod: &Pod, sandbox: &Sandbox, fo
         }
     };
     let connected = Connected { sandbox: sandbox.id.clone(), ips: ips.clone() };
-    connected.write(folder).map_err(|error| format!("note the sandbox's address in {}: {error}", folder.display()))?;
+    connected
+        .write(folder)
+        .map_err(|error| format!("note the sandbox's address in {}: {error}", folder.display()))?;
     Ok(ips)
 }
 
@@ -141,7 +163,11 @@ pub(crate) async fn remove_sandbox(cx: &Context, pod: &PodRef, id: &str) -> Resu
 
 /// Whether a container can only be created once the pod has its address.
 pub(crate) fn needs_address(container: &Container) -> bool {
-    let fields = container.env.iter().flatten().filter_map(|variable| variable.value_from.as_ref()?.field_ref.as_ref());
+    let fields = container
+        .env
+        .iter()
+        .flatten()
+        .filter_map(|variable| variable.value_from.as_ref()?.field_ref.as_ref());
     fields.into_iter().any(|field| fields::needs_address(&field.field_path))
 }
 
@@ -159,9 +185,13 @@ pub(crate) async fn create_container(
     let wanted = api::all_containers(pod)
         .find(|container| container.name == start.name)
         .ok_or_else(|| config(format!("the pod has no container {}", start.name)))?;
-    let env = env::environment(pod, wanted, &cx.place(ips), &materials.references, &materials.services).map_err(config)?;
+    let env =
+        env::environment(pod, wanted, &cx.place(ips), &materials.references, &materials.services)
+            .map_err(config)?;
     let log = termination_path(&materials.folder, &start.name, start.attempt);
-    std::fs::write(&log, b"").and_then(|()| make_writable(&log)).map_err(|error| config(error.to_string()))?;
+    std::fs::write(&log, b"")
+        .and_then(|()| make_writable(&log))
+        .map_err(|error| config(error.to_string()))?;
     let parts = Parts {
         sandbox,
         attempt: start.attempt,
@@ -198,6 +228,8 @@ fn make_writable(path: &Path) -> std::io::Result<()> {
 pub(crate) async fn start_container(cx: &Context, id: &str) -> Result<(), Failure> {
     cx.runtime().start(id).await.map_err(|error| match error {
         error if error.is_unavailable() => Failure::Engine(error),
-        error => waiting("RunContainerError", format!("failed to start container \"{id}\": {error}")),
+        error => {
+            waiting("RunContainerError", format!("failed to start container \"{id}\": {error}"))
+        }
     })
 }

@@ -46,9 +46,15 @@ impl Worker {
             return Ok(Some(after - Instant::now()));
         }
         let now = Instant::now();
-        self.refused.retain(|name, (_, until)| *until > now || !plan.start.iter().any(|start| start.name == *name));
-        let due: Vec<Start> =
-            plan.start.iter().filter(|start| !self.refused.contains_key(&start.name)).cloned().collect();
+        self.refused.retain(|name, (_, until)| {
+            *until > now || !plan.start.iter().any(|start| start.name == *name)
+        });
+        let due: Vec<Start> = plan
+            .start
+            .iter()
+            .filter(|start| !self.refused.contains_key(&start.name))
+            .cloned()
+            .collect();
         if due.is_empty() && plan.sandbox.is_none() {
             let first = self.refused.values().map(|(_, until)| *until - now).min();
             return Ok(Some(first.unwrap_or(CONFIG_RETRY)));
@@ -62,9 +68,12 @@ impl Worker {
         }
         match plan.sandbox {
             Some(attempt) => {
-                start::write_files(&cx, pod, &folder, &[]).map_err(|error| Error::Other(error.to_string()))?;
-                let (sandbox, materials) =
-                    tokio::join!(start::create_sandbox(&cx, pod, attempt), self.materials(pod, &folder));
+                start::write_files(&cx, pod, &folder, &[])
+                    .map_err(|error| Error::Other(error.to_string()))?;
+                let (sandbox, materials) = tokio::join!(
+                    start::create_sandbox(&cx, pod, attempt),
+                    self.materials(pod, &folder)
+                );
                 let (sandbox, materials) = match (sandbox, materials) {
                     (Ok(sandbox), Ok(materials)) => (sandbox, materials),
                     (Ok(sandbox), Err(error)) => {
@@ -72,9 +81,15 @@ impl Worker {
                         return self.not_mounted(pod, error);
                     }
                     (Err(error), _) if error.is_unavailable() => return Err(error.into()),
-                    (Err(error), _) => return Ok(Some(self.sandbox_failed(pod, &error.to_string()))),
+                    (Err(error), _) => {
+                        return Ok(Some(self.sandbox_failed(pod, &error.to_string())));
+                    }
                 };
-                let early: Vec<_> = images.iter().filter(|(start, _)| !waits_for_address(pod, start)).cloned().collect();
+                let early: Vec<_> = images
+                    .iter()
+                    .filter(|(start, _)| !waits_for_address(pod, start))
+                    .cloned()
+                    .collect();
                 let (connected, created) = tokio::join!(
                     start::start_sandbox(&cx, pod, &sandbox, &folder),
                     create_all(&cx, pod, &early, &sandbox, &materials, &[])
@@ -94,14 +109,17 @@ impl Worker {
                 self.sandbox_after = None;
                 info!(pod = %self.pod_ref, sandbox = sandbox.id, ?ips, "sandbox is up");
                 self.connected = Some(Connected { sandbox: sandbox.id.clone(), ips: ips.clone() });
-                start::write_files(&cx, pod, &folder, &ips).map_err(|error| Error::Other(error.to_string()))?;
-                let late: Vec<_> = images.into_iter().filter(|(start, _)| waits_for_address(pod, start)).collect();
+                start::write_files(&cx, pod, &folder, &ips)
+                    .map_err(|error| Error::Other(error.to_string()))?;
+                let late: Vec<_> =
+                    images.into_iter().filter(|(start, _)| waits_for_address(pod, start)).collect();
                 let mut all = created;
                 if !late.is_empty() {
                     // Their volumes may show the address as well.
                     let materials = self.materials(pod, &folder).await;
                     match materials {
-                        Ok(materials) => all.extend(create_all(&cx, pod, &late, &sandbox, &materials, &ips).await),
+                        Ok(materials) => all
+                            .extend(create_all(&cx, pod, &late, &sandbox, &materials, &ips).await),
                         Err(error) => return self.not_mounted(pod, error),
                     }
                 }
@@ -109,9 +127,11 @@ impl Worker {
             }
             None => {
                 let Some(sandbox) = observed.running_sandbox() else { return Ok(None) };
-                let sandbox = Sandbox { id: sandbox.id().to_owned(), host_network: cx.host_network() };
+                let sandbox =
+                    Sandbox { id: sandbox.id().to_owned(), host_network: cx.host_network() };
                 let ips = self.ips(observed);
-                start::write_files(&cx, pod, &folder, &ips).map_err(|error| Error::Other(error.to_string()))?;
+                start::write_files(&cx, pod, &folder, &ips)
+                    .map_err(|error| Error::Other(error.to_string()))?;
                 let materials = match self.materials(pod, &folder).await {
                     Ok(materials) => materials,
                     Err(error) => return self.not_mounted(pod, error),
@@ -120,24 +140,37 @@ impl Worker {
                 self.run_all(pod, all, ips.first().copied()).await?;
             }
         }
-        Ok(pulls_due.filter(|_| false))
+        Ok(None)
     }
 
     /// The images that are there, for the containers that can start now.
-    async fn images(&mut self, pod: &Pod, due: &[Start]) -> Result<(Vec<(Start, Image)>, Option<Duration>), Error> {
-        if self.credentials.is_empty() && pod.spec.as_ref().is_some_and(|spec| spec.image_pull_secrets.is_some()) {
+    async fn images(
+        &mut self,
+        pod: &Pod,
+        due: &[Start],
+    ) -> Result<(Vec<(Start, Image)>, Option<Duration>), Error> {
+        if self.credentials.is_empty()
+            && pod.spec.as_ref().is_some_and(|spec| spec.image_pull_secrets.is_some())
+        {
             self.credentials = image::credentials::fetch(&self.cx.client(), pod).await;
         }
         let mut found = Vec::new();
         let mut again: Option<Duration> = None;
         for start in due {
-            let Some(container) = api::all_containers(pod).find(|container| container.name == start.name) else {
+            let Some(container) =
+                api::all_containers(pod).find(|container| container.name == start.name)
+            else {
                 continue;
             };
             let images = &self.cx.images;
-            match images.ensure(pod, container, start.attempt, &self.credentials, &self.wake).await? {
+            match images
+                .ensure(pod, container, start.attempt, &self.credentials, &self.wake)
+                .await?
+            {
                 Outcome::Present(image) => found.push((start.clone(), image)),
-                Outcome::Pulling => again = Some(again.map_or(RETRY_AFTER_WAKE, |old| old.min(RETRY_AFTER_WAKE))),
+                Outcome::Pulling => {
+                    again = Some(again.map_or(RETRY_AFTER_WAKE, |old| old.min(RETRY_AFTER_WAKE)))
+                }
                 Outcome::Missing(waiting, retry) => {
                     let retry = retry.unwrap_or(NEVER_BY_ITSELF);
                     self.refused.insert(start.name.clone(), (waiting, Instant::now() + retry));
@@ -161,14 +194,20 @@ impl Worker {
         tokens?;
         match references {
             Ok(references) => self.references = Some(references),
-            Err(error) if self.references.is_none() => return Err(format!("read what the pod refers to: {error}")),
-            Err(error) => warn!(pod = %self.pod_ref, %error, "the last copy of ConfigMaps and Secrets is used"),
+            Err(error) if self.references.is_none() => {
+                return Err(format!("read what the pod refers to: {error}"));
+            }
+            Err(error) => {
+                warn!(pod = %self.pod_ref, %error, "the last copy of ConfigMaps and Secrets is used")
+            }
         }
-        let services = services.map_err(|error| format!("list Services for the pod's environment: {error}"))?;
+        let services = services
+            .map_err(|error| format!("list Services for the pod's environment: {error}"))?;
         let links = pod.spec.as_ref().and_then(|spec| spec.enable_service_links).unwrap_or(true);
         let references = self.references.clone().unwrap_or_default();
         let ips = self.connected.as_ref().map(|known| known.ips.clone()).unwrap_or_default();
-        let sources = Sources { references: &references, tokens: &self.tokens, place: &cx.place(&ips) };
+        let sources =
+            Sources { references: &references, tokens: &self.tokens, place: &cx.place(&ips) };
         let volumes = volume::ensure(folder, pod, &sources)?;
         self.volumes_due = Instant::now() + cx.options.volume_refresh;
         Ok(Materials {
@@ -188,7 +227,8 @@ impl Worker {
         let message = format!("Failed to create pod sandbox: {error}");
         self.cx.events.pod(pod, "Warning", "FailedCreatePodSandBox", &message);
         warn!(pod = %self.pod_ref, error, "sandbox not made");
-        let delay = self.sandbox_after.map_or(SANDBOX_RETRY, |(_, last)| (last * 2).min(SANDBOX_LONGEST));
+        let delay =
+            self.sandbox_after.map_or(SANDBOX_RETRY, |(_, last)| (last * 2).min(SANDBOX_LONGEST));
         self.sandbox_after = Some((Instant::now() + delay, delay));
         delay
     }
@@ -243,7 +283,9 @@ impl Worker {
         let delay = if waiting.reason == "RunContainerError" {
             self.backoff.next(&start.name, Timestamp::now());
             let failed = Timestamp::now();
-            self.backoff.remaining(&start.name, failed, failed).map_or(CONFIG_RETRY, |(left, _)| left)
+            self.backoff
+                .remaining(&start.name, failed, failed)
+                .map_or(CONFIG_RETRY, |(left, _)| left)
         } else {
             CONFIG_RETRY
         };
@@ -251,7 +293,11 @@ impl Worker {
     }
 
     fn post_start(&mut self, pod: &Arc<Pod>, start: &Start, id: String, ip: Option<IpAddr>) {
-        let Some(container) = api::all_containers(pod).find(|container| container.name == start.name) else { return };
+        let Some(container) =
+            api::all_containers(pod).find(|container| container.name == start.name)
+        else {
+            return;
+        };
         let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.clone());
         let Some(hook) = hook else { return };
         self.held.insert(id.clone());
@@ -283,7 +329,8 @@ const RETRY_AFTER_WAKE: Duration = Duration::from_secs(30);
 const NEVER_BY_ITSELF: Duration = Duration::from_secs(300);
 
 fn waits_for_address(pod: &Pod, start: &Start) -> bool {
-    api::all_containers(pod).any(|container| container.name == start.name && start::needs_address(container))
+    api::all_containers(pod)
+        .any(|container| container.name == start.name && start::needs_address(container))
 }
 
 async fn create_all(

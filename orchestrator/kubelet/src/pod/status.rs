@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use jiff::Timestamp;
 use orch_api::k8s_openapi::api::core::v1::{
-    Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
-    HostIP, Pod, PodCondition, PodIP, PodStatus,
+    Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
+    ContainerStateWaiting, ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodStatus,
 };
 use orch_cri::State;
 
@@ -38,9 +38,12 @@ pub(crate) struct Facts<'a> {
 /// The whole status. Conditions of others and times of unchanged ones are taken over from the pod's own.
 pub(crate) fn status(pod: &Pod, observed: &Observed, facts: &Facts<'_>) -> PodStatus {
     let old = pod.status.clone().unwrap_or_default();
-    let statuses = |containers: &mut dyn Iterator<Item = &Container>, init: bool| -> Vec<ContainerStatus> {
-        containers.map(|container| container_status(pod, container, observed, facts, init)).collect()
-    };
+    let statuses =
+        |containers: &mut dyn Iterator<Item = &Container>, init: bool| -> Vec<ContainerStatus> {
+            containers
+                .map(|container| container_status(pod, container, observed, facts, init))
+                .collect()
+        };
     let init = statuses(&mut api::init_containers(pod), true);
     let apps = statuses(&mut api::app_containers(pod), false);
     // A pod that reached its end stays there.
@@ -52,14 +55,16 @@ pub(crate) fn status(pod: &Pod, observed: &Observed, facts: &Facts<'_>) -> PodSt
     let host = api::is_host_network(pod);
     let ips = if host && observed.sandbox().is_some() { facts.node_ips } else { facts.pod_ips };
     // Addresses stay visible when the sandbox of a finished pod is gone.
-    let (pod_ip, pod_ips) = if ips.is_empty() && observed.running_sandbox().is_none() && is_done(&phase) {
-        (old.pod_ip.clone(), old.pod_ips.clone())
-    } else {
-        (
-            ips.first().map(IpAddr::to_string),
-            (!ips.is_empty()).then(|| ips.iter().map(|ip| PodIP { ip: ip.to_string() }).collect()),
-        )
-    };
+    let (pod_ip, pod_ips) =
+        if ips.is_empty() && observed.running_sandbox().is_none() && is_done(&phase) {
+            (old.pod_ip.clone(), old.pod_ips.clone())
+        } else {
+            (
+                ips.first().map(IpAddr::to_string),
+                (!ips.is_empty())
+                    .then(|| ips.iter().map(|ip| PodIP { ip: ip.to_string() }).collect()),
+            )
+        };
     let conditions = conditions(pod, observed, facts, &phase, &init, &apps);
     let has_init = !init.is_empty();
     PodStatus {
@@ -72,7 +77,9 @@ pub(crate) fn status(pod: &Pod, observed: &Observed, facts: &Facts<'_>) -> PodSt
         phase: Some(phase),
         pod_ip,
         pod_ips,
-        qos_class: Some(pod.spec.as_ref().map_or("BestEffort", orch_api::pod::qos_class).to_owned()),
+        qos_class: Some(
+            pod.spec.as_ref().map_or("BestEffort", orch_api::pod::qos_class).to_owned(),
+        ),
         reason: facts.failure.map(|(reason, _)| reason.to_owned()).or(old.reason.clone()),
         message: facts.failure.map(|(_, message)| message.to_owned()).or(old.message.clone()),
         start_time: Some(old.start_time.clone().unwrap_or_else(|| api::time(facts.now))),
@@ -85,7 +92,12 @@ fn is_done(phase: &str) -> bool {
 }
 
 /// As upstream's `getPhase`.
-fn phase(pod: &Pod, init: &[ContainerStatus], apps: &[ContainerStatus], ending: bool) -> &'static str {
+fn phase(
+    pod: &Pod,
+    init: &[ContainerStatus],
+    apps: &[ContainerStatus],
+    ending: bool,
+) -> &'static str {
     let policy = if ending { "Never" } else { api::restart_policy(pod) };
     let mut pending_init = false;
     for (container, status) in api::init_containers(pod).zip(init) {
@@ -104,7 +116,8 @@ fn phase(pod: &Pod, init: &[ContainerStatus], apps: &[ContainerStatus], ending: 
         let state = status.state.clone().unwrap_or_default();
         if state.running.is_some() {
             running += 1;
-        } else if let Some(end) = state.terminated.or_else(|| status.last_state.clone()?.terminated) {
+        } else if let Some(end) = state.terminated.or_else(|| status.last_state.clone()?.terminated)
+        {
             stopped += 1;
             succeeded += usize::from(end.exit_code == 0);
         } else {
@@ -184,8 +197,10 @@ fn container_status(
     } else {
         started && running.is_some_and(|instance| facts.ready.contains(instance.id()))
     };
-    status.last_state =
-        Some(last.map(|end| ContainerState { terminated: Some(end), ..ContainerState::default() }).unwrap_or_default());
+    status.last_state = Some(
+        last.map(|end| ContainerState { terminated: Some(end), ..ContainerState::default() })
+            .unwrap_or_default(),
+    );
     status.state = Some(state);
     status
 }
@@ -197,8 +212,12 @@ fn default_wait(pod: &Pod) -> &'static str {
 fn waiting_state(waiting: Option<&Waiting>, default: &str) -> ContainerState {
     ContainerState {
         waiting: Some(ContainerStateWaiting {
-            reason: Some(waiting.map_or_else(|| default.to_owned(), |waiting| waiting.reason.clone())),
-            message: waiting.map(|waiting| waiting.message.clone()).filter(|message| !message.is_empty()),
+            reason: Some(
+                waiting.map_or_else(|| default.to_owned(), |waiting| waiting.reason.clone()),
+            ),
+            message: waiting
+                .map(|waiting| waiting.message.clone())
+                .filter(|message| !message.is_empty()),
         }),
         ..ContainerState::default()
     }
@@ -208,7 +227,10 @@ fn terminated(instance: &Instance, facts: &Facts<'_>) -> Option<ContainerStateTe
     let State::Exited { code, oom_killed, error } = &instance.container.state else { return None };
     let code = i32::try_from(*code).unwrap_or(255);
     let reason = match (code, oom_killed, error.is_empty()) {
-        (_, _, false) if instance.container.started_at.is_empty() || is_zero(&instance.container.started_at) => {
+        (_, _, false)
+            if instance.container.started_at.is_empty()
+                || is_zero(&instance.container.started_at) =>
+        {
             "StartError"
         }
         (_, true, _) => "OOMKilled",
@@ -244,11 +266,17 @@ fn conditions(
     let names = |list: &mut dyn Iterator<Item = &ContainerStatus>| {
         list.map(|status| status.name.as_str()).collect::<Vec<_>>().join(" ")
     };
-    let network = observed.running_sandbox().is_some() && (!facts.pod_ips.is_empty() || api::is_host_network(pod));
-    let unfinished = names(&mut init.iter().zip(api::init_containers(pod)).filter_map(|(status, container)| {
-        let fine = if api::is_sidecar(container) { status.started == Some(true) } else { status.ready };
-        (!fine).then_some(status)
-    }));
+    let network = observed.running_sandbox().is_some()
+        && (!facts.pod_ips.is_empty() || api::is_host_network(pod));
+    let unfinished =
+        names(&mut init.iter().zip(api::init_containers(pod)).filter_map(|(status, container)| {
+            let fine = if api::is_sidecar(container) {
+                status.started == Some(true)
+            } else {
+                status.ready
+            };
+            (!fine).then_some(status)
+        }));
     let begun = apps.iter().any(|app| !never_ran(app));
     let initialized = unfinished.is_empty() || begun;
     let unready = names(&mut apps.iter().filter(|status| !status.ready));
@@ -276,7 +304,10 @@ fn conditions(
     let initialized = if initialized {
         if done && phase == "Succeeded" { Ok(Some("PodCompleted")) } else { Ok(None) }
     } else {
-        Err(("ContainersNotInitialized", format!("containers with incomplete status: [{unfinished}]")))
+        Err((
+            "ContainersNotInitialized",
+            format!("containers with incomplete status: [{unfinished}]"),
+        ))
     };
     type Verdict = Result<Option<&'static str>, (&'static str, String)>;
     let ours: [(&str, Verdict); 4] = [

@@ -44,8 +44,11 @@ pub(crate) async fn stop(
     let name = instance.container.label(labels::CONTAINER);
     let container = api::all_containers(pod).find(|container| container.name == name);
     let lifecycle = container.and_then(|container| container.lifecycle.as_ref());
-    if let (Some(container), Some(pre_stop)) = (container, lifecycle.and_then(|lifecycle| lifecycle.pre_stop.as_ref())) {
-        let target = Target { container: container.clone(), container_id: id.to_owned(), ip: pod_ip };
+    if let (Some(container), Some(pre_stop)) =
+        (container, lifecycle.and_then(|lifecycle| lifecycle.pre_stop.as_ref()))
+    {
+        let target =
+            Target { container: container.clone(), container_id: id.to_owned(), ip: pod_ip };
         tokio::select! {
             outcome = handler::hook(cx, &target, pre_stop) => if let Err(why) = outcome {
                 let message = format!("PreStopHook failed: {why}");
@@ -60,7 +63,8 @@ pub(crate) async fn stop(
         "" => "SIGTERM".to_owned(),
         image => image.to_owned(),
     });
-    let least = Instant::now() + LEAST_AFTER_HOOK.min(deadline.borrow().saturating_duration_since(Instant::now()));
+    let least = Instant::now()
+        + LEAST_AFTER_HOOK.min(deadline.borrow().saturating_duration_since(Instant::now()));
     let had_hook = lifecycle.is_some_and(|lifecycle| lifecycle.pre_stop.is_some());
     cx.runtime().kill(id, &signal).await?;
     tokio::select! {
@@ -75,7 +79,9 @@ pub(crate) async fn stop(
     cx.runtime().kill(id, "SIGKILL").await?;
     match tokio::time::timeout(KILL_PATIENCE, ended(cx, id)).await {
         Ok(outcome) => outcome,
-        Err(_) => Err(Error::Engine { code: 500, message: format!("container {id} survives SIGKILL") }),
+        Err(_) => {
+            Err(Error::Engine { code: 500, message: format!("container {id} survives SIGKILL") })
+        }
     }
 }
 

@@ -97,7 +97,12 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(cx: Arc<Context>, pod_ref: PodRef, wanted: watch::Receiver<Wanted>, wake: Arc<Notify>) -> Self {
+    pub(crate) fn new(
+        cx: Arc<Context>,
+        pod_ref: PodRef,
+        wanted: watch::Receiver<Wanted>,
+        wake: Arc<Notify>,
+    ) -> Self {
         let connected = Connected::read(&cx.pod_folder(&pod_ref.uid));
         let volumes_due = Instant::now() + cx.options.volume_refresh;
         Self {
@@ -164,7 +169,10 @@ impl Worker {
         }
     }
 
-    fn kill_ended(&mut self, ended: Result<(String, Result<(), orch_cri::Error>), tokio::task::JoinError>) {
+    fn kill_ended(
+        &mut self,
+        ended: Result<(String, Result<(), orch_cri::Error>), tokio::task::JoinError>,
+    ) {
         match ended {
             Ok((id, outcome)) => {
                 self.busy.remove(&id);
@@ -179,7 +187,10 @@ impl Worker {
         }
     }
 
-    fn hook_ended(&mut self, ended: Result<(String, String, Result<(), String>), tokio::task::JoinError>) {
+    fn hook_ended(
+        &mut self,
+        ended: Result<(String, String, Result<(), String>), tokio::task::JoinError>,
+    ) {
         let Ok((id, name, outcome)) = ended else {
             self.held.clear();
             return;
@@ -188,7 +199,13 @@ impl Worker {
         if let Err(why) = outcome {
             let message = format!("PostStartHook failed: {why}");
             if let Some(latest) = &self.latest {
-                self.cx.events.container(&latest.pod, &name, "Warning", "FailedPostStartHook", &message);
+                self.cx.events.container(
+                    &latest.pod,
+                    &name,
+                    "Warning",
+                    "FailedPostStartHook",
+                    &message,
+                );
             }
             self.spoilt.insert(id, "FailedPostStartHook".to_owned());
         }
@@ -245,13 +262,20 @@ impl Worker {
         }
         // What the steps above changed.
         let pod = self.latest.as_ref().map_or(pod, |latest| latest.pod.clone());
-        let observed = if acts { observe(self.cx.runtime(), &self.pod_ref.uid).await? } else { observed };
+        let observed =
+            if acts { observe(self.cx.runtime(), &self.pod_ref.uid).await? } else { observed };
         self.look(&pod, &observed).await;
         let plan = self.plan(&pod, &observed);
         self.report(&pod, &observed, &plan).await?;
+        if self.latest.as_ref().is_some_and(|latest| orch_api::pod::is_terminal(&latest.pod)) {
+            return Ok(Next::Again);
+        }
         self.refresh_volumes(&pod, &observed).await;
         if crate::volume::has_live_content(&pod) {
-            wait = wait.min(self.volumes_due.saturating_duration_since(Instant::now()) + Duration::from_millis(10));
+            wait = wait.min(
+                self.volumes_due.saturating_duration_since(Instant::now())
+                    + Duration::from_millis(10),
+            );
         }
         Ok(Next::Wait(wait))
     }
@@ -281,7 +305,10 @@ impl Worker {
     /// Addresses of the running sandbox.
     pub(super) fn ips(&self, observed: &Observed) -> Vec<std::net::IpAddr> {
         let sandbox = observed.running_sandbox();
-        let connected = self.connected.as_ref().filter(|known| sandbox.is_some_and(|found| found.id() == known.sandbox));
+        let connected = self
+            .connected
+            .as_ref()
+            .filter(|known| sandbox.is_some_and(|found| found.id() == known.sandbox));
         connected.map(|known| known.ips.clone()).unwrap_or_default()
     }
 
@@ -310,7 +337,8 @@ impl Worker {
         for (name, waiting) in &plan.waiting {
             let before = self.last_waiting.get(name).map(|waiting| &waiting.reason);
             if waiting.reason == "CrashLoopBackOff" && before != Some(&waiting.reason) {
-                let message = format!("Back-off restarting failed container {name} in pod {}", self.pod_ref);
+                let message =
+                    format!("Back-off restarting failed container {name} in pod {}", self.pod_ref);
                 self.cx.events.container(pod, name, "Warning", "BackOff", &message);
             }
         }
@@ -322,7 +350,9 @@ impl Worker {
         let grace = Duration::from_secs(u64::try_from(api::grace_seconds(pod)).unwrap_or(0));
         let ip = self.ips(observed).first().copied();
         for kill in kills {
-            let Some(instance) = observed.instances().find(|instance| instance.id() == kill.id).cloned() else {
+            let Some(instance) =
+                observed.instances().find(|instance| instance.id() == kill.id).cloned()
+            else {
                 continue;
             };
             let message = format!("Stopping container {}: {}", kill.name, kill.why);
@@ -338,7 +368,12 @@ impl Worker {
 
     async fn remove(&mut self, plan: &Plan) -> Result<(), Error> {
         for id in &plan.remove {
-            let is_sandbox = self.cx.runtime().inspect(id).await?.map(|found| found.label(labels::CONTAINER) == labels::SANDBOX);
+            let is_sandbox = self
+                .cx
+                .runtime()
+                .inspect(id)
+                .await?
+                .map(|found| found.label(labels::CONTAINER) == labels::SANDBOX);
             match is_sandbox {
                 Some(true) => self.disconnect(id).await?,
                 Some(false) => self.cx.runtime().remove(id).await?,
@@ -350,7 +385,9 @@ impl Worker {
 
     /// Removes a sandbox with its network.
     pub(super) async fn disconnect(&mut self, id: &str) -> Result<(), Error> {
-        crate::pod::start::remove_sandbox(&self.cx, &self.pod_ref, id).await.map_err(Error::Other)?;
+        crate::pod::start::remove_sandbox(&self.cx, &self.pod_ref, id)
+            .await
+            .map_err(Error::Other)?;
         if self.connected.as_ref().is_some_and(|known| known.sandbox == id) {
             self.connected = None;
             Connected::forget(&self.cx.pod_folder(&self.pod_ref.uid));
@@ -360,7 +397,9 @@ impl Worker {
 
     fn waiting(&self, plan: &Plan) -> BTreeMap<String, Waiting> {
         let mut waiting = plan.waiting.clone();
-        waiting.extend(self.refused.iter().map(|(name, (waiting, _))| (name.clone(), waiting.clone())));
+        waiting.extend(
+            self.refused.iter().map(|(name, (waiting, _))| (name.clone(), waiting.clone())),
+        );
         waiting
     }
 
@@ -408,7 +447,9 @@ impl Worker {
     /// logs.
     async fn settle(&mut self, pod: &Arc<Pod>, observed: &Observed) -> Result<Next, Error> {
         self.prober.stop();
-        if observed.sandboxes.is_empty() && !observed.instances().any(|instance| instance.container.is_running()) {
+        if observed.sandboxes.is_empty()
+            && !observed.instances().any(|instance| instance.container.is_running())
+        {
             return Ok(Next::Wait(RESYNC));
         }
         debug!(pod = %self.pod_ref, "ended pod is tidied up");
@@ -420,7 +461,12 @@ impl Worker {
     }
 
     /// The pod ran longer than it may.
-    async fn fail(&mut self, pod: &Arc<Pod>, observed: &Observed, message: String) -> Result<Next, Error> {
+    async fn fail(
+        &mut self,
+        pod: &Arc<Pod>,
+        observed: &Observed,
+        message: String,
+    ) -> Result<Next, Error> {
         self.cx.events.pod(pod, "Normal", "DeadlineExceeded", &message);
         self.prober.stop();
         self.end_containers(Some(pod), observed).await?;

@@ -50,7 +50,11 @@ pub(crate) async fn check(cx: &Arc<Context>, target: &Target, probe: &Probe) -> 
 }
 
 /// Runs a life-cycle hook.
-pub(crate) async fn hook(cx: &Arc<Context>, target: &Target, hook: &LifecycleHandler) -> Result<(), String> {
+pub(crate) async fn hook(
+    cx: &Arc<Context>,
+    target: &Target,
+    hook: &LifecycleHandler,
+) -> Result<(), String> {
     if let Some(exec) = &hook.exec {
         return command(cx.runtime(), target, exec.command.clone().unwrap_or_default()).await;
     }
@@ -58,7 +62,10 @@ pub(crate) async fn hook(cx: &Arc<Context>, target: &Target, hook: &LifecycleHan
         return http_get(target, get, "kube-lifecycle/1.36").await;
     }
     if let Some(sleep) = &hook.sleep {
-        tokio::time::sleep(std::time::Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0))).await;
+        tokio::time::sleep(std::time::Duration::from_secs(
+            u64::try_from(sleep.seconds).unwrap_or(0),
+        ))
+        .await;
         return Ok(());
     }
     if let Some(tcp) = &hook.tcp_socket {
@@ -68,22 +75,32 @@ pub(crate) async fn hook(cx: &Arc<Context>, target: &Target, hook: &LifecycleHan
     Ok(())
 }
 
-async fn command(runtime: &dyn Runtime, target: &Target, command: Vec<String>) -> Result<(), String> {
+async fn command(
+    runtime: &dyn Runtime,
+    target: &Target,
+    command: Vec<String>,
+) -> Result<(), String> {
     let spec = ExecSpec { command, stdout: true, stderr: true, ..ExecSpec::default() };
-    let mut session = runtime.exec(&target.container_id, &spec).await.map_err(|error| error.to_string())?;
+    let mut session =
+        runtime.exec(&target.container_id, &spec).await.map_err(|error| error.to_string())?;
     let mut said = Vec::new();
     while let Some(piece) = session.output.next().await {
         let piece = piece.map_err(|error| error.to_string())?.into_bytes();
         let room = MAX_QUOTE.saturating_sub(said.len());
         said.extend_from_slice(&piece[..piece.len().min(room)]);
     }
-    let code = crate::exec::exit_code(runtime, &session.id).await.map_err(|error| error.to_string())?;
+    let code =
+        crate::exec::exit_code(runtime, &session.id).await.map_err(|error| error.to_string())?;
     if code == 0 {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&said);
     let said = said.trim();
-    if said.is_empty() { Err(format!("the command ended with {code}")) } else { Err(said.to_owned()) }
+    if said.is_empty() {
+        Err(format!("the command ended with {code}"))
+    } else {
+        Err(said.to_owned())
+    }
 }
 
 fn port(container: &Container, wanted: &IntOrString) -> Result<u16, String> {
@@ -100,18 +117,26 @@ fn port(container: &Container, wanted: &IntOrString) -> Result<u16, String> {
                 .ok_or_else(|| format!("couldn't find port: {name}"))?,
         },
     };
-    u16::try_from(number).ok().filter(|port| *port > 0).ok_or_else(|| format!("{number} is no port"))
+    u16::try_from(number)
+        .ok()
+        .filter(|port| *port > 0)
+        .ok_or_else(|| format!("{number} is no port"))
 }
 
 fn host(target: &Target, given: Option<&str>) -> Result<String, String> {
     match given.filter(|host| !host.is_empty()) {
         Some(host) => Ok(host.to_owned()),
-        None => target.ip.map(|ip| ip.to_string()).ok_or_else(|| "the pod has no address yet".to_owned()),
+        None => target
+            .ip
+            .map(|ip| ip.to_string())
+            .ok_or_else(|| "the pod has no address yet".to_owned()),
     }
 }
 
 async fn connect(host: &str, port: u16) -> Result<TcpStream, String> {
-    let stream = TcpStream::connect((host, port)).await.map_err(|error| format!("dial tcp {host}:{port}: {error}"))?;
+    let stream = TcpStream::connect((host, port))
+        .await
+        .map_err(|error| format!("dial tcp {host}:{port}: {error}"))?;
     // A probe's socket must not linger; many would fill the table of ports.
     let _ = stream.set_nodelay(true);
     Ok(stream)
@@ -144,7 +169,9 @@ async fn http_get(target: &Target, get: &HTTPGetAction, agent: &str) -> Result<(
     let stream = connect(&host, port).await?;
     let https = get.scheme.as_deref().unwrap_or("HTTP").eq_ignore_ascii_case("HTTPS");
     let scheme = if https { "https" } else { "http" };
-    let failed = |error: &dyn std::fmt::Display| format!("Get \"{scheme}://{bracketed}:{port}{path}\": {error}");
+    let failed = |error: &dyn std::fmt::Display| {
+        format!("Get \"{scheme}://{bracketed}:{port}{path}\": {error}")
+    };
     let answer = if https {
         let name = tls::server_name(&host)?;
         let connector = TlsConnector::from(tls::unverified_client());
@@ -155,10 +182,17 @@ async fn http_get(target: &Target, get: &HTTPGetAction, agent: &str) -> Result<(
     };
     let status = answer.map_err(|error| failed(&error))?;
     // Redirects count as success: following them could leave the pod.
-    if (200..400).contains(&status) { Ok(()) } else { Err(format!("HTTP probe failed with statuscode: {status}")) }
+    if (200..400).contains(&status) {
+        Ok(())
+    } else {
+        Err(format!("HTTP probe failed with statuscode: {status}"))
+    }
 }
 
-async fn exchange<S>(io: TokioIo<S>, request: http::Request<Empty<Bytes>>) -> Result<u16, hyper::Error>
+async fn exchange<S>(
+    io: TokioIo<S>,
+    request: http::Request<Empty<Bytes>>,
+) -> Result<u16, hyper::Error>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
 {
@@ -177,13 +211,17 @@ async fn grpc_health(host: &str, port: u16, service: &str) -> Result<(), String>
     let text = |error: hyper::Error| format!("gRPC health check on {host}:{port}: {error}");
     let executor = hyper_util::rt::TokioExecutor::new();
     let (mut sender, connection) =
-        hyper::client::conn::http2::handshake(executor, TokioIo::new(stream)).await.map_err(text)?;
+        hyper::client::conn::http2::handshake(executor, TokioIo::new(stream))
+            .await
+            .map_err(text)?;
     let driver = tokio::spawn(connection);
     // HealthCheckRequest { string service = 1 }, behind gRPC's prefix: not compressed, length.
     let mut message = Vec::new();
     if !service.is_empty() {
         message.push(0x0a);
-        message.push(u8::try_from(service.len()).map_err(|_| "the service name is too long".to_owned())?);
+        message.push(
+            u8::try_from(service.len()).map_err(|_| "the service name is too long".to_owned())?,
+        );
         message.extend_from_slice(service.as_bytes());
     }
     let mut body = vec![0];
@@ -198,7 +236,8 @@ async fn grpc_health(host: &str, port: u16, service: &str) -> Result<(), String>
     let code = answer.headers().get("grpc-status").cloned();
     let body = answer.into_body().collect().await.map_err(text)?;
     driver.abort();
-    let code = code.or_else(|| body.trailers().and_then(|trailers| trailers.get("grpc-status").cloned()));
+    let code =
+        code.or_else(|| body.trailers().and_then(|trailers| trailers.get("grpc-status").cloned()));
     let code = code.and_then(|code| code.to_str().ok().map(str::to_owned)).unwrap_or_default();
     if code != "0" {
         return Err(format!("gRPC health check failed with status {code}"));
@@ -218,7 +257,11 @@ mod tests {
 
     #[test]
     fn ports_by_number_and_by_name() {
-        let http = ContainerPort { name: Some("http".to_owned()), container_port: 80, ..ContainerPort::default() };
+        let http = ContainerPort {
+            name: Some("http".to_owned()),
+            container_port: 80,
+            ..ContainerPort::default()
+        };
         let container = Container { ports: Some(vec![http]), ..Container::default() };
         assert_eq!(port(&container, &IntOrString::String("http".to_owned())), Ok(80));
         assert_eq!(port(&container, &IntOrString::Int(8080)), Ok(8080));

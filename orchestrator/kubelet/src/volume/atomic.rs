@@ -36,7 +36,10 @@ pub(crate) fn is_safe(path: &str) -> bool {
 /// The file system refuses, or a path leaves the volume.
 pub(crate) fn write(folder: &Path, payload: &Payload, group: Option<u32>) -> io::Result<bool> {
     if let Some(path) = payload.keys().find(|path| !is_safe(path)) {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("the path {path:?} leaves the volume")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("the path {path:?} leaves the volume"),
+        ));
     }
     fs::create_dir_all(folder)?;
     let data = folder.join(DATA);

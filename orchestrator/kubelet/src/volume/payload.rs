@@ -1,6 +1,8 @@
 //! From ConfigMaps, Secrets and the pod itself to the files of a volume. Pure.
 
-use orch_api::k8s_openapi::api::core::v1::{ConfigMap, DownwardAPIVolumeFile, KeyToPath, Pod, Secret};
+use orch_api::k8s_openapi::api::core::v1::{
+    ConfigMap, DownwardAPIVolumeFile, KeyToPath, Pod, Secret,
+};
 
 use crate::api;
 use crate::pod::fields::{self, Place};
@@ -10,8 +12,10 @@ use crate::volume::atomic::{File, Payload};
 pub(crate) type Entries = Vec<(String, Vec<u8>)>;
 
 pub(crate) fn config_map_entries(map: &ConfigMap) -> Entries {
-    let text = map.data.iter().flatten().map(|(key, value)| (key.clone(), value.clone().into_bytes()));
-    let binary = map.binary_data.iter().flatten().map(|(key, value)| (key.clone(), value.0.clone()));
+    let text =
+        map.data.iter().flatten().map(|(key, value)| (key.clone(), value.clone().into_bytes()));
+    let binary =
+        map.binary_data.iter().flatten().map(|(key, value)| (key.clone(), value.0.clone()));
     text.chain(binary).collect()
 }
 
@@ -31,14 +35,19 @@ pub(crate) fn project(
     what: &str,
 ) -> Result<Payload, String> {
     let Some(items) = items.filter(|items| !items.is_empty()) else {
-        let all = entries.iter().map(|(key, data)| (key.clone(), File { data: data.clone(), mode: default_mode }));
+        let all = entries
+            .iter()
+            .map(|(key, data)| (key.clone(), File { data: data.clone(), mode: default_mode }));
         return Ok(all.collect());
     };
     let mut payload = Payload::new();
     for item in items {
         match entries.iter().find(|(key, _)| *key == item.key) {
             Some((_, data)) => {
-                payload.insert(item.path.clone(), File { data: data.clone(), mode: mode(item.mode, default_mode) });
+                payload.insert(
+                    item.path.clone(),
+                    File { data: data.clone(), mode: mode(item.mode, default_mode) },
+                );
             }
             None if optional => {}
             None => return Err(format!("{what} references non-existent config key: {}", item.key)),
@@ -68,7 +77,10 @@ pub(crate) fn downward(
         } else {
             continue;
         };
-        payload.insert(item.path.clone(), File { data: text.into_bytes(), mode: mode(item.mode, default_mode) });
+        payload.insert(
+            item.path.clone(),
+            File { data: text.into_bytes(), mode: mode(item.mode, default_mode) },
+        );
     }
     Ok(payload)
 }
@@ -85,14 +97,17 @@ mod tests {
     fn chosen_keys_get_their_paths_and_modes() {
         let entries = vec![("a".to_owned(), b"1".to_vec()), ("b".to_owned(), b"2".to_vec())];
         let item = KeyToPath { key: "b".to_owned(), path: "x/y".to_owned(), mode: Some(0o400) };
-        let payload = project(&entries, Some(std::slice::from_ref(&item)), 0o644, false, "cm").expect("files");
-        assert_eq!(payload.into_iter().collect::<Vec<_>>(), [(
-            "x/y".to_owned(),
-            File { data: b"2".to_vec(), mode: 0o400 }
-        )]);
+        let payload = project(&entries, Some(std::slice::from_ref(&item)), 0o644, false, "cm")
+            .expect("files");
+        assert_eq!(
+            payload.into_iter().collect::<Vec<_>>(),
+            [("x/y".to_owned(), File { data: b"2".to_vec(), mode: 0o400 })]
+        );
         assert_eq!(project(&entries, None, 0o644, false, "cm").expect("files").len(), 2);
         let missing = KeyToPath { key: "no".to_owned(), ..item };
-        assert!(project(&entries, Some(std::slice::from_ref(&missing)), 0o644, false, "cm").is_err());
+        assert!(
+            project(&entries, Some(std::slice::from_ref(&missing)), 0o644, false, "cm").is_err()
+        );
         assert!(project(&entries, Some(&[missing]), 0o644, true, "cm").is_ok());
     }
 }

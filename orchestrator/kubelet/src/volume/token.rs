@@ -24,14 +24,19 @@ pub(crate) struct Tokens {
 }
 
 fn key(source: &ServiceAccountTokenProjection) -> (String, i64) {
-    (source.audience.clone().unwrap_or_default(), source.expiration_seconds.unwrap_or(DEFAULT_SECONDS))
+    (
+        source.audience.clone().unwrap_or_default(),
+        source.expiration_seconds.unwrap_or(DEFAULT_SECONDS),
+    )
 }
 
 fn wanted(pod: &Pod) -> impl Iterator<Item = &ServiceAccountTokenProjection> {
     pod.spec
         .iter()
         .flat_map(|spec| spec.volumes.iter().flatten())
-        .flat_map(|volume| volume.projected.iter().flat_map(|projected| projected.sources.iter().flatten()))
+        .flat_map(|volume| {
+            volume.projected.iter().flat_map(|projected| projected.sources.iter().flatten())
+        })
         .filter_map(|source| source.service_account_token.as_ref())
 }
 
@@ -58,7 +63,9 @@ impl Tokens {
                 Ok(held) => {
                     self.held.insert(key, held);
                 }
-                Err(error) if self.held.contains_key(&key) => tracing::warn!(error, "token not renewed yet"),
+                Err(error) if self.held.contains_key(&key) => {
+                    tracing::warn!(error, "token not renewed yet")
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -66,11 +73,16 @@ impl Tokens {
     }
 }
 
-async fn request(client: &Client, pod: &Pod, (audience, seconds): &(String, i64)) -> Result<Held, String> {
+async fn request(
+    client: &Client,
+    pod: &Pod,
+    (audience, seconds): &(String, i64),
+) -> Result<Held, String> {
     let spec = api::spec(pod);
     let account = spec.service_account_name.unwrap_or_else(|| "default".to_owned());
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-    let audiences: Vec<&str> = Some(audience.as_str()).filter(|audience| !audience.is_empty()).into_iter().collect();
+    let audiences: Vec<&str> =
+        Some(audience.as_str()).filter(|audience| !audience.is_empty()).into_iter().collect();
     let body = json!({
         "apiVersion": "authentication.k8s.io/v1",
         "kind": "TokenRequest",
@@ -83,16 +95,20 @@ async fn request(client: &Client, pod: &Pod, (audience, seconds): &(String, i64)
         },
     });
     let accounts = Api::<ServiceAccount>::namespaced(client.clone(), namespace);
-    let answer: Value = accounts
-        .create_subresource(&account, "token", &body)
-        .await
-        .map_err(|error| format!("failed to fetch token for ServiceAccount {namespace}/{account}: {error}"))?;
+    let answer: Value =
+        accounts.create_subresource(&account, "token", &body).await.map_err(|error| {
+            format!("failed to fetch token for ServiceAccount {namespace}/{account}: {error}")
+        })?;
     let token = answer["status"]["token"].as_str().unwrap_or_default().to_owned();
     if token.is_empty() {
-        return Err(format!("the API server answered without a token for ServiceAccount {namespace}/{account}"));
+        return Err(format!(
+            "the API server answered without a token for ServiceAccount {namespace}/{account}"
+        ));
     }
     let now = Timestamp::now();
-    let expires = answer["status"]["expirationTimestamp"].as_str().and_then(|text| text.parse::<Timestamp>().ok());
+    let expires = answer["status"]["expirationTimestamp"]
+        .as_str()
+        .and_then(|text| text.parse::<Timestamp>().ok());
     let life = expires.map_or(*seconds, |expires| expires.as_second() - now.as_second());
     Ok(Held { token, renew_at: now + SignedDuration::from_secs((life * 8 / 10).max(1)) })
 }

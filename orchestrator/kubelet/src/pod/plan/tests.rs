@@ -87,7 +87,8 @@ fn a_running_pod_needs_nothing_even_if_the_agent_is_new() {
 fn a_dead_sandbox_first_ends_its_containers_and_is_then_replaced() {
     let pod = web();
     let sandbox = found(&pod, "POD", 0, exited(137));
-    let plan = World::default().plan(&pod, vec![sandbox.clone(), found(&pod, "a", 0, State::Running)]);
+    let plan =
+        World::default().plan(&pod, vec![sandbox.clone(), found(&pod, "a", 0, State::Running)]);
     assert_eq!(plan.kill.iter().map(|kill| kill.id.as_str()).collect::<Vec<_>>(), ["a-0"]);
     assert_eq!(plan.sandbox, None);
     let plan = World::default().plan(&pod, vec![sandbox, found(&pod, "a", 0, exited(137))]);
@@ -119,7 +120,8 @@ fn a_crash_loop_waits_and_says_so() {
     let pod = web();
     let mut world = World::default();
     world.backoff.next("a", now());
-    let plan = world.plan(&pod, vec![found(&pod, "POD", 0, State::Running), found(&pod, "a", 1, exited(1))]);
+    let plan = world
+        .plan(&pod, vec![found(&pod, "POD", 0, State::Running), found(&pod, "a", 1, exited(1))]);
     assert!(plan.is_empty());
     assert_eq!(plan.wake, Some(Duration::from_secs(10)));
     assert_eq!(
@@ -158,7 +160,11 @@ fn a_failed_init_container_ends_a_pod_that_never_restarts() {
         "containers": [{ "name": "a" }],
     }));
     let one = found(&pod, "one", 0, exited(2));
-    assert!(World::default().plan(&pod, vec![found(&pod, "POD", 0, State::Running), one.clone()]).is_empty());
+    assert!(
+        World::default()
+            .plan(&pod, vec![found(&pod, "POD", 0, State::Running), one.clone()])
+            .is_empty()
+    );
     assert!(World::default().plan(&pod, vec![one]).is_empty());
 }
 

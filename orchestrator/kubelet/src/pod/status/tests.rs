@@ -33,7 +33,13 @@ fn exited(code: i64) -> State {
     State::Exited { code, oom_killed: false, error: String::new() }
 }
 
-fn look(pod: &Pod, found: Vec<Found>, waiting: &[(&str, &str)], healthy: &[&str], ending: bool) -> PodStatus {
+fn look(
+    pod: &Pod,
+    found: Vec<Found>,
+    waiting: &[(&str, &str)],
+    healthy: &[&str],
+    ending: bool,
+) -> PodStatus {
     let ids: BTreeSet<String> = healthy.iter().map(|&id| id.to_owned()).collect();
     let waiting = waiting
         .iter()
@@ -57,7 +63,12 @@ fn look(pod: &Pod, found: Vec<Found>, waiting: &[(&str, &str)], healthy: &[&str]
 }
 
 fn condition<'a>(status: &'a PodStatus, kind: &str) -> &'a PodCondition {
-    status.conditions.iter().flatten().find(|condition| condition.type_ == kind).expect("the condition")
+    status
+        .conditions
+        .iter()
+        .flatten()
+        .find(|condition| condition.type_ == kind)
+        .expect("the condition")
 }
 
 #[test]
@@ -68,11 +79,16 @@ fn a_healthy_pod_is_running_and_ready() {
     assert_eq!(status.phase.as_deref(), Some("Running"));
     assert_eq!(status.pod_ip.as_deref(), Some("10.244.1.2"));
     assert_eq!(status.observed_generation, Some(3));
-    for kind in ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"] {
+    for kind in
+        ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"]
+    {
         assert_eq!(condition(&status, kind).status, "True", "{kind}");
     }
     let container = &status.container_statuses.as_ref().expect("statuses")[0];
-    assert_eq!((container.restart_count, container.ready, container.started), (2, true, Some(true)));
+    assert_eq!(
+        (container.restart_count, container.ready, container.started),
+        (2, true, Some(true))
+    );
     assert_eq!(container.container_id.as_deref(), Some("docker://a-2"));
 }
 
@@ -82,7 +98,10 @@ fn an_unready_container_is_named() {
     let all = vec![found(&pod, "POD", 0, State::Running), found(&pod, "a", 0, State::Running)];
     let status = look(&pod, all, &[], &[], false);
     assert_eq!(status.phase.as_deref(), Some("Running"));
-    assert_eq!(condition(&status, "Ready").message.as_deref(), Some("containers with unready status: [a]"));
+    assert_eq!(
+        condition(&status, "Ready").message.as_deref(),
+        Some("containers with unready status: [a]")
+    );
 }
 
 #[test]
@@ -92,9 +111,11 @@ fn a_waiting_crash_shows_its_last_end() {
     let status = look(&pod, all, &[("a", "CrashLoopBackOff")], &[], false);
     assert_eq!(status.phase.as_deref(), Some("Running"));
     let container = &status.container_statuses.as_ref().expect("statuses")[0];
-    let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref()).expect("waiting");
+    let waiting =
+        container.state.as_ref().and_then(|state| state.waiting.as_ref()).expect("waiting");
     assert_eq!(waiting.reason.as_deref(), Some("CrashLoopBackOff"));
-    let last = container.last_state.as_ref().and_then(|state| state.terminated.as_ref()).expect("an end");
+    let last =
+        container.last_state.as_ref().and_then(|state| state.terminated.as_ref()).expect("an end");
     assert_eq!((last.exit_code, last.reason.as_deref()), (3, Some("Error")));
 }
 

@@ -1,0 +1,126 @@
+//! The Node object: registration, status and heartbeat.
+//!
+//! [`machine`] reads what the node offers, [`status`] turns it into the object purely, [`heartbeat`] renews the
+//! Lease. Registration goes on for as long as the API server is away, and anew when somebody deleted the Node.
+
+pub(crate) mod heartbeat;
+pub(crate) mod machine;
+pub(crate) mod status;
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use orch_api::k8s_openapi::api::core::v1::Node;
+use orch_client::{Api, Error, Patch};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::context::Context;
+use crate::node::status::Health;
+
+/// Images that the status names (kubelet's nodeStatusMaxImages).
+const MAX_IMAGES: usize = 50;
+
+/// Keeps the Node object true until cancelled.
+pub(crate) async fn run(cx: Arc<Context>, stop: CancellationToken) {
+    let mut reported: Option<(Instant, bool)> = None;
+    let mut check = tokio::time::interval(cx.options.status_check);
+    check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // Until the node is Ready for the first time, people wait for it.
+    let mut eager = tokio::time::interval(EAGER);
+    eager.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let ready = reported.is_some_and(|(_, ready)| ready);
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = check.tick() => {}
+            _ = eager.tick(), if !ready => {}
+        }
+        let overdue = reported.is_none_or(|(at, _)| at.elapsed() >= cx.options.status_report);
+        match sync(&cx, overdue).await {
+            Ok(Some(ready)) => reported = Some((Instant::now(), ready)),
+            Ok(None) => {}
+            Err(error) => warn!(%error, "node status not written"),
+        }
+    }
+}
+
+const EAGER: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// Looks, and writes what changed, or everything when it is `overdue`. Returns whether the node is Ready if something
+/// was written.
+async fn sync(cx: &Context, overdue: bool) -> Result<Option<bool>, Error> {
+    let health = health(cx).await;
+    let nodes = Api::<Node>::all(cx.client());
+    let name = &cx.options.node_name;
+    let current = match nodes.get_opt(name).await? {
+        Some(node) => node,
+        None => {
+            let node = status::node(&cx.options, &cx.machine, &health, None, Timestamp::now());
+            match nodes.create(&node).await {
+                Ok(node) => {
+                    info!(node = name, "registered");
+                    cx.events.node(
+                        "Normal",
+                        "RegisteredNode",
+                        &format!("Node {name} registered by its agent"),
+                    );
+                    node
+                }
+                Err(error) if error.is_already_exists() => nodes.get(name).await?,
+                Err(error) => return Err(error),
+            }
+        }
+    };
+    let wanted = status::node(&cx.options, &cx.machine, &health, Some(&current), Timestamp::now());
+    let labels = missing_labels(&current, &wanted);
+    if let Some(labels) = labels {
+        nodes.patch(name, &Patch::Merge(json!({ "metadata": { "labels": labels } }))).await?;
+    }
+    if !overdue && status::is_same(&current, &wanted) {
+        return Ok(None);
+    }
+    let ready = orch_api::node::is_ready(&wanted);
+    if ready != orch_api::node::is_ready(&current) {
+        let reason = if ready { "NodeReady" } else { "NodeNotReady" };
+        cx.events.node("Normal", reason, &format!("Node {name} status is now: {reason}"));
+    }
+    nodes.patch_status(name, &Patch::Strategic(json!({ "status": wanted.status }))).await?;
+    Ok(Some(ready))
+}
+
+fn missing_labels(current: &Node, wanted: &Node) -> Option<Value> {
+    let have = current.metadata.labels.clone().unwrap_or_default();
+    let missing: serde_json::Map<String, Value> = wanted
+        .metadata
+        .labels
+        .iter()
+        .flatten()
+        .filter(|(key, value)| have.get(*key) != Some(*value))
+        .map(|(key, value)| (key.clone(), Value::String(value.clone())))
+        .collect();
+    (!missing.is_empty()).then_some(Value::Object(missing))
+}
+
+async fn health(cx: &Context) -> Health {
+    let engine = match cx.runtime().info().await {
+        Ok(info) => {
+            let mut images = cx.runtime().images().await.unwrap_or_default();
+            images.sort_by_key(|image| std::cmp::Reverse(image.size_bytes));
+            images.truncate(MAX_IMAGES);
+            Ok((info, images))
+        }
+        Err(error) => Err(error.to_string()),
+    };
+    let root = match &engine {
+        Ok((info, _)) => info.data_root.clone(),
+        Err(_) => String::new(),
+    };
+    Health {
+        engine,
+        network: cx.network.ready().await,
+        pressure: machine::Pressure::read(&cx.options.paths.lib(), &root),
+    }
+}
