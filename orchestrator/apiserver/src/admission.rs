@@ -3,7 +3,6 @@
 //! NamespaceLifecycle, ServiceAccount, DefaultTolerationSeconds (Kubernetes, "Admission Control in Kubernetes").
 
 use orch_api::{ApiError, names, taint};
-use orch_store::Store as _;
 use serde_json::{Value, json};
 
 use crate::read::{parse, store_error};

@@ -33,79 +33,105 @@ const fn wide(name: &'static str) -> Column {
 /// The columns of a resource.
 pub(crate) fn columns(plural: &str) -> &'static [Column] {
     match plural {
-        "pods" => &[
-            NAME,
-            text("Ready"),
-            text("Status"),
-            text("Restarts"),
-            AGE,
-            wide("IP"),
-            wide("Node"),
-            wide("Nominated Node"),
-            wide("Readiness Gates"),
-        ],
-        "nodes" => &[
-            NAME,
-            text("Status"),
-            text("Roles"),
-            AGE,
-            text("Version"),
-            wide("Internal-IP"),
-            wide("External-IP"),
-            wide("OS-Image"),
-            wide("Kernel-Version"),
-            wide("Container-Runtime"),
-        ],
-        "deployments" => &[
-            NAME,
-            text("Ready"),
-            number("Up-to-date"),
-            number("Available"),
-            AGE,
-            wide("Containers"),
-            wide("Images"),
-            wide("Selector"),
-        ],
-        "replicasets" => &[
-            NAME,
-            number("Desired"),
-            number("Current"),
-            number("Ready"),
-            AGE,
-            wide("Containers"),
-            wide("Images"),
-            wide("Selector"),
-        ],
-        "services" => &[
-            NAME,
-            text("Type"),
-            text("Cluster-IP"),
-            text("External-IP"),
-            text("Port(s)"),
-            AGE,
-            wide("Selector"),
-        ],
-        "endpoints" => &[NAME, text("Endpoints"), AGE],
-        "endpointslices" => &[NAME, text("AddressType"), text("Ports"), text("Endpoints"), AGE],
-        "events" => &[
-            text("Last Seen"),
-            text("Type"),
-            text("Reason"),
-            text("Object"),
-            wide("Subobject"),
-            wide("Source"),
-            text("Message"),
-            wide("First Seen"),
-            wide("Count"),
-            Column { name: "Name", kind: "string", format: "name", priority: 1 },
-        ],
-        "namespaces" => &[NAME, text("Status"), AGE],
-        "configmaps" => &[NAME, number("Data"), AGE],
-        "secrets" => &[NAME, text("Type"), number("Data"), AGE],
-        "serviceaccounts" => &[NAME, number("Secrets"), AGE],
-        "leases" => &[NAME, text("Holder"), AGE],
-        "networkpolicies" => &[NAME, text("Pod-Selector"), AGE],
-        _ => &[NAME, AGE],
+        "pods" => {
+            const {
+                &[
+                    NAME,
+                    text("Ready"),
+                    text("Status"),
+                    text("Restarts"),
+                    AGE,
+                    wide("IP"),
+                    wide("Node"),
+                    wide("Nominated Node"),
+                    wide("Readiness Gates"),
+                ]
+            }
+        }
+        "nodes" => {
+            const {
+                &[
+                    NAME,
+                    text("Status"),
+                    text("Roles"),
+                    AGE,
+                    text("Version"),
+                    wide("Internal-IP"),
+                    wide("External-IP"),
+                    wide("OS-Image"),
+                    wide("Kernel-Version"),
+                    wide("Container-Runtime"),
+                ]
+            }
+        }
+        "deployments" => {
+            const {
+                &[
+                    NAME,
+                    text("Ready"),
+                    number("Up-to-date"),
+                    number("Available"),
+                    AGE,
+                    wide("Containers"),
+                    wide("Images"),
+                    wide("Selector"),
+                ]
+            }
+        }
+        "replicasets" => {
+            const {
+                &[
+                    NAME,
+                    number("Desired"),
+                    number("Current"),
+                    number("Ready"),
+                    AGE,
+                    wide("Containers"),
+                    wide("Images"),
+                    wide("Selector"),
+                ]
+            }
+        }
+        "services" => {
+            const {
+                &[
+                    NAME,
+                    text("Type"),
+                    text("Cluster-IP"),
+                    text("External-IP"),
+                    text("Port(s)"),
+                    AGE,
+                    wide("Selector"),
+                ]
+            }
+        }
+        "endpoints" => const { &[NAME, text("Endpoints"), AGE] },
+        "endpointslices" => {
+            const { &[NAME, text("AddressType"), text("Ports"), text("Endpoints"), AGE] }
+        }
+        "events" => {
+            const {
+                &[
+                    text("Last Seen"),
+                    text("Type"),
+                    text("Reason"),
+                    text("Object"),
+                    wide("Subobject"),
+                    wide("Source"),
+                    text("Message"),
+                    wide("First Seen"),
+                    wide("Count"),
+                    Column { name: "Name", kind: "string", format: "name", priority: 1 },
+                ]
+            }
+        }
+        "namespaces" => const { &[NAME, text("Status"), AGE] },
+        "configmaps" => const { &[NAME, number("Data"), AGE] },
+        "secrets" => const { &[NAME, text("Type"), number("Data"), AGE] },
+        "serviceaccounts" => const { &[NAME, number("Secrets"), AGE] },
+        "leases" => const { &[NAME, text("Holder"), AGE] },
+        "networkpolicies" => const { &[NAME, text("Pod-Selector"), AGE] },
+        _ => const { &[NAME, AGE] },
     }
 }
 

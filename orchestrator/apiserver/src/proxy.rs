@@ -94,7 +94,8 @@ async fn locate(call: &Call<'_>) -> Result<(String, String, String), ApiError> {
             let annotated =
                 pod["metadata"]["annotations"]["kubectl.kubernetes.io/default-container"].as_str();
             match (annotated.filter(|name| main.contains(name)), main.as_slice()) {
-                (Some(name), _) | (None, [name]) => (*name).to_owned(),
+                (Some(name), _) => name.to_owned(),
+                (None, [name]) => (*name).to_owned(),
                 (None, many) => {
                     return Err(ApiError::bad_request(format!(
                         "a container name must be specified for pod {}, choose one of: [{}]",

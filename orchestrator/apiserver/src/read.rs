@@ -9,7 +9,7 @@ use http::StatusCode;
 use orch_api::{ApiError, FieldSelector, Selector};
 use orch_client::Body;
 use orch_store::cache::Meta;
-use orch_store::{Revision, Store as _, StoreError, splice_resource_version};
+use orch_store::{Revision, StoreError, splice_resource_version};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 

@@ -37,12 +37,10 @@ pub(crate) struct Shared {
 impl Shared {
     /// A resource by group and plural.
     pub(crate) fn stored(&self, group: &str, plural: &str) -> Option<&Stored> {
-        self.stored.get(&(group, plural) as &(&str, &str)).or_else(|| {
-            self.stored
-                .iter()
-                .find(|((g, p), _)| *g == group && *p == plural)
-                .map(|(_, stored)| stored)
-        })
+        self.stored
+            .iter()
+            .find(|((known_group, known), _)| *known_group == group && *known == plural)
+            .map(|(_, stored)| stored)
     }
 }
 

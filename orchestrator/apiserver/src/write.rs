@@ -5,7 +5,7 @@ use http::{HeaderMap, Response, StatusCode};
 use orch_api::{ApiError, defaults, validate};
 use orch_client::Body;
 use orch_facts::{facts, strategic};
-use orch_store::{Revision, Store as _, StoreError, splice_resource_version};
+use orch_store::{Revision, StoreError, splice_resource_version};
 use serde_json::{Value, json};
 
 use crate::read::{self, store_error};
