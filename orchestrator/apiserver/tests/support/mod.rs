@@ -1,0 +1,206 @@
+//! A real API server over a real etcd, on loopback, with certificates of its own.
+
+#![allow(dead_code, unreachable_pub, reason = "each test program uses its own part")]
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use orch_apiserver::{ApiServer, Options};
+use orch_client::{Client, ClientConfig};
+use orch_pki::ClusterPki;
+use orch_store::managed::{self, Managed};
+use orch_store::{EtcdConfig, EtcdStore};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// How long anything may take.
+pub const LIMIT: Duration = Duration::from_secs(30);
+const GRACE: Duration = Duration::from_secs(5);
+
+/// etcd and a server; gone when dropped.
+pub struct Cluster {
+    pub dir: TempDir,
+    pub pki: ClusterPki,
+    pub port: u16,
+    etcd: managed::Options,
+    etcd_cancel: CancellationToken,
+    supervisor: Option<Managed>,
+    server: Option<(CancellationToken, JoinHandle<()>)>,
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|socket| socket.local_addr())
+        .expect("free port")
+        .port()
+}
+
+impl Cluster {
+    /// Starts both on free ports.
+    pub async fn start() -> Self {
+        Self::start_on(free_port()).await
+    }
+
+    /// Starts both, the server on a given port.
+    pub async fn start_on(port: u16) -> Self {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let pki = ClusterPki::ensure(&dir.path().join("pki"), &[loopback], &["localhost".to_owned()])
+            .expect("certificates");
+        let etcd = managed::Options {
+            data_dir: dir.path().join("etcd"),
+            log_file: dir.path().join("log/etcd.log"),
+            client_urls: vec![format!("http://127.0.0.1:{}", free_port())],
+            tls: None,
+            keep_running_on_exit: true,
+        };
+        let etcd_cancel = CancellationToken::new();
+        let supervisor =
+            managed::spawn(etcd.clone(), etcd_cancel.clone()).await.expect("etcd starts");
+        let mut cluster = Self {
+            dir,
+            pki,
+            port,
+            etcd,
+            etcd_cancel,
+            supervisor: Some(supervisor),
+            server: None,
+        };
+        cluster.start_server().await;
+        cluster.wait_ready().await;
+        cluster
+    }
+
+    /// Starts the server again after [`stop_server`](Self::stop_server).
+    pub async fn start_server(&mut self) {
+        let store = EtcdStore::connect(EtcdConfig {
+            endpoints: self.etcd.client_urls.clone(),
+            ..EtcdConfig::default()
+        })
+        .await
+        .expect("store");
+        let read = |name: &str| self.pki.read(name).expect("a file of the PKI");
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let options = Options {
+            store: Arc::new(store),
+            listen: SocketAddr::new(loopback, self.port),
+            advertise: loopback,
+            tls_cert_pem: read("apiserver.crt"),
+            tls_key_pem: read("apiserver.key"),
+            client_ca_pem: read("ca.crt"),
+            kubelet_client_cert_pem: read("apiserver-kubelet-client.crt"),
+            kubelet_client_key_pem: read("apiserver-kubelet-client.key"),
+            service_account_key_pem: read("sa.key"),
+            service_account_issuer: "https://kubernetes.default.svc.cluster.local".to_owned(),
+            service_cidr: "10.96.0.0/12".parse().expect("a network"),
+            node_port_range: 30000..=32767,
+            dns_ip: Ipv4Addr::new(10, 96, 0, 10),
+        };
+        let stop = CancellationToken::new();
+        let server = ApiServer::start(options, stop.clone()).await.expect("the server starts");
+        let token = stop.clone();
+        let task = tokio::spawn(async move { server.serve(token).await.expect("the server serves") });
+        self.server = Some((stop, task));
+    }
+
+    /// Stops the server as SIGTERM does.
+    pub async fn stop_server(&mut self) {
+        if let Some((stop, task)) = self.server.take() {
+            stop.cancel();
+            tokio::time::timeout(LIMIT, task).await.expect("the server ends").expect("no panic");
+        }
+    }
+
+    pub async fn wait_ready(&self) {
+        let client = self.client();
+        eventually("the server is ready", async || client.get_text("/readyz").await.is_ok()).await;
+        let path = "/api/v1/namespaces/default/endpoints/kubernetes";
+        eventually("its own objects are there", async || client.get_text(path).await.is_ok()).await;
+    }
+
+    /// A client over HTTPS, as the administrator. Has a connection of its own.
+    pub fn client(&self) -> Client {
+        Client::from_kubeconfig(&self.kubeconfig()).expect("a client")
+    }
+
+    /// A client without certificate.
+    pub fn client_with_token(&self, token: Option<&str>) -> Client {
+        Client::https(&ClientConfig {
+            servers: vec![self.url()],
+            ca_pem: Some(self.pki.read("ca.crt").expect("ca.crt")),
+            cert_pem: None,
+            key_pem: None,
+            token: token.map(str::to_owned),
+        })
+        .expect("a client")
+    }
+
+    pub fn url(&self) -> String {
+        format!("https://127.0.0.1:{}", self.port)
+    }
+
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.pki.ensure_admin_kubeconfig(&self.url()).expect("kubeconfig")
+    }
+
+    fn etcd_signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = managed::pid(&self.etcd.data_dir).expect("etcd runs");
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a PID"));
+        nix::sys::signal::kill(pid, signal).expect("signal etcd");
+    }
+
+    /// SIGKILL; the supervisor starts it again at once.
+    pub fn kill_etcd(&self) {
+        self.etcd_signal(nix::sys::signal::Signal::SIGKILL);
+    }
+
+    /// etcd hangs without ending, until thawed.
+    pub fn freeze_etcd(&self) {
+        self.etcd_signal(nix::sys::signal::Signal::SIGSTOP);
+    }
+
+    pub fn thaw_etcd(&self) {
+        self.etcd_signal(nix::sys::signal::Signal::SIGCONT);
+    }
+
+    /// Ends etcd, and it stays away until [`start_etcd`](Self::start_etcd).
+    pub async fn stop_etcd(&mut self) {
+        self.etcd_cancel.cancel();
+        if let Some(supervisor) = self.supervisor.take() {
+            supervisor.ended().await;
+        }
+        managed::stop(&self.etcd.data_dir, GRACE).expect("stop etcd");
+    }
+
+    pub async fn start_etcd(&mut self) {
+        self.etcd_cancel = CancellationToken::new();
+        let supervisor = managed::spawn(self.etcd.clone(), self.etcd_cancel.clone()).await;
+        self.supervisor = Some(supervisor.expect("etcd starts"));
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if let Some((stop, _)) = &self.server {
+            stop.cancel();
+        }
+        self.etcd_cancel.cancel();
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(&self.etcd.log_file).unwrap_or_default();
+            eprintln!("etcd's log:\n{log}");
+        }
+        managed::stop(&self.etcd.data_dir, GRACE).expect("stop etcd");
+    }
+}
+
+/// Waits until `check` holds.
+pub async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let end = tokio::time::Instant::now() + LIMIT;
+    while !check().await {
+        assert!(tokio::time::Instant::now() < end, "never came true: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
