@@ -1,0 +1,75 @@
+//! The chapters of the story, in order. A chapter leaves the lab as the next one expects it: three nodes Ready and
+//! `nodeinfo` with three replicas.
+
+mod deploy;
+mod faults;
+pub mod leftovers;
+mod mistakes;
+mod network;
+mod rollout;
+
+use std::time::Duration;
+
+use anyhow::bail;
+use tests_e2e::eventually;
+use tests_e2e::testlab::{Pod, TestLab};
+
+/// What a chapter is told with.
+#[derive(Clone, Copy)]
+pub enum Needs {
+    /// kubectl or orchctl.
+    AnyClient,
+    /// A stock kubectl.
+    Kubectl,
+}
+
+/// One chapter.
+pub struct Chapter {
+    pub name: &'static str,
+    pub needs: Needs,
+    pub run: fn(&TestLab) -> anyhow::Result<()>,
+}
+
+const fn told(name: &'static str, run: fn(&TestLab) -> anyhow::Result<()>) -> Chapter {
+    Chapter { name, needs: Needs::AnyClient, run }
+}
+
+const fn with_kubectl(name: &'static str, run: fn(&TestLab) -> anyhow::Result<()>) -> Chapter {
+    Chapter { name, needs: Needs::Kubectl, run }
+}
+
+pub const CHAPTERS: &[Chapter] = &[
+    told("three_nodes_are_ready_with_a_subnet_each", network::three_nodes_are_ready_with_a_subnet_each),
+    told("the_demo_answers_from_several_nodes_and_is_done_at_once_the_second_time", deploy::demo),
+    told("lab_up_again_finds_everything_there", deploy::up_again),
+    told("get_describe_and_logs_show_the_app", deploy::get_describe_and_logs),
+    told("exec_passes_megabytes_and_the_exit_code", deploy::exec),
+    with_kubectl("kubectl_apply_label_patch_explain_wait_cp_and_delete_work", deploy::kubectl_tour),
+    told("pods_reach_pods_on_other_nodes_through_vxlan_without_fragments", network::pods_reach_pods),
+    told("a_pod_resolves_and_reaches_the_service_and_itself_through_it", network::services_and_dns),
+    told("a_pod_reaches_the_api_server_by_its_service", network::kubernetes_service),
+    told("config_maps_secrets_and_tokens_are_mounted", deploy::volumes),
+    told("probes_restart_a_container_and_keep_a_pod_out_of_the_service", deploy::probes),
+    told("scale_to_six_and_to_two", rollout::scale),
+    told("a_rollout_loses_no_request", rollout::rollout_loses_no_request),
+    told("mistakes_get_one_clear_message", mistakes::mistakes),
+    told("a_killed_agent_leaves_its_pods_alone", faults::agent_killed),
+    told("a_killed_server_stops_no_traffic", faults::server_killed),
+    told("a_killed_etcd_stops_no_traffic", faults::etcd_killed),
+    told("pods_of_a_killed_node_run_elsewhere_and_the_node_keeps_its_subnet", faults::node_killed),
+];
+
+/// The pods of the demo, once `count` are ready and none is leaving.
+fn nodeinfo(lab: &TestLab, count: usize, limit: Duration) -> anyhow::Result<Vec<Pod>> {
+    ready_pods(lab, "app=nodeinfo", count, limit)
+}
+
+fn ready_pods(lab: &TestLab, selector: &str, count: usize, limit: Duration) -> anyhow::Result<Vec<Pod>> {
+    eventually(&format!("{count} ready pods with {selector}"), limit, || {
+        let pods = lab.pods(selector)?;
+        if pods.len() != count || pods.iter().any(|pod| !pod.ready || pod.leaving) {
+            bail!("{pods:#?}");
+        }
+        Ok(pods)
+    })
+}
