@@ -1,1 +1,32 @@
-//! cni-netlink
+//! Links, addresses, routes, neighbours, forwarding entries and network namespaces of the kernel: a small
+//! synchronous layer over rtnetlink.
+//!
+//! [`Netlink`] is one socket in one namespace. What it makes is described by a plain struct ([`Bridge`],
+//! [`VethPair`], [`VxlanDevice`], [`Route`] …), sent as one message, and read back where the kernel chose something
+//! (index, MAC). What it reads comes as [`Link`], [`Route`], [`Neighbour`] …; a dump that the kernel reports as
+//! interrupted is read again, because a reconciler that trusts half a dump deletes live entries. [`NetNs`] opens
+//! namespaces and runs work inside one, on a thread of its own. Every error carries the kernel's number and its
+//! own words ([`NetlinkError`]).
+//!
+//! Deciding what the kernel should hold is left to the callers. Start reading at `socket.rs`.
+
+mod address;
+mod announce;
+mod error;
+mod link;
+mod neighbour;
+mod netns;
+mod route;
+mod socket;
+
+pub use address::AddressOptions;
+pub use announce::announce;
+pub use error::NetlinkError;
+pub use link::{Bridge, BridgePort, Link, LinkKind, PortVlan, VethPair, Vxlan, VxlanDevice};
+pub use neighbour::{FdbEntry, Neighbour};
+pub use netns::NetNs;
+pub use route::{Route, RouteFilter};
+pub use socket::Netlink;
+
+/// A MAC as the kernel keeps it.
+pub type MacBytes = [u8; 6];

@@ -1,0 +1,293 @@
+//! Against the real kernel, in namespaces that vanish with the test. Needs root.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd as _;
+use std::thread;
+
+use cni_netlink::{
+    AddressOptions, Bridge, FdbEntry, LinkKind, Neighbour, NetNs, Netlink, NetlinkError, PortVlan,
+    Route, RouteFilter, VethPair, VxlanDevice, announce,
+};
+use ipnetwork::IpNetwork;
+use nix::sched::{CloneFlags, unshare};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// A namespace of the test's own, made by a thread that ends at once: the open file keeps it.
+fn new_netns() -> Result<NetNs> {
+    thread::spawn(|| -> Result<NetNs> {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        Ok(NetNs::current()?)
+    })
+    .join()
+    .map_err(|_| "the thread that makes namespaces panicked")?
+}
+
+fn net(text: &str) -> IpNetwork {
+    text.parse().expect("a network")
+}
+
+#[test]
+fn a_pod_is_joined_to_a_bridge_by_a_handful_of_messages() -> Result {
+    let (host, pod) = (new_netns()?, new_netns()?);
+    let (host, inside) = (Netlink::open_in(&host)?, (Netlink::open_in(&pod)?, &pod));
+    let mac = [2, 0, 0, 0, 0, 1];
+    let bridge = host.create_bridge(&Bridge {
+        name: "cni0".into(),
+        mtu: Some(1450),
+        mac: Some(mac),
+        up: true,
+        ..Bridge::default()
+    })?;
+    assert_eq!((bridge.mac, bridge.mtu, bridge.up), (mac, 1450, true));
+    assert_eq!(bridge.kind, LinkKind::Bridge { vlan_filtering: false });
+
+    let (inside, pod) = inside;
+    let near = host.create_veth(&VethPair {
+        name: "veth0".into(),
+        peer_name: "eth0".into(),
+        peer_netns: Some(pod.as_fd()),
+        master: Some(bridge.index),
+        mtu: Some(1450),
+        peer_mac: Some([2, 0, 0, 0, 0, 2]),
+        up: true,
+        ..VethPair::default()
+    })?;
+    assert_eq!(
+        (near.kind, near.master, near.up, near.carrier),
+        (LinkKind::Veth, Some(bridge.index), true, false)
+    );
+    assert_eq!(near.mtu, 1450);
+    host.set_alias(near.index, "cni:net/container/eth0")?;
+    host.set_port(near.index, true, true)?;
+
+    let far = inside.link("eth0")?.ok_or("the far end is missing")?;
+    assert_eq!((far.mtu, far.mac, far.up), (1450, [2, 0, 0, 0, 0, 2], false));
+    inside.set_up(far.index)?;
+    inside.add_address(far.index, net("10.1.0.2/24"), &AddressOptions::default())?;
+    inside.add_address(
+        far.index,
+        net("fd00::2/64"),
+        &AddressOptions { nodad: true, ..AddressOptions::default() },
+    )?;
+    inside.add_route(&Route {
+        via: Some("10.1.0.1".parse()?),
+        link: Some(far.index),
+        mtu: Some(1400),
+        advmss: Some(1300),
+        ..Route::default()
+    })?;
+    pod.run(|| announce(far.index, far.mac, Ipv4Addr::new(10, 1, 0, 2)))?;
+
+    let addresses = inside.addresses(far.index)?;
+    assert!(
+        addresses.contains(&net("10.1.0.2/24")) && addresses.contains(&net("fd00::2/64")),
+        "{addresses:?}"
+    );
+    let routes = inside.routes(&RouteFilter { link: Some(far.index), ..RouteFilter::default() })?;
+    let default = routes.iter().find(|route| route.dst.prefix() == 0).ok_or("no default route")?;
+    assert_eq!(
+        (default.via, default.mtu, default.advmss),
+        (Some("10.1.0.1".parse()?), Some(1400), Some(1300))
+    );
+
+    let port = host.link("veth0")?.ok_or("the near end is missing")?;
+    assert_eq!(port.alias.as_deref(), Some("cni:net/container/eth0"));
+    let state = port.port.ok_or("no port")?;
+    assert!(state.hairpin && state.isolated);
+    assert_eq!(host.ports(bridge.index)?.len(), 1);
+    assert!(port.carrier, "both ends are up");
+
+    host.delete_link(near.index)?;
+    host.delete_link(near.index)?;
+    assert!(inside.link("eth0")?.is_none(), "the far end goes with the near one");
+    Ok(())
+}
+
+#[test]
+fn vlans_of_a_port_are_set_and_listed() -> Result {
+    let host = Netlink::open_in(&new_netns()?)?;
+    let bridge = host.create_bridge(&Bridge {
+        name: "br".into(),
+        vlan_filtering: true,
+        ..Bridge::default()
+    })?;
+    assert_eq!(bridge.kind, LinkKind::Bridge { vlan_filtering: true });
+    let port = host.create_veth(&VethPair {
+        name: "a".into(),
+        peer_name: "b".into(),
+        master: Some(bridge.index),
+        ..VethPair::default()
+    })?;
+    host.add_vlan(port.index, PortVlan::access(100))?;
+    host.add_vlan(port.index, PortVlan::tagged(200))?;
+    host.delete_vlan(port.index, 1)?;
+    host.delete_vlan(port.index, 1)?;
+    assert_eq!(host.vlans(port.index)?, [PortVlan::access(100), PortVlan::tagged(200)]);
+    Ok(())
+}
+
+#[test]
+fn a_vxlan_peer_is_programmed_read_back_and_removed() -> Result {
+    let host = Netlink::open_in(&new_netns()?)?;
+    let underlay = host.create_veth(&VethPair {
+        name: "eth0".into(),
+        peer_name: "peer".into(),
+        up: true,
+        ..VethPair::default()
+    })?;
+    host.add_address(underlay.index, net("192.0.2.1/24"), &AddressOptions::default())?;
+    let want = VxlanDevice {
+        name: "flannel.1".into(),
+        vni: 1,
+        port: 8472,
+        local: Some("192.0.2.1".parse()?),
+        underlay_index: Some(underlay.index),
+        mac: Some([2, 0, 0, 0, 0, 9]),
+        mtu: Some(1450),
+        learning: false,
+    };
+    let device = host.create_vxlan(&want)?;
+    let LinkKind::Vxlan(seen) = &device.kind else { panic!("{device:?}") };
+    assert_eq!((seen.vni, seen.port, seen.local), (want.vni, want.port, want.local));
+    assert_eq!((seen.underlay_index, seen.learning), (want.underlay_index, false));
+    assert_eq!((device.mac, device.mtu), ([2, 0, 0, 0, 0, 9], 1450));
+    let taken = host
+        .create_vxlan(&VxlanDevice { name: "other".into(), ..want })
+        .expect_err("the VNI is taken");
+    assert!(taken.is_exists(), "{taken}");
+
+    host.set_up(device.index)?;
+    host.add_address(device.index, net("10.244.1.0/32"), &AddressOptions::default())?;
+    let mac = [2, 0, 0, 0, 0, 10];
+    let forwarding = |node: &str| FdbEntry { link: device.index, mac, dst: node.parse().ok() };
+    host.replace_fdb(&forwarding("192.0.2.2"))?;
+    host.replace_fdb(&forwarding("192.0.2.3"))?;
+    assert_eq!(host.fdb(device.index)?, [forwarding("192.0.2.3")]);
+    let gateway: IpAddr = "10.244.2.0".parse()?;
+    let neighbour = Neighbour { link: device.index, ip: gateway, mac, permanent: true };
+    host.replace_neighbour(&neighbour)?;
+    assert!(host.neighbours(device.index)?.contains(&neighbour));
+    let route = Route {
+        dst: net("10.244.2.0/24"),
+        via: Some(gateway),
+        link: Some(device.index),
+        onlink: true,
+        protocol: 77,
+        ..Route::default()
+    };
+    host.replace_route(&route)?;
+    host.replace_route(&route)?;
+    let ours = RouteFilter { protocol: Some(77), ..RouteFilter::default() };
+    let seen = host.routes(&ours)?;
+    assert_eq!(seen, [Route { scope: Some(0), ..route.clone() }]);
+    for _ in 0..2 {
+        host.delete_route(&route)?;
+        host.delete_neighbour(&neighbour)?;
+        host.delete_fdb(&forwarding("192.0.2.3"))?;
+    }
+    assert!(host.routes(&ours)?.is_empty() && host.fdb(device.index)?.is_empty());
+    assert!(!host.neighbours(device.index)?.contains(&neighbour));
+    Ok(())
+}
+
+#[test]
+fn ipv6_routes_are_replaced_and_listed_with_their_next_hop() -> Result {
+    let host = Netlink::open_in(&new_netns()?)?;
+    let link = host.create_veth(&VethPair {
+        name: "a".into(),
+        peer_name: "b".into(),
+        up: true,
+        ..VethPair::default()
+    })?;
+    let far = host.link("b")?.ok_or("no far end")?;
+    host.set_up(far.index)?;
+    host.add_address(
+        link.index,
+        net("fd00::1/64"),
+        &AddressOptions { nodad: true, ..AddressOptions::default() },
+    )?;
+    let default = Route {
+        dst: net("::/0"),
+        via: Some(IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2))),
+        link: Some(link.index),
+        ..Route::default()
+    };
+    host.add_route(&default)?;
+    let seen =
+        host.routes(&RouteFilter { protocol: Some(default.protocol), ..RouteFilter::default() })?;
+    assert_eq!(seen.len(), 1, "{seen:?}");
+    assert_eq!((seen[0].dst, seen[0].via, seen[0].link), (default.dst, default.via, default.link));
+    host.delete_route(&default)?;
+    assert!(
+        host.routes(&RouteFilter { protocol: Some(default.protocol), ..RouteFilter::default() })?
+            .is_empty()
+    );
+    Ok(())
+}
+
+#[test]
+fn a_refusal_carries_the_kernels_own_words() -> Result {
+    let host = Netlink::open_in(&new_netns()?)?;
+    let link = host.create_bridge(&Bridge { name: "br".into(), up: true, ..Bridge::default() })?;
+    let route =
+        Route { via: Some("192.0.2.9".parse()?), link: Some(link.index), ..Route::default() };
+    let refused = host.add_route(&route).expect_err("no such gateway");
+    assert!(refused.to_string().contains("Nexthop has invalid gateway"), "{refused}");
+    let taken =
+        host.create_bridge(&Bridge { name: "br".into(), ..Bridge::default() }).expect_err("taken");
+    assert!(taken.is_exists(), "{taken}");
+    assert!(host.set_up(9999).expect_err("no such link").is_not_found());
+    assert!(host.link("nothing")?.is_none() && host.link_at(9999)?.is_none());
+    assert!(host.addresses(9999)?.is_empty() && host.fdb(9999)?.is_empty());
+    // The socket is as good as new after a refusal.
+    assert_eq!(
+        host.links()?
+            .iter()
+            .map(|link| link.name.as_str())
+            .filter(|name| ["lo", "br"].contains(name))
+            .count(),
+        2
+    );
+    Ok(())
+}
+
+#[test]
+fn links_are_listed_whole_while_others_come_and_go() -> Result {
+    let netns = new_netns()?;
+    let host = Netlink::open_in(&netns)?;
+    let mut stay = BTreeSet::from(["lo".to_owned()]);
+    for number in 0..150 {
+        let name = format!("stay{number}");
+        host.create_bridge(&Bridge { name: name.clone(), ..Bridge::default() })?;
+        stay.insert(name);
+    }
+    thread::scope(|scope| -> Result {
+        let churn = scope.spawn(|| -> Result {
+            let other = Netlink::open_in(&netns)?;
+            for _ in 0..20 {
+                let link =
+                    other.create_bridge(&Bridge { name: "come".into(), ..Bridge::default() })?;
+                other.delete_link(link.index)?;
+            }
+            Ok(())
+        });
+        let mut reads = 0;
+        while !churn.is_finished() || reads < 5 {
+            let seen: BTreeSet<String> = match host.links() {
+                Ok(links) => links.into_iter().map(|link| link.name).collect(),
+                Err(NetlinkError::Interrupted { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            assert!(
+                stay.is_subset(&seen),
+                "missing: {:?}",
+                stay.difference(&seen).collect::<Vec<_>>()
+            );
+            reads += 1;
+        }
+        churn.join().map_err(|_| "the churn panicked")?
+    })
+}
