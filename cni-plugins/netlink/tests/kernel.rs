@@ -109,11 +109,15 @@ fn a_pod_is_joined_to_a_bridge_by_a_handful_of_messages() -> Result {
 #[test]
 fn vlans_of_a_port_are_set_and_listed() -> Result {
     let host = Netlink::open_in(&new_netns()?)?;
-    let bridge = host.create_bridge(&Bridge {
+    let bridge = match host.create_bridge(&Bridge {
         name: "br".into(),
         vlan_filtering: true,
         ..Bridge::default()
-    })?;
+    }) {
+        // A kernel without CONFIG_BRIDGE_VLAN_FILTERING.
+        Err(error) if error.is_unsupported() => return Ok(()),
+        made => made?,
+    };
     assert_eq!(bridge.kind, LinkKind::Bridge { vlan_filtering: true });
     let port = host.create_veth(&VethPair {
         name: "a".into(),
