@@ -5,10 +5,12 @@
 //! everybody who is known may ask what the server offers and who they are. RBAC objects come later; until then a
 //! ServiceAccount may do nothing else, which is what a cluster without role bindings gives it too.
 
+use http::HeaderMap;
 use jiff::Timestamp;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use orch_api::ApiError;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::request::{RequestInfo, Verb};
@@ -208,6 +210,94 @@ pub(crate) fn allowed(user: &User, info: &RequestInfo) -> bool {
         })
 }
 
+/// The rules of `user` as a `SelfSubjectRulesReview` tells them.
+pub(crate) fn rules(user: &User) -> Value {
+    let mut resources = Vec::new();
+    if user.is_in("system:masters") {
+        resources.push(json!({ "verbs": ["*"], "apiGroups": ["*"], "resources": ["*"] }));
+    } else if user.is_in("system:nodes") {
+        for (resource, subresource, verbs) in AGENT_RULES {
+            let verbs: Vec<&str> = verbs.iter().map(|verb| verb.as_str()).collect();
+            let groups: Vec<&str> = crate::resources::RESOURCES
+                .iter()
+                .filter(|known| known.plural == *resource)
+                .map(|known| known.group)
+                .collect();
+            let name = match *subresource {
+                "" => (*resource).to_owned(),
+                subresource => format!("{resource}/{subresource}"),
+            };
+            resources.push(json!({ "verbs": verbs, "apiGroups": groups, "resources": [name] }));
+        }
+    }
+    let reviews = ["selfsubjectaccessreviews", "selfsubjectrulesreviews"];
+    resources.push(
+        json!({ "verbs": ["create"], "apiGroups": ["authorization.k8s.io"], "resources": reviews }),
+    );
+    resources.push(json!({ "verbs": ["create"], "apiGroups": ["authentication.k8s.io"],
+                           "resources": ["selfsubjectreviews"] }));
+    let paths = if user.is_in("system:masters") {
+        vec!["*"]
+    } else {
+        vec![
+            "/api",
+            "/api/*",
+            "/apis",
+            "/apis/*",
+            "/healthz",
+            "/livez",
+            "/openapi/*",
+            "/readyz",
+            "/version",
+        ]
+    };
+    json!({ "resourceRules": resources, "nonResourceRules": [{ "verbs": ["get"], "nonResourceURLs": paths }],
+            "incomplete": false })
+}
+
+/// The user that `user` wants to act as by the `Impersonate-*` headers (Kubernetes, "User impersonation"), or `user`.
+///
+/// # Errors
+/// 403 for who may not, 400 for headers that name groups of nobody.
+pub(crate) fn impersonated(user: User, headers: &HeaderMap) -> Result<User, ApiError> {
+    let texts = |name: &str| -> Vec<String> {
+        headers
+            .get_all(name)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .map(str::to_owned)
+            .collect()
+    };
+    let groups = texts("impersonate-group");
+    let uid = texts("impersonate-uid").pop();
+    let Some(name) = texts("impersonate-user").pop().filter(|name| !name.is_empty()) else {
+        let named = headers.keys().any(|key| key.as_str().starts_with("impersonate-"));
+        return if named {
+            Err(ApiError::bad_request(
+                "Impersonate-User is missing beside other Impersonate headers",
+            ))
+        } else {
+            Ok(user)
+        };
+    };
+    if !user.is_in("system:masters") {
+        return Err(ApiError::forbidden(&user.name, "impersonate", "", "users", "", &name));
+    }
+    if name == "system:anonymous" && groups.is_empty() {
+        return Ok(User::anonymous());
+    }
+    let mut groups: Vec<&str> = groups.iter().map(String::as_str).collect();
+    let account = name.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':'));
+    let of_namespace = account.map(|(namespace, _)| format!("system:serviceaccounts:{namespace}"));
+    if let (true, Some(of_namespace)) = (groups.is_empty(), &of_namespace) {
+        groups.extend(["system:serviceaccounts", of_namespace]);
+    }
+    groups.retain(|group| *group != "system:authenticated");
+    let mut user = User::new(&name, &groups);
+    user.uid = uid.unwrap_or_default();
+    Ok(user)
+}
+
 /// Whether `user` may read a path that names no resource.
 pub(crate) fn path_allowed(user: &User, path: &str) -> bool {
     if user.is_in("system:masters") {
@@ -235,6 +325,26 @@ mod tests {
             subresource: subresource.to_owned(),
             ..RequestInfo::default()
         }
+    }
+
+    #[test]
+    fn only_masters_act_as_others() {
+        let mut headers = HeaderMap::new();
+        headers.insert(
+            "impersonate-user",
+            "system:serviceaccount:shop:till".parse().expect("a header"),
+        );
+        let acting =
+            impersonated(User::new("admin", &["system:masters"]), &headers).expect("allowed");
+        assert_eq!(acting.name, "system:serviceaccount:shop:till");
+        assert_eq!(
+            acting.groups,
+            ["system:serviceaccounts", "system:serviceaccounts:shop", "system:authenticated"]
+        );
+        assert_eq!(impersonated(acting, &headers).expect_err("refused").code, 403);
+        headers.clear();
+        headers.insert("impersonate-group", "system:masters".parse().expect("a header"));
+        assert!(impersonated(User::new("admin", &["system:masters"]), &headers).is_err());
     }
 
     #[test]

@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 
 use crate::admission::SYSTEM_NAMESPACES;
 
-/// How long one attempt may take before it is made again.
-const RETRY: Duration = Duration::from_millis(500);
+/// Waits between two attempts.
+const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
 
 /// What the objects are made from.
 pub(crate) struct Wanted {
@@ -23,9 +23,11 @@ pub(crate) struct Wanted {
 
 /// Makes them, trying until it works.
 pub(crate) async fn run(client: Client, wanted: Wanted) {
+    let mut pause = RETRY.0;
     while let Err(error) = all(&client, &wanted).await {
-        tracing::warn!(%error, "the cluster's own objects cannot be made yet");
-        tokio::time::sleep(RETRY).await;
+        tracing::warn!(%error, retry_in = ?pause, "the cluster's own objects cannot be made yet");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY.1);
     }
 }
 
@@ -49,6 +51,10 @@ async fn all(client: &Client, wanted: &Wanted) -> Result<(), Error> {
                             { "name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": 53 }] },
     }))
     .await?;
+    if wanted.advertise.is_loopback() || wanted.advertise.is_unspecified() {
+        tracing::warn!(address = %wanted.advertise, "pods cannot reach this address: the Service \"kubernetes\" stays without endpoints");
+        return Ok(());
+    }
     endpoints(client, wanted).await
 }
 

@@ -5,11 +5,11 @@ use std::sync::LazyLock;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use orch_client::{Body, empty_body};
-use orch_facts::{facts, openapi};
+use orch_facts::{facts, openapi, openapi_v2};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::resources::{self, RESOURCES, REVIEWS, Resource, VERBS};
+use crate::resources::{self, REVIEWS, Resource, VERBS};
 use crate::respond;
 
 const AGGREGATED: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
@@ -24,10 +24,13 @@ struct Document {
 
 impl Document {
     fn new(value: &Value) -> Self {
-        let bytes = serde_json::to_vec(value).unwrap_or_default();
+        Self::of(serde_json::to_vec(value).unwrap_or_default().into())
+    }
+
+    fn of(bytes: Bytes) -> Self {
         let hash =
             Sha256::digest(&bytes).iter().take(16).map(|byte| format!("{byte:02X}")).collect();
-        Self { bytes: bytes.into(), hash }
+        Self { bytes, hash }
     }
 
     /// The document, or 304 when the client has it.
@@ -136,8 +139,7 @@ fn aggregated(groups: &[&str]) -> Value {
     let items: Vec<Value> = groups
         .iter()
         .map(|group| {
-            let mut list: Vec<Value> = RESOURCES
-                .iter()
+            let mut list: Vec<Value> = resources::offered()
                 .filter(|resource| resource.group == *group)
                 .map(|resource| {
                     let mut value = json!({
@@ -186,7 +188,7 @@ pub(crate) fn group_version(group: &str, version: &str) -> Option<Response<Body>
         return None;
     }
     let mut list = Vec::new();
-    for resource in RESOURCES.iter().filter(|resource| resource.group == group) {
+    for resource in resources::offered().filter(|resource| resource.group == group) {
         let mut value = json!({
             "name": resource.plural, "singularName": resource.singular, "namespaced": resource.namespaced,
             "kind": resource.kind, "verbs": VERBS,
@@ -224,35 +226,36 @@ pub(crate) fn group_version(group: &str, version: &str) -> Option<Response<Body>
     ))
 }
 
+fn describe(group: &str) -> Vec<openapi::ResourceDescription> {
+    let stored = resources::offered().filter(|resource| resource.group == group).map(|resource| {
+        openapi::ResourceDescription {
+            group: resource.group.to_owned(),
+            version: resource.version.to_owned(),
+            kind: resource.kind.to_owned(),
+            plural: resource.plural.to_owned(),
+            namespaced: resource.namespaced,
+            verbs: VERBS.iter().map(|verb| (*verb).to_owned()).collect(),
+            status: resource.status,
+            scale: resource.scale,
+        }
+    });
+    let reviews = REVIEWS.iter().filter(|review| review.group == group).map(|review| {
+        openapi::ResourceDescription {
+            group: review.group.to_owned(),
+            version: "v1".to_owned(),
+            kind: review.kind.to_owned(),
+            plural: review.plural.to_owned(),
+            namespaced: false,
+            verbs: vec!["create".to_owned()],
+            status: false,
+            scale: false,
+        }
+    });
+    stored.chain(reviews).collect()
+}
+
 /// OpenAPI documents by their path below `/openapi/v3/`.
 static OPENAPI: LazyLock<Vec<(String, Document)>> = LazyLock::new(|| {
-    let describe = |group: &str| -> Vec<openapi::ResourceDescription> {
-        let stored = RESOURCES.iter().filter(|resource| resource.group == group).map(|resource| {
-            openapi::ResourceDescription {
-                group: resource.group.to_owned(),
-                version: resource.version.to_owned(),
-                kind: resource.kind.to_owned(),
-                plural: resource.plural.to_owned(),
-                namespaced: resource.namespaced,
-                verbs: VERBS.iter().map(|verb| (*verb).to_owned()).collect(),
-                status: resource.status,
-                scale: resource.scale,
-            }
-        });
-        let reviews = REVIEWS.iter().filter(|review| review.group == group).map(|review| {
-            openapi::ResourceDescription {
-                group: review.group.to_owned(),
-                version: "v1".to_owned(),
-                kind: review.kind.to_owned(),
-                plural: review.plural.to_owned(),
-                namespaced: false,
-                verbs: vec!["create".to_owned()],
-                status: false,
-                scale: false,
-            }
-        });
-        stored.chain(reviews).collect()
-    };
     std::iter::once("")
         .chain(resources::groups())
         .map(|group| {
@@ -280,6 +283,25 @@ pub(crate) fn openapi_v3(path: &str, headers: &HeaderMap) -> Option<Response<Bod
         .iter()
         .find(|(path, _)| path == rest)
         .map(|(_, document)| document.answer(headers, "application/json"))
+}
+
+/// The version 2 document as JSON and as protobuf.
+static OPENAPI_V2: LazyLock<(Document, Document)> = LazyLock::new(|| {
+    let all: Vec<_> = std::iter::once("").chain(resources::groups()).flat_map(describe).collect();
+    (
+        Document::new(&openapi_v2::json_document(&all)),
+        Document::of(openapi_v2::protobuf_document(&all).into()),
+    )
+});
+
+/// `/openapi/v2`.
+pub(crate) fn openapi_v2(headers: &HeaderMap) -> Response<Body> {
+    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
+    if accept.is_some_and(|accept| accept.contains("proto-openapi.spec.v2")) {
+        OPENAPI_V2.1.answer(headers, "application/com.github.proto-openapi.spec.v2.v1.0+protobuf")
+    } else {
+        OPENAPI_V2.0.answer(headers, "application/json")
+    }
 }
 
 /// `/version`.

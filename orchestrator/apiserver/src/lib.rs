@@ -14,6 +14,7 @@ mod bootstrap;
 mod compress;
 mod decode;
 mod discovery;
+mod events;
 mod health;
 mod printers;
 mod proxy;

@@ -41,14 +41,9 @@ impl Filter {
             .map_err(|error| ApiError::bad_request(error.to_string()))?;
         for requirement in fields.requirements() {
             if !resource.selectable(&requirement.field) {
+                // kubectl puts the rest of upstream's sentence around it.
                 return Err(ApiError::bad_request(format!(
-                    "Unable to find {:?} that match label selector {:?}, field selector {:?}: field label not supported: {}",
-                    format!(
-                        "{}/{}, Resource={}",
-                        resource.group, resource.version, resource.plural
-                    ),
-                    query.get("labelSelector").unwrap_or_default(),
-                    query.get("fieldSelector").unwrap_or_default(),
+                    "field label not supported: {}",
                     requirement.field
                 )));
             }

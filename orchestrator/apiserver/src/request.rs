@@ -107,6 +107,14 @@ impl Query {
         Self(pairs)
     }
 
+    /// The same query with the values of a key rewritten.
+    pub(crate) fn map(&self, key: &str, rewrite: impl Fn(&str) -> String) -> Self {
+        let pair = |(name, value): &(String, String)| {
+            (name.clone(), if name == key { rewrite(value) } else { value.clone() })
+        };
+        Self(self.0.iter().map(pair).collect())
+    }
+
     pub(crate) fn has(&self, key: &str) -> bool {
         self.0.iter().any(|(name, _)| name == key)
     }

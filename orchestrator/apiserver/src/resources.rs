@@ -124,6 +124,7 @@ const POD_FIELDS: &[(&str, &str)] = &[
     ("spec.hostNetwork", "/spec/hostNetwork"),
     ("status.phase", "/status/phase"),
     ("status.podIP", "/status/podIP"),
+    ("status.podIPs", "/status/podIPs/0/ip"),
     ("status.nominatedNodeName", "/status/nominatedNodeName"),
 ];
 
@@ -252,6 +253,17 @@ pub(crate) static RESOURCES: &[Resource] = &[
     },
 ];
 
+/// Resources that are other forms of stored ones.
+pub(crate) static VIEWS: &[Resource] = &[Resource {
+    short_names: &["ev"],
+    ..Resource::new(crate::events::GROUP, "events", "event", "Event")
+}];
+
+/// All resources that are stored or views of stored ones.
+pub(crate) fn offered() -> impl Iterator<Item = &'static Resource> {
+    RESOURCES.iter().chain(VIEWS)
+}
+
 /// A resource that is answered, never stored.
 #[derive(Debug)]
 pub(crate) struct Review {
@@ -282,6 +294,12 @@ pub(crate) static REVIEWS: &[Review] = &[
     },
     Review {
         group: "authorization.k8s.io",
+        plural: "selfsubjectrulesreviews",
+        singular: "selfsubjectrulesreview",
+        kind: "SelfSubjectRulesReview",
+    },
+    Review {
+        group: "authorization.k8s.io",
         plural: "subjectaccessreviews",
         singular: "subjectaccessreview",
         kind: "SubjectAccessReview",
@@ -301,8 +319,7 @@ pub(crate) fn find_review(group: &str, plural: &str) -> Option<&'static Review> 
 
 /// All named groups with their one version, in order.
 pub(crate) fn groups() -> Vec<&'static str> {
-    let mut groups: Vec<&str> = RESOURCES
-        .iter()
+    let mut groups: Vec<&str> = offered()
         .map(|resource| resource.group)
         .chain(REVIEWS.iter().map(|review| review.group))
         .filter(|group| !group.is_empty())

@@ -36,7 +36,7 @@ use crate::resources;
 use crate::state::{Shared, start_caches};
 use crate::strategy::Part;
 use crate::write::Call;
-use crate::{discovery, read, respond, subresources, watch};
+use crate::{discovery, events, read, respond, subresources, watch};
 
 /// Upper bound of a request body, upstream's.
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
@@ -286,6 +286,10 @@ async fn from_wire(
         },
         None => certificate.unwrap_or_else(User::anonymous),
     };
+    let user = match auth::impersonated(user, request.headers()) {
+        Ok(user) => user,
+        Err(error) => return respond::error(&error),
+    };
     let upgrade = request.extensions_mut().remove::<OnUpgrade>();
     let (parts, body) = request.into_parts();
     let bytes = match Limited::new(body, BODY_LIMIT).collect().await {
@@ -345,6 +349,20 @@ async fn route(
             } else {
                 Err(ApiError::method_not_allowed())
             };
+        }
+        if (info.group.as_str(), info.resource.as_str()) == (events::GROUP, "events") {
+            let new = events::request(&info, &parts.headers, &query, &body)?;
+            let answer = resource(
+                shared,
+                &new.info,
+                &parts.method,
+                &new.headers,
+                &new.query,
+                &new.body,
+                None,
+            )
+            .await?;
+            return Ok(events::answer(answer, info.verb == Verb::Watch).await);
         }
         return resource(shared, &info, &parts.method, &parts.headers, &query, &body, upgrade)
             .await;
@@ -410,6 +428,7 @@ fn plain(
                 "/healthz",
                 "/livez",
                 "/metrics",
+                "/openapi/v2",
                 "/openapi/v3",
                 "/readyz",
                 "/version",
@@ -417,6 +436,9 @@ fn plain(
             return Some(respond::json(StatusCode::OK, &serde_json::json!({ "paths": paths })));
         }
         _ => {}
+    }
+    if trimmed == "/openapi/v2" {
+        return Some(discovery::openapi_v2(headers));
     }
     if trimmed.starts_with("/openapi/v3") {
         return discovery::openapi_v3(trimmed, headers);

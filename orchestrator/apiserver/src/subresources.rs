@@ -93,9 +93,8 @@ pub(crate) async fn scale(call: &Call<'_>, method: &Method) -> Result<Response<B
         let mut object = current.object.clone();
         object["spec"]["replicas"] = json!(replicas.as_i64().unwrap_or(0));
         match call.store_change(Part::Main, current, object, Vec::new()).await {
-            Ok(_) => {
-                let after = call.current().await?;
-                return Ok(respond::json(StatusCode::OK, &scale_of(&after.object, after.revision)));
+            Ok(done) => {
+                return Ok(respond::json(StatusCode::OK, &scale_of(&done.object, done.revision)));
             }
             Err(Change::Conflict) => {}
             Err(Change::Refused(error)) => return Err(error),
@@ -186,7 +185,7 @@ pub(crate) async fn finalize(call: &Call<'_>) -> Result<Response<Body>, ApiError
     let mut object = current.object.clone();
     object["spec"] = if wanted["spec"].is_object() { wanted["spec"].clone() } else { json!({}) };
     match call.store_change(Part::All, current, object, Vec::new()).await {
-        Ok(response) => Ok(response),
+        Ok(done) => Ok(done.answer()),
         Err(Change::Conflict) => Err(ApiError::modified("", "namespaces", call.name)),
         Err(Change::Refused(error)) => Err(error),
     }
@@ -289,6 +288,7 @@ pub(crate) fn review(
         |user: &User| json!({ "username": user.name, "uid": user.uid, "groups": user.groups });
     object["status"] = match review.kind {
         "SelfSubjectReview" => json!({ "userInfo": info(user) }),
+        "SelfSubjectRulesReview" => auth::rules(user),
         "TokenReview" => {
             match user_of_token(shared, object["spec"]["token"].as_str().unwrap_or_default()) {
                 Some((found, audiences)) => {

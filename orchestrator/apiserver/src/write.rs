@@ -43,16 +43,34 @@ fn encode(object: &Value) -> Result<Bytes, ApiError> {
     serde_json::to_vec(object).map(Bytes::from).map_err(ApiError::internal)
 }
 
-/// An object as it is answered: with its resource version.
+/// An object as it is answered: with its resource version, unless it has none because it was not stored.
 fn answer(
     code: StatusCode,
-    bytes: &[u8],
-    revision: Revision,
+    bytes: Bytes,
+    revision: Option<Revision>,
     warnings: &[String],
 ) -> Response<Body> {
-    let mut response = respond::bytes(code, splice_resource_version(bytes, revision));
+    let bytes = match revision {
+        Some(revision) => splice_resource_version(&bytes, revision),
+        None => bytes,
+    };
+    let mut response = respond::bytes(code, bytes);
     respond::warn(&mut response, warnings);
     response
+}
+
+/// A change that was made, or would have been.
+pub(crate) struct Done {
+    pub(crate) object: Value,
+    pub(crate) revision: Revision,
+    bytes: Bytes,
+    warnings: Vec<String>,
+}
+
+impl Done {
+    pub(crate) fn answer(self) -> Response<Body> {
+        answer(StatusCode::OK, self.bytes, Some(self.revision), &self.warnings)
+    }
 }
 
 impl Call<'_> {
@@ -129,7 +147,7 @@ impl Call<'_> {
             }
             let bytes = encode(&object)?;
             if dry_run {
-                return Ok(answer(StatusCode::CREATED, &bytes, 0, &warnings));
+                return Ok(answer(StatusCode::CREATED, bytes, None, &warnings));
             }
             match self
                 .shared
@@ -139,7 +157,7 @@ impl Call<'_> {
             {
                 Ok(revision) => {
                     self.settle(revision).await;
-                    return Ok(answer(StatusCode::CREATED, &bytes, revision, &warnings));
+                    return Ok(answer(StatusCode::CREATED, bytes, Some(revision), &warnings));
                 }
                 Err(StoreError::AlreadyExists) => {
                     let generated =
@@ -189,7 +207,7 @@ impl Call<'_> {
                 Err(ApiError::modified(resource.group, resource.plural, self.name))
             }
             Err(Change::Refused(error)) => Err(error),
-            Ok(response) => Ok(response),
+            Ok(done) => Ok(done.answer()),
         }
     }
 
@@ -223,7 +241,7 @@ impl Call<'_> {
         current: Current,
         mut object: Value,
         warnings: Vec<String>,
-    ) -> Result<Response<Body>, Change> {
+    ) -> Result<Done, Change> {
         let resource = self.resource();
         strategy::prepare_update(resource, part, &current.object, &mut object);
         let _lock = if resource.plural == "services" {
@@ -255,7 +273,7 @@ impl Call<'_> {
         let bytes = encode(&object)?;
         let released = strategy::is_released(&object);
         if (bytes == current.bytes && !released) || self.dry_run()? {
-            return Ok(answer(StatusCode::OK, &bytes, current.revision, &warnings));
+            return Ok(Done { object, revision: current.revision, bytes, warnings });
         }
         let outcome = if released {
             self.shared.store.delete(&self.key(), current.revision).await
@@ -265,7 +283,7 @@ impl Call<'_> {
         match outcome {
             Ok(revision) => {
                 self.settle(revision).await;
-                Ok(answer(StatusCode::OK, &bytes, revision, &warnings))
+                Ok(Done { object, revision, bytes, warnings })
             }
             Err(StoreError::Conflict { .. }) => Err(Change::Conflict),
             Err(error) => Err(store_error(&error).into()),
@@ -280,7 +298,7 @@ impl Call<'_> {
             let current = self.current().await?;
             let mut base = current.object.clone();
             base["metadata"]["resourceVersion"] = json!(current.revision.to_string());
-            let mut object = patch.apply(resource, base)?;
+            let mut object = patch.apply(resource, self.name, base)?;
             self.check_version(&object, &current)?;
             let warnings = decode::recheck(
                 self.query,
@@ -295,7 +313,7 @@ impl Call<'_> {
             match self.store_change(part, current, object, warnings).await {
                 Err(Change::Conflict) => {}
                 Err(Change::Refused(error)) => return Err(error),
-                Ok(response) => return Ok(response),
+                Ok(done) => return Ok(done.answer()),
             }
         }
         Err(ApiError::modified(resource.group, resource.plural, self.name))
@@ -348,11 +366,15 @@ impl Call<'_> {
             if resource.plural == "namespaces" {
                 object["status"]["phase"] = json!("Terminating");
             }
-            if self.dry_run()? {
-                return Ok(answer(StatusCode::OK, &encode(&object)?, current.revision, &[]));
-            }
             let bytes = encode(&object)?;
             let released = strategy::is_released(&object);
+            if options.dry_run || self.dry_run()? {
+                return Ok(if released {
+                    respond::json(StatusCode::OK, &deleted(resource, &object))
+                } else {
+                    answer(StatusCode::OK, bytes, Some(current.revision), &[])
+                });
+            }
             let outcome = if released {
                 self.shared.store.delete(&self.key(), current.revision).await
             } else if bytes == current.bytes {
@@ -366,7 +388,7 @@ impl Call<'_> {
                     return Ok(if released {
                         respond::json(StatusCode::OK, &deleted(resource, &object))
                     } else {
-                        answer(StatusCode::OK, &bytes, revision, &[])
+                        answer(StatusCode::OK, bytes, Some(revision), &[])
                     });
                 }
                 Err(StoreError::Conflict { current: None }) => {
@@ -454,7 +476,7 @@ impl Patch {
         }
     }
 
-    fn apply(&self, resource: &Resource, mut base: Value) -> Result<Value, ApiError> {
+    fn apply(&self, resource: &Resource, name: &str, mut base: Value) -> Result<Value, ApiError> {
         match self {
             Self::Json(patch) => {
                 json_patch::patch(&mut base, patch).map_err(|error| {
@@ -463,7 +485,7 @@ impl Patch {
                         &json!(patch.to_string()),
                         error.to_string(),
                     );
-                    ApiError::invalid(resource.group, resource.kind, "", &[field])
+                    ApiError::invalid(resource.group, resource.kind, name, &[field])
                 })?;
                 Ok(base)
             }
@@ -491,6 +513,7 @@ pub(crate) struct DeleteOptions {
     propagation: Option<String>,
     uid: Option<String>,
     resource_version: Option<String>,
+    dry_run: bool,
 }
 
 impl DeleteOptions {
@@ -512,7 +535,19 @@ impl DeleteOptions {
         let orphan = value["orphanDependents"]
             .as_bool()
             .map(|orphan| if orphan { "Orphan" } else { "Background" });
+        let mut dry_run = false;
+        for item in value["dryRun"].as_array().into_iter().flatten() {
+            match item.as_str() {
+                Some("All") => dry_run = true,
+                _ => {
+                    return Err(ApiError::bad_request(format!(
+                        "dryRun {item} is not supported; supported values: \"All\""
+                    )));
+                }
+            }
+        }
         Self {
+            dry_run,
             grace_seconds: value["gracePeriodSeconds"].as_i64(),
             propagation: text(&value["propagationPolicy"]).or(orphan.map(str::to_owned)),
             uid: text(&value["preconditions"]["uid"]),

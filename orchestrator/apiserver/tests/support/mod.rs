@@ -48,8 +48,9 @@ impl Cluster {
     pub async fn start_on(port: u16) -> Self {
         let dir = tempfile::tempdir().expect("temporary folder");
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let pki = ClusterPki::ensure(&dir.path().join("pki"), &[loopback], &["localhost".to_owned()])
-            .expect("certificates");
+        let pki =
+            ClusterPki::ensure(&dir.path().join("pki"), &[loopback], &["localhost".to_owned()])
+                .expect("certificates");
         let etcd = managed::Options {
             data_dir: dir.path().join("etcd"),
             log_file: dir.path().join("log/etcd.log"),
@@ -60,15 +61,8 @@ impl Cluster {
         let etcd_cancel = CancellationToken::new();
         let supervisor =
             managed::spawn(etcd.clone(), etcd_cancel.clone()).await.expect("etcd starts");
-        let mut cluster = Self {
-            dir,
-            pki,
-            port,
-            etcd,
-            etcd_cancel,
-            supervisor: Some(supervisor),
-            server: None,
-        };
+        let mut cluster =
+            Self { dir, pki, port, etcd, etcd_cancel, supervisor: Some(supervisor), server: None };
         cluster.start_server().await;
         cluster.wait_ready().await;
         cluster
@@ -87,7 +81,8 @@ impl Cluster {
         let options = Options {
             store: Arc::new(store),
             listen: SocketAddr::new(loopback, self.port),
-            advertise: loopback,
+            // Endpoints may not be on loopback; nobody connects to this one (RFC 5737).
+            advertise: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
             tls_cert_pem: read("apiserver.crt"),
             tls_key_pem: read("apiserver.key"),
             client_ca_pem: read("ca.crt"),
@@ -102,7 +97,8 @@ impl Cluster {
         let stop = CancellationToken::new();
         let server = ApiServer::start(options, stop.clone()).await.expect("the server starts");
         let token = stop.clone();
-        let task = tokio::spawn(async move { server.serve(token).await.expect("the server serves") });
+        let task =
+            tokio::spawn(async move { server.serve(token).await.expect("the server serves") });
         self.server = Some((stop, task));
     }
 
