@@ -73,7 +73,7 @@ impl Load {
             None => Ok(drive(address, per_second, &told)),
             Some(path) => NetNs::open(&path)
                 .with_context(|| format!("open {}", path.display()))
-                .map(|netns| netns.run(move || drive(address, per_second, &told))),
+                .and_then(|netns| netns.run(move || anyhow::Ok(drive(address, per_second, &told)))),
         });
         Self { stop, thread }
     }
