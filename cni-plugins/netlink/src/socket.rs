@@ -6,7 +6,7 @@ use std::io;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
     NLMSG_DONE, NLMSG_ERROR, NLMSG_OVERRUN, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-    NlasIterator,
+    NetlinkSerializable, NlasIterator,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -45,8 +45,12 @@ impl Netlink {
     /// # Errors
     /// If the system has no socket to give.
     pub fn open() -> Result<Self, NetlinkError> {
+        Self::open_protocol(NETLINK_ROUTE)
+    }
+
+    pub(crate) fn open_protocol(protocol: isize) -> Result<Self, NetlinkError> {
         let open = || -> io::Result<Socket> {
-            let socket = Socket::new(NETLINK_ROUTE)?;
+            let socket = Socket::new(protocol)?;
             socket.connect(&SocketAddr::new(0, 0))?;
             // Strict checking makes the kernel filter dumps, and refuse what it does not know instead of ignoring
             // it; the extended acknowledgement is its explanation; capped, it does not send the request back.
@@ -83,7 +87,7 @@ impl Netlink {
     pub(crate) fn get(
         &self,
         flags: u16,
-        message: RouteNetlinkMessage,
+        message: impl NetlinkSerializable,
         request: impl Fn() -> String,
         mut read: impl FnMut(&[u8]) -> Result<(), String>,
     ) -> Result<(), NetlinkError> {
@@ -114,7 +118,7 @@ impl Netlink {
     fn exchange(
         &self,
         flags: u16,
-        message: RouteNetlinkMessage,
+        message: impl NetlinkSerializable,
         request: &impl Fn() -> String,
         read: &mut impl FnMut(&[u8]) -> Result<(), String>,
     ) -> Result<bool, NetlinkError> {
@@ -155,7 +159,7 @@ impl Netlink {
         }
     }
 
-    fn send(&self, flags: u16, sequence: u32, message: RouteNetlinkMessage) -> io::Result<()> {
+    fn send(&self, flags: u16, sequence: u32, message: impl NetlinkSerializable) -> io::Result<()> {
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | flags;
         header.sequence_number = sequence;

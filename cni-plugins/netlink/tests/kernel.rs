@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::error::Error;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd as _;
+use std::process::Command;
 use std::thread;
 
 use cni_netlink::{
     AddressOptions, Bridge, FdbEntry, LinkKind, Neighbour, NetNs, Netlink, NetlinkError, PortVlan,
-    Route, RouteFilter, VethPair, VxlanDevice, announce,
+    Route, RouteFilter, VethPair, VxlanDevice, announce, nft_chain_exists,
 };
 use ipnetwork::IpNetwork;
 use nix::sched::{CloneFlags, unshare};
@@ -293,5 +294,19 @@ fn links_are_listed_whole_while_others_come_and_go() -> Result {
             reads += 1;
         }
         churn.join().map_err(|_| "the churn panicked")?
+    })
+}
+
+#[test]
+fn a_chain_of_nftables_is_found_and_missed() -> Result {
+    new_netns()?.run(|| {
+        assert!(!nft_chain_exists("orch_test", "c")?);
+        let made = Command::new("nft")
+            .arg("add table inet orch_test; add chain inet orch_test c")
+            .status()?;
+        assert!(made.success());
+        assert!(nft_chain_exists("orch_test", "c")?);
+        assert!(!nft_chain_exists("orch_test", "d")?);
+        Ok(())
     })
 }
