@@ -36,6 +36,8 @@ pub mod code {
     pub const NO_FREE_ADDRESS: u32 = 100;
     /// Ours: what CHECK found differs from the result of ADD.
     pub const CHECK_FAILED: u32 = 101;
+    /// Ours: the attachment has what ADD was to give it; it is alive and keeps it.
+    pub const ALREADY_ATTACHED: u32 = 102;
 }
 
 /// An error as the specification has it: a code for the runtime, a message for people.
