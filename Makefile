@@ -3,18 +3,19 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-HOST := $(shell command -v rustc >/dev/null 2>&1 && rustc -vV | sed -n 's/^host: //p')
+# rustup may have put cargo here only; nft, runc and etcd are for root's PATH.
+export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Everything that `make build` makes, side by side: orchctl looks for the other programs here.
 OUT := $(TARGET)/orch
 LAB_NODES ?= 3
-STATIC := cni-plugins orch-pause nodeinfo
-STATIC_FLAGS := CARGO_TARGET_$(shell echo '$(HOST)' | tr 'a-z-' 'A-Z_')_RUSTFLAGS="-C target-feature=+crt-static"
+BENCH_ROUNDS ?= 20
+FUZZ_CASES ?= 20000
 
 .PHONY: help deps build up down test test-unit test-e2e check bench fuzz install-cni
 
 help: ## list the tasks
-	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 deps: ## install what is missing, by package name (Debian)
 	@scripts/deps
@@ -30,10 +31,10 @@ down: ## end the lab and remove everything it made
 	@if [ -x $(OUT)/orchctl ]; then $(OUT)/orchctl lab down; else echo "nothing was built, so there is no lab"; fi
 
 test: build ## all tests: unit, property, store, kernel namespaces, end to end
-	@scripts/test
+	@scripts/test all
 
-test-unit: deps ## unit and property tests only
-	cargo test --release --workspace --lib --bins
+test-unit: deps ## unit, property and crate tests only
+	@scripts/test unit
 
 test-e2e: build ## the user's story in a lab of its own
 	@scripts/test e2e
@@ -44,11 +45,12 @@ check: deps ## what must hold for every commit: format, clippy, docs, dependency
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --document-private-items
 	cargo test --release -q -p tests-arch
 
-bench: build ## ratios against references in the same run; needs `make up`
-	@$(OUT)/orchctl lab bench
+bench: build ## ratios against references in the same run, in the lab (started if need be)
+	@$(OUT)/orchctl lab up --nodes $(LAB_NODES)
+	@$(OUT)/orchctl lab bench --rounds $(BENCH_ROUNDS)
 
 fuzz: deps ## property tests of everything that reads bytes from outside, with many more cases
-	PROPTEST_CASES=20000 cargo test --release --workspace --lib fuzz
+	PROPTEST_CASES=$(FUZZ_CASES) cargo test --release --workspace --lib fuzz
 
 install-cni: build ## put the CNI plugins into $(DESTDIR)/opt/cni/bin
 	@scripts/install-cni "$(DESTDIR)"

@@ -8,7 +8,9 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use bollard::Docker;
 use bollard::models::BuildInfo;
-use bollard::query_parameters::{BuildImageOptionsBuilder, ImportImageOptionsBuilder, ListImagesOptionsBuilder};
+use bollard::query_parameters::{
+    BuildImageOptionsBuilder, ImportImageOptionsBuilder, ListImagesOptionsBuilder,
+};
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use tokio_util::codec::{BytesCodec, FramedRead};
@@ -20,7 +22,7 @@ const ENGINE_TIMEOUT_SECS: u64 = 600;
 ///
 /// # Errors
 /// Nothing answers there.
-pub async fn connect(socket: &Path) -> anyhow::Result<Docker> {
+pub(crate) async fn connect(socket: &Path) -> anyhow::Result<Docker> {
     let fail = || {
         format!(
             "no Docker engine answers at {}; in a lab `orchctl lab up` starts it, elsewhere start dockerd or name \
@@ -28,8 +30,12 @@ pub async fn connect(socket: &Path) -> anyhow::Result<Docker> {
             socket.display()
         )
     };
-    let docker = Docker::connect_with_unix(&socket.to_string_lossy(), ENGINE_TIMEOUT_SECS, bollard::API_DEFAULT_VERSION)
-        .with_context(fail)?;
+    let docker = Docker::connect_with_unix(
+        &socket.to_string_lossy(),
+        ENGINE_TIMEOUT_SECS,
+        bollard::API_DEFAULT_VERSION,
+    )
+    .with_context(fail)?;
     docker.negotiate_version().await.with_context(fail)
 }
 
@@ -37,7 +43,7 @@ pub async fn connect(socket: &Path) -> anyhow::Result<Docker> {
 ///
 /// # Errors
 /// The folder cannot be read or the engine refuses a step; the engine's words are passed on.
-pub async fn build(docker: &Docker, folder: &Path, tag: &str) -> anyhow::Result<()> {
+pub(crate) async fn build(docker: &Docker, folder: &Path, tag: &str) -> anyhow::Result<()> {
     if !folder.join("Dockerfile").is_file() {
         bail!("{} has no Dockerfile", folder.display());
     }
@@ -51,12 +57,18 @@ pub async fn build(docker: &Docker, folder: &Path, tag: &str) -> anyhow::Result<
 ///
 /// # Errors
 /// As [`build`].
-pub async fn build_from_program(docker: &Docker, program: &Path, tag: &str) -> anyhow::Result<()> {
+pub(crate) async fn build_from_program(
+    docker: &Docker,
+    program: &Path,
+    tag: &str,
+) -> anyhow::Result<()> {
     let name = program.file_name().context("a program has a name")?.to_string_lossy().into_owned();
     let content = fs::read(program).with_context(|| format!("read {}", program.display()))?;
     let dockerfile = format!("FROM scratch\nCOPY {name} /{name}\nENTRYPOINT [\"/{name}\"]\n");
     let mut archive = tar::Builder::new(Vec::new());
-    for (path, bytes, mode) in [("Dockerfile", dockerfile.as_bytes(), 0o644), (name.as_str(), content.as_slice(), 0o755)] {
+    for (path, bytes, mode) in
+        [("Dockerfile", dockerfile.as_bytes(), 0o644), (name.as_str(), content.as_slice(), 0o755)]
+    {
         let mut header = tar::Header::new_gnu();
         header.set_size(bytes.len() as u64);
         header.set_mode(mode);
@@ -77,12 +89,18 @@ async fn build_from_tar(docker: &Docker, archive: Vec<u8>, tag: &str) -> anyhow:
 ///
 /// # Errors
 /// The file cannot be read or is no image archive.
-pub async fn load(docker: &Docker, file: &Path) -> anyhow::Result<Vec<String>> {
-    let source = tokio::fs::File::open(file).await.with_context(|| format!("open {}", file.display()))?;
-    let chunks = FramedRead::new(source, BytesCodec::new()).map_ok(|chunk| -> Bytes { chunk.freeze() });
-    let lines = follow(docker.import_image_stream(ImportImageOptionsBuilder::default().build(), chunks, None))
-        .await
-        .with_context(|| format!("load {}", file.display()))?;
+pub(crate) async fn load(docker: &Docker, file: &Path) -> anyhow::Result<Vec<String>> {
+    let source =
+        tokio::fs::File::open(file).await.with_context(|| format!("open {}", file.display()))?;
+    let chunks =
+        FramedRead::new(source, BytesCodec::new()).map_ok(|chunk| -> Bytes { chunk.freeze() });
+    let lines = follow(docker.import_image_stream(
+        ImportImageOptionsBuilder::default().build(),
+        chunks,
+        None,
+    ))
+    .await
+    .with_context(|| format!("load {}", file.display()))?;
     if lines.is_empty() {
         bail!("{} holds no image; it must be a file that `docker save` wrote", file.display());
     }
@@ -100,25 +118,29 @@ async fn follow(
         if let Some(detail) = info.error_detail {
             bail!("{}", detail.message.unwrap_or_else(|| "the engine gave no reason".to_owned()));
         }
-        lines.extend(info.stream.map(|line| line.trim_end().to_owned()).filter(|line| !line.is_empty()));
+        lines.extend(
+            info.stream.map(|line| line.trim_end().to_owned()).filter(|line| !line.is_empty()),
+        );
     }
     Ok(lines)
 }
 
 /// One image of an engine.
-pub struct Image {
-    pub tag: String,
-    pub id: String,
-    pub size_bytes: i64,
+pub(crate) struct Image {
+    pub(crate) tag: String,
+    pub(crate) id: String,
+    pub(crate) size_bytes: i64,
 }
 
 /// The tagged images of an engine, by tag.
 ///
 /// # Errors
 /// The engine does not answer.
-pub async fn list(docker: &Docker) -> anyhow::Result<Vec<Image>> {
-    let summaries =
-        docker.list_images(Some(ListImagesOptionsBuilder::default().build())).await.context("list images")?;
+pub(crate) async fn list(docker: &Docker) -> anyhow::Result<Vec<Image>> {
+    let summaries = docker
+        .list_images(Some(ListImagesOptionsBuilder::default().build()))
+        .await
+        .context("list images")?;
     let mut images: Vec<Image> = summaries
         .into_iter()
         .flat_map(|summary| {

@@ -15,7 +15,11 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "orchctl", version, about = "Run an orch cluster: a Kubernetes API with a VXLAN pod network")]
+#[command(
+    name = "orchctl",
+    version,
+    about = "Run an orch cluster: a Kubernetes API with a VXLAN pod network"
+)]
 struct Cli {
     /// Credentials of the cluster; without it KUBECONFIG, then the lab's, then ~/.kube/config
     #[arg(long, global = true, value_name = "FILE")]
@@ -78,24 +82,22 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("error: start the runtime: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
+    let runtime =
+        match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                eprintln!("error: start the runtime: {error}");
+                return ExitCode::FAILURE;
+            }
+        };
     let outcome = runtime.block_on(run(cli));
     // A blocked read of stdin must not keep the process.
     runtime.shutdown_background();
     match outcome {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("error: {error:#}");
-            if let Some(hint) = error.downcast_ref::<output::Hint>() {
-                eprintln!("hint: {}", hint.0);
-            }
-            ExitCode::FAILURE
+            eprintln!("{}", output::describe(&error));
+            ExitCode::from(output::exit_code(&error))
         }
     }
 }

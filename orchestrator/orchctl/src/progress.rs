@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 const REMIND: Duration = Duration::from_secs(10);
 
 /// One step under way.
-pub struct Step {
+pub(crate) struct Step {
     label: String,
     started: Instant,
     bar: Option<ProgressBar>,
@@ -18,11 +18,13 @@ pub struct Step {
 }
 
 impl Step {
-    pub fn new(label: impl Into<String>) -> Self {
+    pub(crate) fn new(label: impl Into<String>) -> Self {
         let label = label.into();
         let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new_spinner()
-                .with_style(ProgressStyle::with_template("{spinner} {msg} ({elapsed})").unwrap_or_else(|_| ProgressStyle::default_spinner()));
+            let bar = ProgressBar::new_spinner().with_style(
+                ProgressStyle::with_template("{spinner} {msg} ({elapsed})")
+                    .unwrap_or_else(|_| ProgressStyle::default_spinner()),
+            );
             bar.set_message(label.clone());
             bar.enable_steady_tick(Duration::from_millis(100));
             bar
@@ -32,18 +34,22 @@ impl Step {
     }
 
     /// Says what is waited for.
-    pub fn waiting(&mut self, what: &str) {
+    pub(crate) fn waiting(&mut self, what: &str) {
         match &self.bar {
             Some(bar) => bar.set_message(format!("{}: waiting for {what}", self.label)),
             None if self.reminded.elapsed() > REMIND => {
                 self.reminded = Instant::now();
-                eprintln!("    {}: still waiting for {what} ({:.0?})", self.label, self.started.elapsed());
+                eprintln!(
+                    "    {}: still waiting for {what} ({:.0?})",
+                    self.label,
+                    self.started.elapsed()
+                );
             }
             None => {}
         }
     }
 
-    pub fn done(self, result: &str) {
+    pub(crate) fn done(self, result: &str) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -52,7 +58,7 @@ impl Step {
         eprintln!("  ✓ {}{result} ({seconds:.1} s)", self.label);
     }
 
-    pub fn failed(self) {
+    pub(crate) fn failed(self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -61,7 +67,7 @@ impl Step {
 }
 
 /// Runs one step; its result is the text behind the label.
-pub async fn step<F>(label: &str, work: F) -> anyhow::Result<()>
+pub(crate) async fn step<F>(label: &str, work: F) -> anyhow::Result<()>
 where
     F: Future<Output = anyhow::Result<String>>,
 {
@@ -79,7 +85,7 @@ where
 }
 
 /// Polls `check` until it is `Ok(Ok(result))`; `Ok(Err(what))` says what is still waited for.
-pub async fn wait<F, Fut>(label: &str, limit: Duration, mut check: F) -> anyhow::Result<()>
+pub(crate) async fn wait<F, Fut>(label: &str, limit: Duration, mut check: F) -> anyhow::Result<()>
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = anyhow::Result<Result<String, String>>>,
@@ -95,7 +101,10 @@ where
             Ok(Err(what)) if Instant::now() < deadline => step.waiting(&what),
             Ok(Err(what)) => {
                 step.failed();
-                anyhow::bail!("{label}: gave up after {} s, still waiting for {what}", limit.as_secs());
+                anyhow::bail!(
+                    "{label}: gave up after {} s, still waiting for {what}",
+                    limit.as_secs()
+                );
             }
             Err(error) => {
                 step.failed();

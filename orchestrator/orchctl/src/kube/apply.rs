@@ -21,7 +21,7 @@ const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 const DELETE_LIMIT: Duration = Duration::from_secs(120);
 
 #[derive(clap::Args)]
-pub struct ApplyFlags {
+pub(crate) struct ApplyFlags {
     /// Manifest, or - for stdin
     #[arg(short, long, required = true)]
     filename: Vec<PathBuf>,
@@ -30,7 +30,16 @@ pub struct ApplyFlags {
 }
 
 #[derive(clap::Args)]
-pub struct DeleteFlags {
+pub(crate) struct CreateFlags {
+    /// Manifest, or - for stdin
+    #[arg(short, long, required = true)]
+    filename: Vec<PathBuf>,
+    #[command(flatten)]
+    namespace: super::NamespaceFlag,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct DeleteFlags {
     /// KIND/NAME, or KIND followed by names
     what: Vec<String>,
     /// Manifest, or - for stdin
@@ -41,12 +50,15 @@ pub struct DeleteFlags {
     /// Seconds a pod gets to end; 0 kills it at once
     #[arg(long)]
     grace_period: Option<i64>,
+    /// An absent object is no error
+    #[arg(long)]
+    ignore_not_found: bool,
     /// Do not wait until the object is gone
     #[arg(long)]
     no_wait: bool,
 }
 
-pub async fn apply(client: &Client, flags: ApplyFlags) -> anyhow::Result<()> {
+pub(crate) async fn apply(client: &Client, flags: ApplyFlags) -> anyhow::Result<()> {
     for file in &flags.filename {
         for line in apply_file(client, file, &flags.namespace.namespace).await? {
             output::line(&line)?;
@@ -55,9 +67,50 @@ pub async fn apply(client: &Client, flags: ApplyFlags) -> anyhow::Result<()> {
     Ok(())
 }
 
+pub(crate) async fn create(client: &Client, flags: CreateFlags) -> anyhow::Result<()> {
+    let resources = Resources::discover(client).await?;
+    for file in &flags.filename {
+        for found in manifest::read(file)? {
+            let resource = resources.of_kind(&found.api_version, &found.kind)?;
+            let namespace = found.namespace.as_deref().unwrap_or(&flags.namespace.namespace);
+            let label = format!("{}/{}", resource.qualified(), found.name);
+            let path = strict().append_to(&resource.path(Some(namespace)));
+            wire::send(client, http::Method::POST, &path, wire::JSON, &found.object)
+                .await
+                .with_context(|| format!("create {label}"))?;
+            output::line(&format!("{label} created"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Says who writes, and that unknown fields are errors.
+fn strict() -> Query {
+    let mut query = Query::default();
+    query.add("fieldManager", "orchctl");
+    query.add("fieldValidation", "Strict");
+    query
+}
+
+/// Applies a manifest that is part of this program.
+pub(crate) async fn apply_text(
+    client: &Client,
+    text: &str,
+    namespace: &str,
+) -> anyhow::Result<Vec<String>> {
+    apply_manifests(client, manifest::parse(text)?, namespace).await
+}
+
 /// Applies one file; returns a line per object, for example `deployment.apps/web created`.
-pub async fn apply_file(client: &Client, file: &Path, namespace: &str) -> anyhow::Result<Vec<String>> {
-    let manifests = manifest::read(file)?;
+async fn apply_file(client: &Client, file: &Path, namespace: &str) -> anyhow::Result<Vec<String>> {
+    apply_manifests(client, manifest::read(file)?, namespace).await
+}
+
+async fn apply_manifests(
+    client: &Client,
+    manifests: Vec<Manifest>,
+    namespace: &str,
+) -> anyhow::Result<Vec<String>> {
     let resources = Resources::discover(client).await?;
     // First all kinds, so that a mistake in the last object does not leave the first ones applied.
     let known: Vec<(&Resource, &Manifest)> = manifests
@@ -83,9 +136,7 @@ async fn apply_one(
     let namespace = found.namespace.as_deref().unwrap_or(namespace);
     let mut wanted = found.object.clone();
     annotate(&mut wanted, &found.object)?;
-    let mut query = Query::default();
-    query.add("fieldManager", "orchctl");
-    query.add("fieldValidation", "Strict");
+    let query = strict();
     let path = resource.object_path(namespace, &found.name);
     let Some(live) = wire::get_opt(client, &path).await? else {
         let path = query.append_to(&resource.path(Some(namespace)));
@@ -99,14 +150,18 @@ async fn apply_one(
     let mut patch = Value::Null;
     removed(&last, &found.object, &mut patch);
     let patch = overlay(patch, wanted);
-    let after = wire::send(client, http::Method::PATCH, &query.append_to(&path), wire::MERGE_PATCH, &patch).await?;
+    let after =
+        wire::send(client, http::Method::PATCH, &query.append_to(&path), wire::MERGE_PATCH, &patch)
+            .await?;
     let same = after["metadata"]["resourceVersion"] == live["metadata"]["resourceVersion"];
     Ok(if same { "unchanged" } else { "configured" })
 }
 
 fn annotate(wanted: &mut Value, applied: &Value) -> anyhow::Result<()> {
     let mut plain = applied.clone();
-    if let Some(annotations) = plain["metadata"].get_mut("annotations").and_then(Value::as_object_mut) {
+    if let Some(annotations) =
+        plain["metadata"].get_mut("annotations").and_then(Value::as_object_mut)
+    {
         annotations.shift_remove(LAST_APPLIED);
     }
     let text = format!("{}\n", serde_json::to_string(&plain)?);
@@ -156,7 +211,7 @@ fn overlay(base: Value, top: Value) -> Value {
     }
 }
 
-pub async fn delete(client: &Client, flags: DeleteFlags) -> anyhow::Result<()> {
+pub(crate) async fn delete(client: &Client, flags: DeleteFlags) -> anyhow::Result<()> {
     let resources = Resources::discover(client).await?;
     let namespace = flags.namespace.namespace.as_str();
     let mut targets: Vec<(&Resource, String, String)> = Vec::new();
@@ -178,18 +233,30 @@ pub async fn delete(client: &Client, flags: DeleteFlags) -> anyhow::Result<()> {
         }
     }
     if targets.is_empty() {
-        bail!("name what to delete, as KIND/NAME or with -f FILE");
+        return Err(output::usage("name what to delete, as KIND/NAME or with -f FILE"));
     }
-    let mut options = json!({ "apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background" });
+    let mut options =
+        json!({ "apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background" });
     if let Some(seconds) = flags.grace_period {
         options["gracePeriodSeconds"] = json!(seconds);
     }
     for (resource, place, name) in &targets {
         let path = resource.object_path(place, name);
         let label = format!("{}/{name}", resource.qualified());
-        wire::send(client, http::Method::DELETE, &path, wire::JSON, &options)
-            .await
-            .with_context(|| format!("delete {label}"))?;
+        match wire::send(client, http::Method::DELETE, &path, wire::JSON, &options).await {
+            Ok(_) => {}
+            Err(error)
+                if error
+                    .downcast_ref::<orch_client::Error>()
+                    .is_some_and(|error| error.is_not_found()) =>
+            {
+                if flags.ignore_not_found {
+                    continue;
+                }
+                return Err(resource.absent(name, place));
+            }
+            Err(error) => return Err(error.context(format!("delete {label}"))),
+        }
         output::line(&format!("{label} deleted"))?;
     }
     if !flags.no_wait {

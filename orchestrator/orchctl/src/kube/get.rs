@@ -1,6 +1,5 @@
 //! `orchctl get`: the server renders tables (columns come from it), this file only prints them.
 
-use anyhow::bail;
 use orch_client::Client;
 use serde_json::{Value, json};
 
@@ -11,7 +10,7 @@ use crate::output;
 const TABLE: &str = "application/json;as=Table;v=v1;g=meta.k8s.io";
 
 #[derive(clap::Args)]
-pub struct Flags {
+pub(crate) struct Flags {
     /// Resources, for example `pods` or `nodes,pods`, or KIND/NAME
     what: String,
     /// Names of objects
@@ -40,7 +39,7 @@ enum Format {
     Name,
 }
 
-pub async fn run(client: &Client, mut flags: Flags) -> anyhow::Result<()> {
+pub(crate) async fn run(client: &Client, mut flags: Flags) -> anyhow::Result<()> {
     let resources = Resources::discover(client).await?;
     if let Some((kind, name)) = flags.what.clone().split_once('/') {
         flags.names.insert(0, name.to_owned());
@@ -48,7 +47,10 @@ pub async fn run(client: &Client, mut flags: Flags) -> anyhow::Result<()> {
     }
     let found = resources.find_all(&flags.what)?;
     if found.len() > 1 && !flags.names.is_empty() {
-        bail!("names go with one resource only, not with {}", flags.what);
+        return Err(output::usage(format!(
+            "names go with one resource only, not with {}",
+            flags.what
+        )));
     }
     match flags.output {
         None | Some(Format::Wide) => tables(client, &found, &flags).await,
@@ -81,7 +83,11 @@ async fn tables(client: &Client, found: &[&Resource], flags: &Flags) -> anyhow::
         }
         for name in &flags.names {
             let path = resource.object_path(&flags.namespace.namespace, name);
-            documents.push(wire::get_as(client, &path, TABLE).await.map_err(|error| absent(error, resource, flags))?);
+            documents.push(
+                wire::get_as(client, &path, TABLE)
+                    .await
+                    .map_err(|error| absent(error, resource, name, flags))?,
+            );
         }
         let namespaces = flags.all_namespaces && resource.namespaced;
         let (headings, rows) = columns(&documents, flags.output == Some(Format::Wide), namespaces);
@@ -106,9 +112,11 @@ async fn tables(client: &Client, found: &[&Resource], flags: &Flags) -> anyhow::
     Ok(())
 }
 
-fn absent(error: anyhow::Error, resource: &Resource, flags: &Flags) -> anyhow::Error {
-    let hint = format!("list what is there with `orchctl get {} -n {}`", resource.plural, flags.namespace.namespace);
-    anyhow::Error::new(output::Hint(hint)).context(format!("{error:#}"))
+fn absent(error: anyhow::Error, resource: &Resource, name: &str, flags: &Flags) -> anyhow::Error {
+    match error.downcast_ref::<orch_client::Error>() {
+        Some(answer) if answer.is_not_found() => resource.absent(name, &flags.namespace.namespace),
+        _ => error,
+    }
 }
 
 /// Headings and cells of server-side tables (meta.k8s.io/v1 Table).
@@ -116,20 +124,23 @@ fn columns(documents: &[Value], wide: bool, namespaces: bool) -> (Vec<String>, V
     let mut headings = Vec::new();
     let mut rows = Vec::new();
     for document in documents {
-        let definitions: &[Value] = document["columnDefinitions"].as_array().map_or(&[], Vec::as_slice);
+        let definitions: &[Value] =
+            document["columnDefinitions"].as_array().map_or(&[], Vec::as_slice);
         let shown: Vec<usize> = (0..definitions.len())
             .filter(|index| wide || definitions[*index]["priority"].as_i64().unwrap_or(0) == 0)
             .collect();
         if headings.is_empty() {
             headings.extend(namespaces.then(|| "NAMESPACE".to_owned()));
-            headings.extend(
-                shown.iter().map(|index| definitions[*index]["name"].as_str().unwrap_or_default().to_uppercase()),
-            );
+            headings.extend(shown.iter().map(|index| {
+                definitions[*index]["name"].as_str().unwrap_or_default().to_uppercase()
+            }));
         }
         for row in document["rows"].as_array().into_iter().flatten() {
             let mut cells = Vec::new();
             if namespaces {
-                cells.push(row["object"]["metadata"]["namespace"].as_str().unwrap_or_default().to_owned());
+                cells.push(
+                    row["object"]["metadata"]["namespace"].as_str().unwrap_or_default().to_owned(),
+                );
             }
             cells.extend(shown.iter().map(|index| match &row["cells"][*index] {
                 Value::String(text) => text.clone(),
@@ -142,7 +153,12 @@ fn columns(documents: &[Value], wide: bool, namespaces: bool) -> (Vec<String>, V
     (headings, rows)
 }
 
-async fn objects(client: &Client, found: &[&Resource], flags: &Flags, format: Format) -> anyhow::Result<()> {
+async fn objects(
+    client: &Client,
+    found: &[&Resource],
+    flags: &Flags,
+    format: Format,
+) -> anyhow::Result<()> {
     let mut items = Vec::new();
     for resource in found {
         if flags.names.is_empty() {
@@ -156,7 +172,9 @@ async fn objects(client: &Client, found: &[&Resource], flags: &Flags, format: Fo
         }
         for name in &flags.names {
             let path = resource.object_path(&flags.namespace.namespace, name);
-            let item = wire::get(client, &path).await.map_err(|error| absent(error, resource, flags))?;
+            let item = wire::get(client, &path)
+                .await
+                .map_err(|error| absent(error, resource, name, flags))?;
             items.push((*resource, item));
         }
     }

@@ -8,16 +8,16 @@ use serde_json::Value;
 
 /// One object of a manifest.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Manifest {
-    pub api_version: String,
-    pub kind: String,
-    pub name: String,
-    pub namespace: Option<String>,
-    pub object: Value,
+pub(crate) struct Manifest {
+    pub(crate) api_version: String,
+    pub(crate) kind: String,
+    pub(crate) name: String,
+    pub(crate) namespace: Option<String>,
+    pub(crate) object: Value,
 }
 
 /// Reads a file, or stdin for `-`.
-pub fn read(path: &Path) -> anyhow::Result<Vec<Manifest>> {
+pub(crate) fn read(path: &Path) -> anyhow::Result<Vec<Manifest>> {
     let mut text = String::new();
     if path == Path::new("-") {
         std::io::stdin().read_to_string(&mut text).context("read stdin")?;
@@ -27,14 +27,17 @@ pub fn read(path: &Path) -> anyhow::Result<Vec<Manifest>> {
     parse(&text).with_context(|| format!("{} is no manifest", path.display()))
 }
 
-fn parse(text: &str) -> anyhow::Result<Vec<Manifest>> {
+/// Takes a text apart.
+pub(crate) fn parse(text: &str) -> anyhow::Result<Vec<Manifest>> {
     let documents: Vec<Value> = serde_saphyr::from_multiple(text).context("broken YAML")?;
     let mut manifests = Vec::new();
     for document in documents {
         if document.is_null() {
             continue;
         }
-        if document["kind"].as_str().is_some_and(|kind| kind.ends_with("List")) && document["items"].is_array() {
+        if document["kind"].as_str().is_some_and(|kind| kind.ends_with("List"))
+            && document["items"].is_array()
+        {
             for item in document["items"].as_array().into_iter().flatten() {
                 manifests.push(object(item.clone())?);
             }
@@ -62,7 +65,7 @@ fn object(object: Value) -> anyhow::Result<Manifest> {
 }
 
 /// An object as YAML.
-pub fn to_yaml(value: &Value) -> anyhow::Result<String> {
+pub(crate) fn to_yaml(value: &Value) -> anyhow::Result<String> {
     serde_saphyr::to_string(value).context("write YAML")
 }
 
@@ -73,7 +76,8 @@ mod tests {
     #[test]
     fn documents_and_lists_are_taken_apart() {
         let text = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n---\n# nothing\n---\napiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Secret, metadata: {name: b, namespace: shop}}\n";
-        let names: Vec<String> = parse(text).expect("manifests").into_iter().map(|found| found.name).collect();
+        let names: Vec<String> =
+            parse(text).expect("manifests").into_iter().map(|found| found.name).collect();
         assert_eq!(names, ["a", "b"]);
     }
 
@@ -88,7 +92,8 @@ mod tests {
     #[test]
     fn yaml_can_be_read_back() {
         let value = serde_json::json!({ "a": "yes", "b": ["1", 2, { "c": null }], "d": "x: y\nz" });
-        let back: Value = serde_saphyr::from_str(&to_yaml(&value).expect("YAML")).expect("read back");
+        let back: Value =
+            serde_saphyr::from_str(&to_yaml(&value).expect("YAML")).expect("read back");
         assert_eq!(back, value);
     }
 }

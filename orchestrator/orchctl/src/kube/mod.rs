@@ -8,27 +8,30 @@ mod manifest;
 mod resource;
 mod rollout;
 mod status;
-pub mod wire;
+pub(crate) mod wire;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
 use clap::Subcommand;
 use orch_client::Client;
 
 use crate::lab::Lab;
 use crate::output;
 
-pub use rollout::wait as wait_rollout;
+pub(crate) use apply::apply_text;
+pub(crate) use exec::Remote;
+pub(crate) use rollout::wait as wait_rollout;
 
 #[derive(Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Show objects: `get pods`, `get pod web-0 -o yaml`, `get nodes,pods -A`
     Get(get::Flags),
     /// Show one object with its conditions and events
     Describe(describe::Flags),
     /// Create or change the objects of a manifest
     Apply(apply::ApplyFlags),
+    /// Create the objects of a manifest; an object that is there already is an error
+    Create(apply::CreateFlags),
     /// Delete objects, by name or by manifest
     Delete(apply::DeleteFlags),
     /// Print what a container of a pod wrote
@@ -45,20 +48,23 @@ pub enum Command {
 
 /// Where an object is.
 #[derive(clap::Args, Clone)]
-pub struct NamespaceFlag {
+pub(crate) struct NamespaceFlag {
     /// Namespace
     #[arg(short, long, default_value = "default")]
-    pub namespace: String,
+    pub(crate) namespace: String,
 }
 
 /// The cluster's client, from the first kubeconfig there is.
 ///
 /// # Errors
 /// There is none, or it cannot be read.
-pub fn connect(kubeconfig: Option<&Path>, lab_dir: &Path) -> anyhow::Result<Client> {
+pub(crate) fn connect(kubeconfig: Option<&Path>, lab_dir: &Path) -> anyhow::Result<Client> {
     let path = find_kubeconfig(kubeconfig, lab_dir)?;
-    Client::from_kubeconfig(&path).with_context(|| {
-        format!("read kubeconfig {}; `orchctl lab kubeconfig` prints the path of the lab's", path.display())
+    Client::from_kubeconfig(&path).map_err(|error| {
+        output::hinted(
+            "`orchctl lab kubeconfig` prints the path of the lab's kubeconfig",
+            error.to_string(),
+        )
     })
 }
 
@@ -76,10 +82,10 @@ fn find_kubeconfig(named: Option<&Path>, lab_dir: &Path) -> anyhow::Result<PathB
     }
     let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".kube/config"));
     home.filter(|path| path.exists()).ok_or_else(|| {
-        anyhow::Error::new(output::Hint(
-            "start a lab with `make up`, or name a file with --kubeconfig or KUBECONFIG".to_owned(),
-        ))
-        .context("there is no cluster to talk to: no kubeconfig was found")
+        output::hinted(
+            "start a lab with `make up`, or name a file with --kubeconfig or KUBECONFIG",
+            "there is no cluster to talk to: no kubeconfig was found",
+        )
     })
 }
 
@@ -87,11 +93,12 @@ fn find_kubeconfig(named: Option<&Path>, lab_dir: &Path) -> anyhow::Result<PathB
 ///
 /// # Errors
 /// What the API server or the command line is to blame for, in words for people.
-pub async fn run(command: Command, client: Client, lab_dir: &Path) -> anyhow::Result<u8> {
+pub(crate) async fn run(command: Command, client: Client, lab_dir: &Path) -> anyhow::Result<u8> {
     match command {
         Command::Get(flags) => get::run(&client, flags).await.map(|()| 0),
         Command::Describe(flags) => describe::run(&client, flags).await.map(|()| 0),
         Command::Apply(flags) => apply::apply(&client, flags).await.map(|()| 0),
+        Command::Create(flags) => apply::create(&client, flags).await.map(|()| 0),
         Command::Delete(flags) => apply::delete(&client, flags).await.map(|()| 0),
         Command::Logs(flags) => exec::logs(&client, flags).await.map(|()| 0),
         Command::Exec(flags) => exec::run(&client, flags).await,
@@ -100,5 +107,3 @@ pub async fn run(command: Command, client: Client, lab_dir: &Path) -> anyhow::Re
         Command::Status => status::run(&client, lab_dir).await,
     }
 }
-
-pub use apply::apply_file;

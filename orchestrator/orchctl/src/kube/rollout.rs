@@ -11,7 +11,7 @@ use super::wire;
 use crate::output;
 
 #[derive(clap::Args)]
-pub struct ScaleFlags {
+pub(crate) struct ScaleFlags {
     /// KIND/NAME, for example deployment/web
     what: String,
     #[arg(long)]
@@ -21,7 +21,7 @@ pub struct ScaleFlags {
 }
 
 #[derive(clap::Args)]
-pub struct RolloutFlags {
+pub(crate) struct RolloutFlags {
     #[command(subcommand)]
     command: RolloutCommand,
 }
@@ -32,15 +32,15 @@ enum RolloutCommand {
     Status {
         /// Name, or deployment/NAME
         what: String,
-        /// Seconds to wait
-        #[arg(long, default_value_t = 600)]
-        timeout: u64,
+        /// How long to wait, for example 60s or 10m
+        #[arg(long, default_value = "10m", value_parser = super::exec::parse_duration)]
+        timeout: Duration,
         #[command(flatten)]
         namespace: super::NamespaceFlag,
     },
 }
 
-pub async fn scale(client: &Client, flags: ScaleFlags) -> anyhow::Result<()> {
+pub(crate) async fn scale(client: &Client, flags: ScaleFlags) -> anyhow::Result<()> {
     let resources = Resources::discover(client).await?;
     let (kind, name) = resource::kind_and_name(&flags.what, None)?;
     let resource = resources.find(kind)?;
@@ -52,15 +52,20 @@ pub async fn scale(client: &Client, flags: ScaleFlags) -> anyhow::Result<()> {
     output::line(&format!("{}/{name} scaled to {}", resource.qualified(), flags.replicas))
 }
 
-pub async fn run(client: &Client, flags: RolloutFlags) -> anyhow::Result<()> {
+pub(crate) async fn run(client: &Client, flags: RolloutFlags) -> anyhow::Result<()> {
     let RolloutCommand::Status { what, timeout, namespace } = flags.command;
     let name = what.rsplit('/').next().unwrap_or(&what);
-    wait(client, &namespace.namespace, name, Duration::from_secs(timeout)).await?;
+    wait(client, &namespace.namespace, name, timeout).await?;
     output::line(&format!("deployment {name:?} successfully rolled out"))
 }
 
 /// Waits until a deployment is rolled out; shows what it waits for.
-pub async fn wait(client: &Client, namespace: &str, name: &str, limit: Duration) -> anyhow::Result<()> {
+pub(crate) async fn wait(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    limit: Duration,
+) -> anyhow::Result<()> {
     let path = format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}");
     crate::progress::wait(&format!("rollout of {name}"), limit, || async {
         let deployment = wire::get(client, &path).await?;
@@ -95,8 +100,11 @@ fn missing(deployment: &Value) -> Progress {
         return Progress::Failed(format!("the rollout exceeded its progress deadline: {message}"));
     }
     let wanted = deployment["spec"]["replicas"].as_i64().unwrap_or(1);
-    let (updated, all, available) =
-        (number(&status["updatedReplicas"]), number(&status["replicas"]), number(&status["availableReplicas"]));
+    let (updated, all, available) = (
+        number(&status["updatedReplicas"]),
+        number(&status["replicas"]),
+        number(&status["availableReplicas"]),
+    );
     if updated < wanted {
         Progress::Waiting(format!("{updated} of {wanted} replicas to be updated"))
     } else if all > updated {
@@ -121,8 +129,14 @@ mod tests {
                             "availableReplicas": available },
             })
         };
-        assert_eq!(missing(&deployment(1, 3, 3)), Progress::Waiting("1 of 3 replicas to be updated".to_owned()));
-        assert_eq!(missing(&deployment(3, 4, 3)), Progress::Waiting("1 old replicas to end".to_owned()));
+        assert_eq!(
+            missing(&deployment(1, 3, 3)),
+            Progress::Waiting("1 of 3 replicas to be updated".to_owned())
+        );
+        assert_eq!(
+            missing(&deployment(3, 4, 3)),
+            Progress::Waiting("1 old replicas to end".to_owned())
+        );
         assert_eq!(
             missing(&deployment(3, 3, 2)),
             Progress::Waiting("2 of 3 updated replicas to be available".to_owned())

@@ -17,7 +17,7 @@ use super::layout::{Lab, SERVER};
 use super::process::Daemon;
 use super::programs::Programs;
 use super::{engine, net};
-use crate::{image, progress};
+use crate::{image, output, progress};
 
 /// Grace that a daemon gets before SIGKILL.
 const STOP_GRACE: Duration = Duration::from_secs(15);
@@ -27,19 +27,28 @@ const NODES_LIMIT: Duration = Duration::from_secs(120);
 const CNI_PLUGINS: [&str; 4] = ["bridge", "host-local", "loopback", "vxlan"];
 
 /// The daemon of a host: `server` on the server, `agent` on a node.
-pub fn daemon(lab: &Lab, host: &str) -> Daemon {
+pub(crate) fn daemon(lab: &Lab, host: &str) -> Daemon {
     let paths = lab.paths(host);
     Daemon::new(if host == SERVER { "server" } else { "agent" }, &paths.run(), &paths.log())
 }
 
 /// Starts the lab, or what of it does not run.
-pub async fn up(lab: &Lab) -> anyhow::Result<Client> {
-    preflight(lab)?;
+pub(crate) async fn up(lab: &Lab) -> anyhow::Result<Client> {
     let programs = Programs::find()?;
     lab.save()?;
-    let docker = engine::ensure(lab, &programs).await?;
+    start(lab, &programs).await.map_err(|error| match error.downcast_ref::<output::Hint>() {
+        Some(_) => error,
+        None => output::hinted(
+            "`orchctl lab status` shows what runs and where the logs are; `orchctl lab down` removes the lab",
+            format!("{error:#}"),
+        ),
+    })
+}
+
+async fn start(lab: &Lab, programs: &Programs) -> anyhow::Result<Client> {
+    let docker = engine::ensure(lab, programs).await?;
     progress::step("sandbox image", async {
-        engine::ensure_pause_image(&docker, &programs).await?;
+        engine::ensure_pause_image(&docker, programs).await?;
         Ok(engine::pause_image())
     })
     .await?;
@@ -49,36 +58,18 @@ pub async fn up(lab: &Lab) -> anyhow::Result<Client> {
     })
     .await?;
     let pki = pki(lab)?;
-    ensure_server(lab, &programs)?;
-    let client = client(lab, &pki)?;
+    ensure_server(lab, programs)?;
+    let client = client(lab)?;
     wait_server(lab, &client).await?;
     for node in lab.node_names() {
         progress::step(&format!("start {node}"), async {
-            ensure_node(lab, &programs, &pki, &docker, &node).await?;
+            ensure_node(lab, programs, &pki, &docker, &node).await?;
             Ok(lab.address(&node)?.to_string())
         })
         .await?;
     }
-    wait_nodes(lab, &client).await?;
+    wait_nodes(lab, &client, &lab.node_names()).await?;
     Ok(client)
-}
-
-fn preflight(lab: &Lab) -> anyhow::Result<()> {
-    if !nix::unistd::geteuid().is_root() {
-        bail!("a lab needs root: it makes network namespaces and starts a Docker engine; use sudo");
-    }
-    lab.config.check()?;
-    if let Some(before) = Lab::open(&lab.dir)?
-        && before.config.underlay != lab.config.underlay
-    {
-        bail!(
-            "the lab in {} uses underlay {}, not {}; `orchctl lab down` first",
-            lab.dir.display(),
-            before.config.underlay,
-            lab.config.underlay
-        );
-    }
-    Ok(())
 }
 
 fn pki(lab: &Lab) -> anyhow::Result<ClusterPki> {
@@ -96,11 +87,16 @@ fn pki(lab: &Lab) -> anyhow::Result<ClusterPki> {
         .collect::<Vec<_>>();
     let pki = ClusterPki::ensure(&lab.paths(SERVER).pki(), &addresses, &names)?;
     let admin = pki.ensure_admin_kubeconfig(&lab.api_url()?)?;
-    std::fs::copy(&admin, lab.kubeconfig()).with_context(|| format!("write {}", lab.kubeconfig().display()))?;
+    std::fs::copy(&admin, lab.kubeconfig())
+        .with_context(|| format!("write {}", lab.kubeconfig().display()))?;
     Ok(pki)
 }
 
-fn client(lab: &Lab, _pki: &ClusterPki) -> anyhow::Result<Client> {
+/// A client with the administrator's credentials.
+///
+/// # Errors
+/// The lab was never up.
+pub(crate) fn client(lab: &Lab) -> anyhow::Result<Client> {
     Client::from_kubeconfig(&lab.kubeconfig()).context("read the lab's kubeconfig")
 }
 
@@ -188,16 +184,18 @@ fn install_plugins(multicall: &Path, folder: &Path) -> anyhow::Result<()> {
     std::fs::remove_file(&base).with_context(|| format!("remove {}", base.display()))
 }
 
-async fn wait_nodes(lab: &Lab, client: &Client) -> anyhow::Result<()> {
-    let names = lab.node_names();
+async fn wait_nodes(lab: &Lab, client: &Client, names: &[String]) -> anyhow::Result<()> {
     let agents: Vec<Daemon> = names.iter().map(|name| daemon(lab, name)).collect();
     progress::wait("nodes Ready", NODES_LIMIT, || async {
         for agent in &agents {
             if agent.pid().is_none() {
-                bail!("the agent of {} does not stay up{}", agent.pid_file.display(), agent.log_tail());
+                bail!("an agent does not stay up{}", agent.log_tail());
             }
         }
-        let nodes = match Api::<Node>::all(client.clone()).list(&orch_client::ListParams::default()).await {
+        let nodes = match Api::<Node>::all(client.clone())
+            .list(&orch_client::ListParams::default())
+            .await
+        {
             Ok(list) => list.items,
             Err(error) => return Ok(Err(format!("the API server ({error})"))),
         };
@@ -218,50 +216,85 @@ async fn wait_nodes(lab: &Lab, client: &Client) -> anyhow::Result<()> {
 
 /// Why a node is not Ready, in its own words; `None` when it is.
 fn not_ready_because(node: &Node) -> Option<String> {
-    let conditions = node.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    let conditions =
+        node.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
     match conditions.iter().find(|condition| condition.type_ == "Ready") {
         Some(condition) if condition.status == "True" => None,
-        Some(condition) => Some(condition.message.clone().unwrap_or_else(|| "not Ready".to_owned())),
+        Some(condition) => {
+            Some(condition.message.clone().unwrap_or_else(|| "not Ready".to_owned()))
+        }
         None => Some("no status yet".to_owned()),
     }
 }
 
 /// Ends the lab and removes everything it made. Goes on past errors and reports them together.
-pub async fn down(dir: &Path) -> anyhow::Result<()> {
-    let Some(lab) = Lab::open(dir)? else {
+pub(crate) async fn down(dir: &Path) -> anyhow::Result<()> {
+    let Some(lab) = Lab::open_to_remove(dir)? else {
         eprintln!("there is no lab in {}: nothing to do", dir.display());
         return Ok(());
     };
-    let mut errors: Vec<String> = Vec::new();
-    let mut note = |outcome: anyhow::Result<()>| {
-        if let Err(error) = outcome {
-            errors.push(format!("{error:#}"));
-        }
-    };
+    let mut errors = Troubles::default();
     let stop = progress::Step::new("stop agents and server");
     // Side by side: each may need its grace.
     let hosts: Vec<Daemon> = lab.host_names().iter().map(|host| daemon(&lab, host)).collect();
-    let stopping: Vec<_> = hosts.into_iter().map(|daemon| std::thread::spawn(move || daemon.stop(STOP_GRACE))).collect();
+    let stopping: Vec<_> = hosts
+        .into_iter()
+        .map(|daemon| std::thread::spawn(move || daemon.stop(STOP_GRACE)))
+        .collect();
     for thread in stopping {
-        note(thread.join().unwrap_or_else(|_| bail!("a stopping thread panicked")));
+        errors.note(thread.join().unwrap_or_else(|_| bail!("a stopping thread panicked")));
     }
-    note(stop_etcd(&lab));
+    errors.note(stop_etcd(&lab));
     stop.done("");
 
-    let clean = progress::Step::new("remove containers, engine and namespaces");
-    let engine_daemon = engine::daemon(&lab);
-    if engine_daemon.pid().is_some() {
-        match image::connect(&lab.engine_socket()).await {
-            Ok(docker) => note(engine::remove_all(&docker).await),
-            Err(error) => note(Err(error)),
+    errors.note(remove_containers(&lab).await);
+    let clean = progress::Step::new("remove engine, namespaces and files");
+    errors.note(engine::daemon(&lab).stop(STOP_GRACE));
+    errors.note(engine::containerd(&lab).stop(STOP_GRACE));
+    errors.note(net::remove(&lab));
+    errors.note(engine::unmount_below(&lab.dir));
+    // The folder is the record of what is left: it goes last, and only when nothing is.
+    if errors.0.is_empty() {
+        errors.note(remove_folder(&lab.dir));
+    }
+    if errors.0.is_empty() {
+        clean.done("");
+        return Ok(());
+    }
+    clean.failed();
+    Err(output::hinted(
+        format!("the rest is recorded in {}; run `orchctl lab down` again", lab.dir.display()),
+        format!("the lab is not wholly gone: {}", errors.0.join("; ")),
+    ))
+}
+
+/// What went wrong on the way to the end.
+#[derive(Default)]
+struct Troubles(Vec<String>);
+
+impl Troubles {
+    fn note(&mut self, outcome: anyhow::Result<()>) {
+        if let Err(error) = outcome {
+            self.0.push(format!("{error:#}"));
         }
     }
-    note(engine_daemon.stop(STOP_GRACE));
-    note(net::remove(&lab));
-    note(engine::unmount_below(&lab.dir));
-    note(std::fs::remove_dir_all(&lab.dir).with_context(|| format!("remove {}", lab.dir.display())));
-    clean.done("");
-    if errors.is_empty() { Ok(()) } else { bail!("the lab is not wholly gone: {}", errors.join("; ")) }
+}
+
+/// Containers outlive their engine, so an engine that was killed is started once more to end them.
+async fn remove_containers(lab: &Lab) -> anyhow::Result<()> {
+    if !lab.dir.join("docker").exists() {
+        return Ok(());
+    }
+    let docker = if engine::daemon(lab).pid().is_some() {
+        image::connect(&lab.engine_socket()).await?
+    } else {
+        engine::ensure(lab, &Programs::find()?).await?
+    };
+    progress::step("remove containers", async {
+        engine::remove_all(&docker).await?;
+        Ok(String::new())
+    })
+    .await
 }
 
 /// etcd outlives the server on purpose; the end of the lab is its end too.
@@ -270,50 +303,78 @@ fn stop_etcd(lab: &Lab) -> anyhow::Result<()> {
 }
 
 /// A crash: of a whole node (agent, containers, namespace), or of the server, of etcd, of the engine.
-pub async fn kill(lab: &Lab, host: &str) -> anyhow::Result<String> {
+pub(crate) async fn kill(lab: &Lab, host: &str) -> anyhow::Result<String> {
     match host {
-        SERVER => daemon(lab, SERVER).crash().map(|()| "killed the server process; etcd and all nodes go on".to_owned()),
+        SERVER => daemon(lab, SERVER)
+            .crash()
+            .map(|()| "killed the server process; etcd and all nodes go on".to_owned()),
         "etcd" => {
-            let pid = orch_store::managed::pid(&lab.paths(SERVER).etcd_data()).context("etcd does not run")?;
+            let pid = orch_store::managed::pid(&lab.paths(SERVER).etcd_data())
+                .context("etcd does not run")?;
             let pid = i32::try_from(pid).context("PID")?;
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)
-                .context("kill etcd")?;
+            nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid),
+                nix::sys::signal::Signal::SIGKILL,
+            )
+            .context("kill etcd")?;
             Ok("killed etcd; the server starts it again".to_owned())
         }
         "engine" => engine::daemon(lab).crash().map(|()| {
-            "killed the Docker engine; containers go on, `orchctl lab restart engine` starts it".to_owned()
+            "killed the Docker engine; containers go on, `orchctl lab restart engine` starts it"
+                .to_owned()
         }),
         node => {
             lab.address(node)?;
             let agent = daemon(lab, node);
+            if agent.pid().is_none() && !cni_netlink::NetNs::is_nsfs(lab.netns(node)) {
+                bail!("{node} is down already; `orchctl lab restart {node}` starts it");
+            }
             if agent.pid().is_some() {
                 agent.crash()?;
             }
+            // First the cable, so that nothing says goodbye to the other nodes.
+            net::remove_host(lab, node)?;
             let docker = image::connect(&lab.engine_socket()).await?;
             let killed = engine::kill_containers(&docker, node).await?;
             engine::remove_anchor(&docker, lab, node).await?;
-            net::remove_host(lab, node)?;
-            Ok(format!("{node} is down: agent and {killed} containers killed, network namespace removed"))
+            // What a reboot loses: mounts and /run.
+            let paths = lab.paths(node);
+            engine::unmount_below(paths.root())?;
+            remove_folder(&paths.run())?;
+            Ok(format!(
+                "{node} is down: agent and {killed} containers killed, network namespace removed"
+            ))
         }
     }
 }
 
+fn remove_folder(path: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A crash of one agent process only: its containers and its data plane go on.
-pub fn kill_agent(lab: &Lab, node: &str) -> anyhow::Result<String> {
+pub(crate) fn kill_agent(lab: &Lab, node: &str) -> anyhow::Result<String> {
     lab.address(node)?;
     daemon(lab, node).crash()?;
-    Ok(format!("killed the agent of {node}; its pods go on, `orchctl lab restart {node}` starts it"))
+    Ok(format!(
+        "killed the agent of {node}; its pods go on, `orchctl lab restart {node}` starts it"
+    ))
 }
 
 /// Starts a host's daemon again; a running one is stopped first.
-pub async fn restart(lab: &Lab, host: &str) -> anyhow::Result<String> {
+pub(crate) async fn restart(lab: &Lab, host: &str) -> anyhow::Result<String> {
     let programs = Programs::find()?;
     let pki = pki(lab)?;
     match host {
         SERVER => {
             daemon(lab, SERVER).stop(STOP_GRACE)?;
             ensure_server(lab, &programs)?;
-            wait_server(lab, &client(lab, &pki)?).await?;
+            wait_server(lab, &client(lab)?).await?;
             Ok("the server answers again".to_owned())
         }
         "engine" => {
@@ -327,24 +388,42 @@ pub async fn restart(lab: &Lab, host: &str) -> anyhow::Result<String> {
             let docker = engine::ensure(lab, &programs).await?;
             net::ensure_underlay(lab)?;
             ensure_node(lab, &programs, &pki, &docker, node).await?;
+            // While the server is down the node cannot become Ready, and that is no failure of the restart.
+            if daemon(lab, SERVER).pid().is_some() {
+                wait_nodes(lab, &client(lab)?, &[node.to_owned()]).await?;
+            }
             Ok(format!("{node} runs again"))
         }
     }
 }
 
-/// Every host's daemon, PID and log file.
-pub fn daemons(lab: &Lab) -> Vec<(String, Option<i32>, PathBuf)> {
-    let mut all: Vec<_> = lab
-        .host_names()
-        .into_iter()
-        .map(|host| {
-            let daemon = daemon(lab, &host);
-            (host, daemon.pid(), daemon.log_file)
-        })
-        .collect();
-    let engine = engine::daemon(lab);
-    all.push(("engine".to_owned(), engine.pid(), engine.log_file));
-    let etcd = orch_store::managed::pid(&lab.paths(SERVER).etcd_data()).and_then(|pid| i32::try_from(pid).ok());
-    all.push(("etcd".to_owned(), etcd, lab.paths(SERVER).log().join("etcd.log")));
+/// A process of the lab.
+pub(crate) struct Running {
+    pub(crate) name: String,
+    pub(crate) pid: Option<i32>,
+    pub(crate) log: PathBuf,
+}
+
+/// All processes of the lab: the hosts' daemons, the engine and etcd.
+pub(crate) fn daemons(lab: &Lab) -> Vec<Running> {
+    let running = |name: &str, daemon: Daemon| Running {
+        name: name.to_owned(),
+        pid: daemon.pid(),
+        log: daemon.log_file,
+    };
+    let mut all: Vec<Running> =
+        lab.host_names().iter().map(|host| running(host, daemon(lab, host))).collect();
+    let etcd = orch_store::managed::pid(&lab.paths(SERVER).etcd_data())
+        .and_then(|pid| i32::try_from(pid).ok());
+    all.insert(
+        1,
+        Running {
+            name: "etcd".to_owned(),
+            pid: etcd,
+            log: lab.paths(SERVER).log().join("etcd.log"),
+        },
+    );
+    all.push(running("engine", engine::daemon(lab)));
+    all.push(running("containerd", engine::containerd(lab)));
     all
 }

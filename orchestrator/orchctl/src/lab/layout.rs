@@ -10,14 +10,18 @@ use ipnetwork::Ipv4Network;
 use orch_config::Paths;
 use serde::{Deserialize, Serialize};
 
+use crate::output;
+
 /// Folder of the lab where none is named.
-pub const DEFAULT_DIR: &str = "/var/lib/orch/lab";
+pub(crate) const DEFAULT_DIR: &str = "/var/lib/orch/lab";
 /// Network that joins the hosts of the lab where none is named.
-pub const DEFAULT_UNDERLAY: &str = "172.30.0.0/24";
-/// Link of the machine itself into the underlay.
-pub const HOST_LINK: &str = "orch-lab";
+pub(crate) const DEFAULT_UNDERLAY: &str = "172.30.0.0/24";
+/// Longest path of a lab: the longest socket below it must fit into the 107 bytes of `sockaddr_un`.
+const MAX_DIR_BYTES: usize = 70;
+/// File that makes a folder a lab.
+const RECORD: &str = "lab.json";
 /// Name of the host that runs the control plane.
-pub const SERVER: &str = "server";
+pub(crate) const SERVER: &str = "server";
 /// A bridge has 1,023 ports and the underlay is a /24; Docker is slow long before that.
 const MAX_NODES: u8 = 100;
 
@@ -28,32 +32,63 @@ const NODE_OFFSET: u32 = 10;
 
 /// What `lab up` was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Config {
-    pub nodes: u8,
-    pub underlay: Ipv4Network,
+pub(crate) struct Config {
+    pub(crate) nodes: u8,
+    pub(crate) underlay: Ipv4Network,
     /// Short failure timers, so that a killed node is noticed in seconds.
-    pub fast: bool,
+    pub(crate) fast: bool,
 }
 
 impl Config {
     /// # Errors
     /// The numbers do not fit together.
-    pub fn check(&self) -> anyhow::Result<()> {
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
         if self.nodes == 0 || self.nodes > MAX_NODES {
             bail!("--nodes {} is out of range: a lab has 1 to {MAX_NODES} nodes", self.nodes);
         }
         if self.underlay.prefix() > 24 {
             bail!("--underlay {} is too small: use a /24 or larger", self.underlay);
         }
+        for (what, cidr) in [("pod", orch_config::POD_CIDR), ("Service", orch_config::SERVICE_CIDR)]
+        {
+            let cidr: Ipv4Network = cidr.parse().context("a constant of orch-config")?;
+            if cidr.overlaps(self.underlay) {
+                bail!(
+                    "--underlay {} overlaps the {what} network {cidr}: choose another",
+                    self.underlay
+                );
+            }
+        }
         Ok(())
     }
 }
 
+impl Config {
+    /// Whether a running lab of this configuration can become `wanted`: more nodes can be added.
+    fn accepts(&self, wanted: &Self) -> Result<(), String> {
+        if self.underlay != wanted.underlay {
+            return Err(format!("the underlay {}, not {}", self.underlay, wanted.underlay));
+        }
+        if self.fast != wanted.fast {
+            let timers = |fast| if fast { "the lab's short timers" } else { "upstream's timers" };
+            return Err(format!("{}, not {}", timers(self.fast), timers(wanted.fast)));
+        }
+        if self.nodes > wanted.nodes {
+            return Err(format!("{} nodes, not {}", self.nodes, wanted.nodes));
+        }
+        Ok(())
+    }
+}
+
+fn absolute(dir: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(dir).with_context(|| format!("--lab-dir {}", dir.display()))
+}
+
 /// A lab: its folder and its configuration.
 #[derive(Debug, Clone)]
-pub struct Lab {
-    pub dir: PathBuf,
-    pub config: Config,
+pub(crate) struct Lab {
+    pub(crate) dir: PathBuf,
+    pub(crate) config: Config,
 }
 
 impl Lab {
@@ -61,43 +96,97 @@ impl Lab {
     ///
     /// # Errors
     /// `lab.json` is there but cannot be read.
-    pub fn open(dir: &Path) -> anyhow::Result<Option<Self>> {
-        let path = dir.join("lab.json");
+    pub(crate) fn open(dir: &Path) -> anyhow::Result<Option<Self>> {
+        let dir = absolute(dir)?;
+        let path = dir.join(RECORD);
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
         };
-        let config = serde_json::from_str(&text)
-            .with_context(|| format!("{} is damaged; `orchctl lab down` removes the lab", path.display()))?;
-        Ok(Some(Self { dir: dir.to_owned(), config }))
+        let config = serde_json::from_str(&text).map_err(|error| {
+            output::hinted(
+                "`orchctl lab down` removes the lab",
+                format!("{} is damaged: {error}", path.display()),
+            )
+        })?;
+        Ok(Some(Self { dir, config }))
+    }
+
+    /// As [`Lab::open`], for ending the lab: a damaged record does not matter then.
+    ///
+    /// # Errors
+    /// The folder's path is unusable.
+    pub(crate) fn open_to_remove(dir: &Path) -> anyhow::Result<Option<Self>> {
+        let dir = absolute(dir)?;
+        if !dir.join(RECORD).exists() {
+            return Ok(None);
+        }
+        if let Ok(Some(lab)) = Self::open(&dir) {
+            return Ok(Some(lab));
+        }
+        let underlay = DEFAULT_UNDERLAY.parse().context("a constant")?;
+        Ok(Some(Self { dir, config: Config { nodes: MAX_NODES, underlay, fast: true } }))
     }
 
     /// The lab in `dir`, or an error that says how to make one.
     ///
     /// # Errors
     /// There is none.
-    pub fn require(dir: &Path) -> anyhow::Result<Self> {
-        Self::open(dir)?.with_context(|| {
-            format!("there is no lab in {}; start one with `make up` or `orchctl lab up`", dir.display())
+    pub(crate) fn require(dir: &Path) -> anyhow::Result<Self> {
+        Self::open(dir)?.ok_or_else(|| {
+            output::hinted(
+                "start one with `make up` or `orchctl lab up`",
+                format!("there is no lab in {}", dir.display()),
+            )
         })
+    }
+
+    /// A lab to be made, or the one that is there if it is the same.
+    ///
+    /// # Errors
+    /// The folder is in use for something else, or the lab in it is another one.
+    pub(crate) fn new(dir: &Path, config: Config) -> anyhow::Result<Self> {
+        config.check()?;
+        let dir = absolute(dir)?;
+        if dir.as_os_str().len() > MAX_DIR_BYTES {
+            bail!(
+                "--lab-dir {} is too long for the sockets below it: use at most {MAX_DIR_BYTES} bytes",
+                dir.display()
+            );
+        }
+        if let Some(before) = Self::open(&dir)? {
+            before.config.accepts(&config).map_err(|why| {
+                output::hinted(
+                    "end it with `orchctl lab down` first, or make a second one with another --lab-dir and --underlay",
+                    format!("there is already a lab in {} with {why}", dir.display()),
+                )
+            })?;
+        } else if fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some()) {
+            // `down` removes the whole folder, so nothing else may be in it.
+            bail!(
+                "{} is not empty and no lab: name an empty or a new folder with --lab-dir",
+                dir.display()
+            );
+        }
+        Ok(Self { dir, config })
     }
 
     /// # Errors
     /// `lab.json` cannot be written.
-    pub fn save(&self) -> anyhow::Result<()> {
+    pub(crate) fn save(&self) -> anyhow::Result<()> {
         fs::create_dir_all(&self.dir).with_context(|| format!("create {}", self.dir.display()))?;
-        let path = self.dir.join("lab.json");
+        let path = self.dir.join(RECORD);
         fs::write(&path, format!("{}\n", serde_json::to_string_pretty(&self.config)?))
             .with_context(|| format!("write {}", path.display()))
     }
 
-    pub fn node_names(&self) -> Vec<String> {
+    pub(crate) fn node_names(&self) -> Vec<String> {
         (1..=self.config.nodes).map(|number| format!("node-{number}")).collect()
     }
 
     /// The server and all nodes.
-    pub fn host_names(&self) -> Vec<String> {
+    pub(crate) fn host_names(&self) -> Vec<String> {
         std::iter::once(SERVER.to_owned()).chain(self.node_names()).collect()
     }
 
@@ -105,7 +194,7 @@ impl Lab {
     ///
     /// # Errors
     /// The lab has no such host.
-    pub fn address(&self, host: &str) -> anyhow::Result<Ipv4Addr> {
+    pub(crate) fn address(&self, host: &str) -> anyhow::Result<Ipv4Addr> {
         let offset = match host {
             "host" => HOST_OFFSET,
             SERVER => SERVER_OFFSET,
@@ -115,46 +204,73 @@ impl Lab {
                 .filter(|number| (1..=u32::from(self.config.nodes)).contains(number))
                 .map(|number| NODE_OFFSET + number)
                 .with_context(|| {
-                    format!("the lab has no host {host:?}; its hosts are {}", self.host_names().join(", "))
+                    format!(
+                        "the lab has no host {host:?}; its hosts are {}",
+                        self.host_names().join(", ")
+                    )
                 })?,
         };
         Ok(Ipv4Addr::from_bits(self.config.underlay.network().to_bits() + offset))
     }
 
     /// Root prefix of a host's own paths.
-    pub fn paths(&self, host: &str) -> Paths {
+    pub(crate) fn paths(&self, host: &str) -> Paths {
         Paths::new(self.dir.join(host))
     }
 
-    pub fn run(&self) -> PathBuf {
+    pub(crate) fn run(&self) -> PathBuf {
         self.dir.join("run")
     }
 
     /// Where a network namespace is pinned.
-    pub fn netns(&self, host: &str) -> PathBuf {
+    pub(crate) fn netns(&self, host: &str) -> PathBuf {
         self.run().join("netns").join(host)
     }
 
-    pub fn engine_socket(&self) -> PathBuf {
+    pub(crate) fn engine_socket(&self) -> PathBuf {
         self.run().join("docker.sock")
     }
 
-    /// Name of the container whose network namespace is the node's.
-    pub fn anchor(&self, node: &str) -> String {
-        format!("orch-lab-{node}")
+    /// Short name of the lab, distinct for each folder: labs on one machine must not meet in names of links or
+    /// containers. At most 13 bytes, because a link's name has 15.
+    pub(crate) fn id(&self) -> String {
+        if self.dir == Path::new(DEFAULT_DIR) {
+            return "orch-lab".to_owned();
+        }
+        // FNV-1a: the same in every version, so that one binary removes what another one made.
+        let hash =
+            self.dir.as_os_str().as_encoded_bytes().iter().fold(0x811c_9dc5_u32, |hash, byte| {
+                (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+            });
+        format!("orch-{hash:08x}")
     }
 
-    pub fn kubeconfig(&self) -> PathBuf {
+    /// Link of the machine itself into the underlay.
+    pub(crate) fn host_link(&self) -> String {
+        self.id()
+    }
+
+    /// Name of the container whose network namespace is the node's.
+    pub(crate) fn anchor(&self, node: &str) -> String {
+        format!("{}-{node}", self.id())
+    }
+
+    /// Socket of the lab's containerd.
+    pub(crate) fn containerd_socket(&self) -> PathBuf {
+        self.run().join("containerd.sock")
+    }
+
+    pub(crate) fn kubeconfig(&self) -> PathBuf {
         self.dir.join("kubeconfig")
     }
 
     /// URL of the API server.
-    pub fn api_url(&self) -> anyhow::Result<String> {
+    pub(crate) fn api_url(&self) -> anyhow::Result<String> {
         Ok(format!("https://{}:{}", self.address(SERVER)?, orch_config::API_SERVER_PORT))
     }
 
     /// URL of the etcd that the server runs.
-    pub fn etcd_url(&self) -> anyhow::Result<String> {
+    pub(crate) fn etcd_url(&self) -> anyhow::Result<String> {
         Ok(format!("https://{}:{}", self.address(SERVER)?, orch_config::ETCD_CLIENT_PORT))
     }
 }
@@ -186,8 +302,52 @@ mod tests {
     }
 
     #[test]
-    fn zero_nodes_are_refused() {
+    fn zero_nodes_and_overlapping_networks_are_refused() {
         assert!(lab(0).config.check().is_err());
         assert!(lab(3).config.check().is_ok());
+        let mut config = lab(1).config;
+        for taken in ["10.244.7.0/24", "10.0.0.0/8", "10.100.0.0/16"] {
+            config.underlay = taken.parse().expect("a CIDR");
+            let error = config.check().expect_err(taken).to_string();
+            assert!(error.contains("overlaps the"), "{error}");
+        }
+    }
+
+    #[test]
+    fn labs_in_different_folders_share_no_name() {
+        let mut other = lab(1);
+        other.dir = PathBuf::from("/lab2");
+        assert_ne!(lab(1).host_link(), other.host_link());
+        assert_ne!(lab(1).anchor("node-1"), other.anchor("node-1"));
+        assert!(other.host_link().len() <= 15);
+        other.dir = PathBuf::from(DEFAULT_DIR);
+        assert_eq!(other.host_link(), "orch-lab");
+    }
+
+    #[test]
+    fn a_folder_with_other_things_is_not_taken() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let config = lab(1).config;
+        fs::write(folder.path().join("thesis.txt"), "years of work").expect("write");
+        let error = Lab::new(folder.path(), config.clone()).expect_err("not empty").to_string();
+        assert!(error.contains("is not empty and no lab"), "{error}");
+
+        fs::remove_file(folder.path().join("thesis.txt")).expect("remove");
+        Lab::new(folder.path(), config.clone()).expect("empty").save().expect("save");
+        let more = Config { nodes: 2, ..config.clone() };
+        Lab::new(folder.path(), more).expect("nodes can be added");
+        let other = Config { underlay: "192.168.7.0/24".parse().expect("a CIDR"), ..config };
+        let error =
+            output::describe(&Lab::new(folder.path(), other).expect_err("another underlay"));
+        assert!(error.contains("already a lab") && error.contains("hint: end it"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_lab_can_be_removed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(Lab::open_to_remove(folder.path()).expect("no error").is_none());
+        fs::write(folder.path().join(RECORD), "{").expect("write");
+        assert!(Lab::open(folder.path()).is_err());
+        assert!(Lab::open_to_remove(folder.path()).expect("no error").is_some());
     }
 }

@@ -15,9 +15,9 @@ use ipnetwork::{IpNetwork, Ipv4Network};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
-use super::layout::{HOST_LINK, Lab};
+use super::layout::Lab;
 
-const UNDERLAY: &str = "underlay";
+pub(super) const UNDERLAY: &str = "underlay";
 const UNDERLAY_BRIDGE: &str = "br0";
 /// Name of the leg inside a host.
 const UPLINK: &str = "eth0";
@@ -25,14 +25,18 @@ const UPLINK: &str = "eth0";
 const UNDERLAY_MTU: u32 = 1500;
 
 /// Makes the underlay namespace with its bridge and the machine's own leg.
-pub fn ensure_underlay(lab: &Lab) -> anyhow::Result<()> {
+pub(crate) fn ensure_underlay(lab: &Lab) -> anyhow::Result<()> {
     let netns = ensure_netns(lab, UNDERLAY)?;
     netns
         .run(|| -> anyhow::Result<()> {
             let netlink = Netlink::open()?;
             set_up(&netlink, "lo")?;
             if netlink.link(UNDERLAY_BRIDGE)?.is_none() {
-                netlink.create_bridge(&Bridge { name: UNDERLAY_BRIDGE.to_owned(), mtu: Some(UNDERLAY_MTU), ..Bridge::default() })?;
+                netlink.create_bridge(&Bridge {
+                    name: UNDERLAY_BRIDGE.to_owned(),
+                    mtu: Some(UNDERLAY_MTU),
+                    ..Bridge::default()
+                })?;
             }
             set_up(&netlink, UNDERLAY_BRIDGE)?;
             // Absent where br_netfilter is not loaded: then bridged frames meet no rules anyway.
@@ -41,13 +45,15 @@ pub fn ensure_underlay(lab: &Lab) -> anyhow::Result<()> {
         })
         .context("set up the underlay")?;
     let host = Netlink::open()?;
+    let host_link = lab.host_link();
     let address = network(lab.address("host")?, lab.config.underlay)?;
-    if host.link(HOST_LINK)?.is_none() {
+    if host.link(&host_link)?.is_none() {
         for link in host.links()? {
             for taken in host.addresses(link.index)? {
                 if let IpNetwork::V4(taken) = taken
                     && taken.prefix() > 0
-                    && (taken.contains(lab.config.underlay.network()) || lab.config.underlay.contains(taken.ip()))
+                    && (taken.contains(lab.config.underlay.network())
+                        || lab.config.underlay.contains(taken.ip()))
                 {
                     bail!(
                         "the underlay {} overlaps {taken} on {}; choose another with --underlay",
@@ -59,17 +65,17 @@ pub fn ensure_underlay(lab: &Lab) -> anyhow::Result<()> {
         }
     }
     let own = NetNs::current()?;
-    attach(lab, &netns, &own, "host", HOST_LINK, address, None)
+    attach(lab, &netns, &own, "host", &host_link, address, None)
 }
 
 /// A host whose namespace is made here: the server.
-pub fn ensure_plain_host(lab: &Lab, host: &str) -> anyhow::Result<()> {
+pub(crate) fn ensure_plain_host(lab: &Lab, host: &str) -> anyhow::Result<()> {
     let netns = ensure_netns(lab, host)?;
     ensure_leg(lab, host, &netns)
 }
 
 /// A host whose namespace is that of its anchor container.
-pub fn ensure_anchored_host(lab: &Lab, node: &str, anchor_pid: i64) -> anyhow::Result<()> {
+pub(crate) fn ensure_anchored_host(lab: &Lab, node: &str, anchor_pid: i64) -> anyhow::Result<()> {
     let source = format!("/proc/{anchor_pid}/ns/net");
     let target = lab.netns(node);
     let same = |a: &Path, b: &Path| -> Option<bool> {
@@ -108,7 +114,8 @@ fn attach(
         if let Some(stale) = here.link(&port)? {
             here.delete_link(stale.index)?;
         }
-        let bridge = here.link(UNDERLAY_BRIDGE)?.ok_or_else(|| anyhow!("the underlay has no bridge"))?;
+        let bridge =
+            here.link(UNDERLAY_BRIDGE)?.ok_or_else(|| anyhow!("the underlay has no bridge"))?;
         here.create_veth(&VethPair {
             name: port.clone(),
             peer_name: link.to_owned(),
@@ -139,16 +146,20 @@ fn attach(
 }
 
 /// Cuts a host off from the underlay, or joins it again.
-pub fn set_partitioned(lab: &Lab, host: &str, partitioned: bool) -> anyhow::Result<()> {
+pub(crate) fn set_partitioned(lab: &Lab, host: &str, partitioned: bool) -> anyhow::Result<()> {
     lab.address(host)?;
     let underlay = Netlink::open_in(&NetNs::open(&lab.netns(UNDERLAY))?)?;
     let port = underlay.link(&port_name(host))?.with_context(|| format!("{host} is down"))?;
-    if partitioned { underlay.set_down(port.index)? } else { underlay.set_up(port.index)? }
+    if partitioned {
+        underlay.set_down(port.index)?
+    } else {
+        underlay.set_up(port.index)?
+    }
     Ok(())
 }
 
 /// Removes a host's namespace and its leg.
-pub fn remove_host(lab: &Lab, host: &str) -> anyhow::Result<()> {
+pub(crate) fn remove_host(lab: &Lab, host: &str) -> anyhow::Result<()> {
     unpin(&lab.netns(host))?;
     let underlay = Netlink::open_in(&NetNs::open(&lab.netns(UNDERLAY))?)?;
     if let Some(port) = underlay.link(&port_name(host))? {
@@ -157,13 +168,21 @@ pub fn remove_host(lab: &Lab, host: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Removes all namespaces and links of the lab.
-pub fn remove(lab: &Lab) -> anyhow::Result<()> {
-    for host in lab.host_names().iter().map(String::as_str).chain([UNDERLAY]) {
-        unpin(&lab.netns(host))?;
+/// Removes all namespaces and links of the lab, whatever hosts they belong to.
+pub(crate) fn remove(lab: &Lab) -> anyhow::Result<()> {
+    let folder = lab.run().join("netns");
+    let pinned = match fs::read_dir(&folder) {
+        Ok(entries) => entries
+            .collect::<Result<Vec<_>, _>>()
+            .with_context(|| format!("read {}", folder.display()))?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error).with_context(|| format!("read {}", folder.display())),
+    };
+    for entry in pinned {
+        unpin(&entry.path())?;
     }
     let host = Netlink::open()?;
-    if let Some(link) = host.link(HOST_LINK)? {
+    if let Some(link) = host.link(&lab.host_link())? {
         host.delete_link(link.index)?;
     }
     Ok(())
@@ -212,7 +231,8 @@ fn pin(source: &Path, target: &Path) -> anyhow::Result<()> {
 
 fn unpin(target: &Path) -> anyhow::Result<()> {
     while NetNs::is_nsfs(target) {
-        umount2(target, MntFlags::MNT_DETACH).with_context(|| format!("unpin {}", target.display()))?;
+        umount2(target, MntFlags::MNT_DETACH)
+            .with_context(|| format!("unpin {}", target.display()))?;
     }
     match fs::remove_file(target) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -14,14 +14,14 @@ use nix::unistd::Pid;
 
 /// A daemon that may or may not run.
 #[derive(Debug, Clone)]
-pub struct Daemon {
-    pub name: String,
-    pub pid_file: PathBuf,
-    pub log_file: PathBuf,
+pub(crate) struct Daemon {
+    pub(crate) name: String,
+    pub(crate) pid_file: PathBuf,
+    pub(crate) log_file: PathBuf,
 }
 
 impl Daemon {
-    pub fn new(name: &str, run: &Path, log: &Path) -> Self {
+    pub(crate) fn new(name: &str, run: &Path, log: &Path) -> Self {
         Self {
             name: name.to_owned(),
             pid_file: run.join(format!("{name}.pid")),
@@ -30,7 +30,7 @@ impl Daemon {
     }
 
     /// PID of the running daemon. The start time in the file tells it from another process that got its PID.
-    pub fn pid(&self) -> Option<i32> {
+    pub(crate) fn pid(&self) -> Option<i32> {
         let text = fs::read_to_string(&self.pid_file).ok()?;
         let (pid, started) = text.trim().split_once(' ')?;
         let pid: i32 = pid.parse().ok()?;
@@ -38,7 +38,12 @@ impl Daemon {
     }
 
     /// Starts `program`, in the network namespace pinned at `netns` if one is given. Output goes to the log file.
-    pub fn start(&self, program: &Path, args: &[String], netns: Option<&Path>) -> anyhow::Result<()> {
+    pub(crate) fn start(
+        &self,
+        program: &Path,
+        args: &[String],
+        netns: Option<&Path>,
+    ) -> anyhow::Result<()> {
         for dir in [self.pid_file.parent(), self.log_file.parent()].into_iter().flatten() {
             fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         }
@@ -48,10 +53,18 @@ impl Daemon {
             .open(&self.log_file)
             .with_context(|| format!("open {}", self.log_file.display()))?;
         let netns = netns
-            .map(|path| fs::File::open(path).with_context(|| format!("open network namespace {}", path.display())))
+            .map(|path| {
+                fs::File::open(path)
+                    .with_context(|| format!("open network namespace {}", path.display()))
+            })
             .transpose()?;
         let mut command = Command::new(program);
-        command.args(args).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command
+            .args(args)
+            .env("PATH", super::programs::search_path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         // SAFETY: between fork and exec only async-signal-safe system calls (setsid, setns) are made, on a file
         // descriptor that the parent keeps open until `spawn` has returned.
         unsafe {
@@ -68,13 +81,14 @@ impl Daemon {
         }
         let child = command.spawn().with_context(|| format!("start {}", program.display()))?;
         let pid = i32::try_from(child.id()).context("PID")?;
-        let started = start_ticks(pid).with_context(|| format!("{} ended at once{}", self.name, self.log_tail()))?;
+        let started = start_ticks(pid)
+            .with_context(|| format!("{} ended at once{}", self.name, self.log_tail()))?;
         fs::write(&self.pid_file, format!("{pid} {started}\n"))
             .with_context(|| format!("write {}", self.pid_file.display()))
     }
 
     /// Ends the daemon: SIGTERM, and SIGKILL after `grace`. Nothing to do when it does not run.
-    pub fn stop(&self, grace: Duration) -> anyhow::Result<()> {
+    pub(crate) fn stop(&self, grace: Duration) -> anyhow::Result<()> {
         if let Some(pid) = self.pid() {
             send(pid, Signal::SIGTERM)?;
             if !self.wait_gone(grace) {
@@ -89,7 +103,7 @@ impl Daemon {
     }
 
     /// SIGKILL, as a crash would do it.
-    pub fn crash(&self) -> anyhow::Result<()> {
+    pub(crate) fn crash(&self) -> anyhow::Result<()> {
         let Some(pid) = self.pid() else { bail!("{} does not run", self.name) };
         send(pid, Signal::SIGKILL)?;
         self.wait_gone(Duration::from_secs(5));
@@ -108,7 +122,7 @@ impl Daemon {
     }
 
     /// The last lines of the log, for error messages.
-    pub fn log_tail(&self) -> String {
+    pub(crate) fn log_tail(&self) -> String {
         let text = fs::read_to_string(&self.log_file).unwrap_or_default();
         let lines: Vec<&str> = text.lines().rev().take(5).collect();
         let tail: Vec<&str> = lines.into_iter().rev().collect();
@@ -137,12 +151,16 @@ fn start_ticks(pid: i32) -> Option<u64> {
 }
 
 /// Runs a program in a network namespace in the foreground and returns its exit code.
-pub fn run_in(netns: &Path, words: &[String]) -> anyhow::Result<i32> {
+pub(crate) fn run_in(netns: &Path, words: &[String]) -> anyhow::Result<i32> {
     let (program, args) = words.split_first().context("name a command after --")?;
-    let file = fs::File::open(netns).with_context(|| format!("open network namespace {}", netns.display()))?;
+    let file = fs::File::open(netns)
+        .with_context(|| format!("open network namespace {}", netns.display()))?;
     setns(&file, CloneFlags::CLONE_NEWNET).context("enter network namespace")?;
-    let status = Command::new(program).args(args).status().with_context(|| format!("run {program}"))?;
-    Ok(status.code().unwrap_or(128 + std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0)))
+    let status =
+        Command::new(program).args(args).status().with_context(|| format!("run {program}"))?;
+    Ok(status
+        .code()
+        .unwrap_or(128 + std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0)))
 }
 
 #[cfg(test)]

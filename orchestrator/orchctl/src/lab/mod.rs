@@ -1,0 +1,189 @@
+//! `orchctl lab`: many nodes on this one machine, each a network namespace with an agent of its own.
+//!
+//! This file reads the command line and prints. [`layout`] says where a lab keeps its things, [`fleet`] brings hosts
+//! up and down, [`net`] makes namespaces and links, [`engine`] runs the containers' engine, [`demo`] shows the
+//! example and [`bench`] measures.
+
+mod bench;
+mod demo;
+mod engine;
+mod fleet;
+mod layout;
+mod net;
+mod process;
+mod programs;
+
+use std::path::Path;
+
+use anyhow::bail;
+use ipnetwork::Ipv4Network;
+
+use crate::output;
+
+pub(crate) use fleet::daemons;
+pub(crate) use layout::{DEFAULT_DIR, Lab};
+
+#[derive(clap::Subcommand)]
+pub(crate) enum Command {
+    /// Start the lab, or what of it does not run
+    Up {
+        /// Number of nodes
+        #[arg(long, default_value_t = 3)]
+        nodes: u8,
+        /// Network that joins the nodes; two labs on one machine need different ones
+        #[arg(long, value_name = "CIDR", default_value = layout::DEFAULT_UNDERLAY)]
+        underlay: Ipv4Network,
+        /// Upstream's failure timers (a dead node is noticed after 40 s, its pods move after 5 min) instead of the
+        /// lab's short ones
+        #[arg(long)]
+        default_timings: bool,
+    },
+    /// End the lab and remove everything it made
+    Down,
+    /// What runs, where it logs and how much memory it takes
+    Status,
+    /// Crash a host: a node with all its containers, `server`, `etcd` or `engine`
+    Kill {
+        host: String,
+        /// Only the agent's process: the node's pods and packets go on
+        #[arg(long)]
+        agent_only: bool,
+    },
+    /// Start a host again (a running daemon is stopped first): a node, `server` or `engine`
+    Restart { host: String },
+    /// Cut a node (or `server`) off from the network that joins the hosts
+    Partition { host: String },
+    /// Undo `partition`
+    Heal { host: String },
+    /// Print the path of the administrator's kubeconfig
+    Kubeconfig,
+    /// Run a command in a host's network namespace: `lab exec node-1 -- ip route`; `underlay` is a host too
+    Exec {
+        host: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Deploy the example and show it answering from different nodes
+    Demo,
+    /// Measure pod start against plain Docker, and the memory of idle daemons
+    Bench {
+        /// Pods to start; the median counts
+        #[arg(long, default_value_t = 20)]
+        rounds: usize,
+    },
+}
+
+/// Runs one command; returns the exit code.
+pub(crate) async fn run(command: Command, dir: &Path) -> anyhow::Result<u8> {
+    match command {
+        Command::Up { nodes, underlay, default_timings } => {
+            need_root("makes network namespaces and starts a Docker engine")?;
+            let lab = Lab::new(dir, layout::Config { nodes, underlay, fast: !default_timings })?;
+            fleet::up(&lab).await?;
+        }
+        Command::Down => {
+            need_root("ends daemons and removes network namespaces")?;
+            fleet::down(dir).await?;
+        }
+        Command::Status => return status(&Lab::require(dir)?).await,
+        Command::Kill { host, agent_only } => {
+            let lab = open(dir, "ends daemons")?;
+            let said = if agent_only {
+                fleet::kill_agent(&lab, &host)?
+            } else {
+                fleet::kill(&lab, &host).await?
+            };
+            eprintln!("{said}");
+        }
+        Command::Restart { host } => {
+            let lab = open(dir, "starts daemons in network namespaces")?;
+            eprintln!("{}", fleet::restart(&lab, &host).await?);
+        }
+        Command::Partition { host } => {
+            net::set_partitioned(&open(dir, "changes links")?, &host, true)?;
+            eprintln!("{host} is cut off; `orchctl lab heal {host}` joins it again");
+        }
+        Command::Heal { host } => {
+            net::set_partitioned(&open(dir, "changes links")?, &host, false)?;
+            eprintln!("{host} is joined again");
+        }
+        Command::Kubeconfig => {
+            output::line(&Lab::require(dir)?.kubeconfig().display().to_string())?
+        }
+        Command::Exec { host, command } => {
+            let lab = open(dir, "enters network namespaces")?;
+            if host != net::UNDERLAY {
+                lab.address(&host)?;
+            }
+            let netns = lab.netns(&host);
+            if !cni_netlink::NetNs::is_nsfs(&netns) {
+                return Err(output::hinted(
+                    format!("`orchctl lab restart {host}` starts it"),
+                    format!("{host} is down: it has no network namespace"),
+                ));
+            }
+            let code = process::run_in(&netns, &command)?;
+            return Ok(u8::try_from(code).unwrap_or(u8::MAX));
+        }
+        Command::Demo => {
+            let lab = open(dir, "reaches the lab's Docker engine")?;
+            demo::run(&lab).await?;
+        }
+        Command::Bench { rounds } => {
+            if rounds == 0 {
+                return Err(output::usage("--rounds 0 measures nothing: name at least 1"));
+            }
+            bench::run(&open(dir, "reaches the lab's Docker engine")?, rounds).await?;
+        }
+    }
+    Ok(0)
+}
+
+fn open(dir: &Path, why: &str) -> anyhow::Result<Lab> {
+    need_root(why)?;
+    Lab::require(dir)
+}
+
+fn need_root(why: &str) -> anyhow::Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(output::hinted("run it with sudo", format!("this needs root: it {why}")))
+}
+
+/// Resident memory of a process for people.
+pub(crate) fn memory(pid: Option<i32>) -> String {
+    pid.and_then(|pid| u32::try_from(pid).ok())
+        .and_then(orch_telemetry::resident_bytes)
+        .map_or_else(String::new, |bytes| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20)))
+}
+
+/// Prints all processes; 1 as exit code when one is down.
+async fn status(lab: &Lab) -> anyhow::Result<u8> {
+    let all = daemons(lab);
+    let down: Vec<&str> =
+        all.iter().filter(|one| one.pid.is_none()).map(|one| one.name.as_str()).collect();
+    let rows = all.iter().map(|one| {
+        vec![
+            one.name.clone(),
+            lab.address(&one.name).map_or_else(|_| "-".to_owned(), |address| address.to_string()),
+            one.pid.map_or_else(|| "down".to_owned(), |pid| format!("running, PID {pid}")),
+            memory(one.pid),
+            one.log.display().to_string(),
+        ]
+    });
+    output::table(&["HOST", "ADDRESS", "STATE", "MEMORY", "LOG"], rows)?;
+    if down.is_empty() {
+        return Ok(0);
+    }
+    eprintln!("hint: {} down; `orchctl lab up` starts what does not run", down.join(", "));
+    Ok(1)
+}
+
+/// Fails with one message when the lab's engine does not answer.
+async fn engine_of(lab: &Lab) -> anyhow::Result<bollard::Docker> {
+    if engine::daemon(lab).pid().is_none() {
+        bail!("the lab's Docker engine is down; `orchctl lab restart engine` starts it");
+    }
+    crate::image::connect(&lab.engine_socket()).await
+}
