@@ -216,7 +216,10 @@ impl Runtime for DockerRuntime {
             ("event".to_owned(), ["start", "die", "destroy"].map(str::to_owned).to_vec()),
             ("label".to_owned(), vec![self.node_filter()]),
         ]);
-        let stream = docker.events(Some(EventsOptionsBuilder::default().filters(&filters).build()));
+        // The request goes out when the stream is first polled; what happens until then is wanted too.
+        let since = convert::unix_time(std::time::SystemTime::now());
+        let options = EventsOptionsBuilder::default().since(&since).filters(&filters).build();
+        let stream = docker.events(Some(options));
         Ok(stream
             .filter_map(|event| async move {
                 match event {

@@ -166,7 +166,9 @@ impl Runtime for FakeRuntime {
     async fn inspect(&self, id: &str) -> Result<Option<Container>> {
         let inner = self.inner.lock();
         inner.up()?;
-        Ok(inner.containers.get(id).map(|entry| entry.container.clone()))
+        let by_name = || inner.containers.values().find(|entry| entry.spec.name == id);
+        let found = inner.containers.get(id).or_else(by_name);
+        Ok(found.map(|entry| entry.container.clone()))
     }
 
     async fn create(&self, spec: &ContainerSpec) -> Result<String> {

@@ -33,7 +33,7 @@ pub trait Runtime: Send + Sync + 'static {
     /// The node's containers in any state that carry all the given labels.
     async fn list(&self, labels: &[(&str, &str)]) -> Result<Vec<Container>>;
 
-    /// One container; an absent one is `None`.
+    /// One container by its ID or name, whichever node it belongs to; an absent one is `None`.
     async fn inspect(&self, id: &str) -> Result<Option<Container>>;
 
     /// Creates a container without starting it and returns its ID. The node's label is added.

@@ -1,8 +1,11 @@
-//! The Docker backend against a real engine: `ORCH_TEST_ENGINE` or the machine's. Without one the test says so.
+//! The Docker backend against a real engine, which the tests start themselves ([`engine`]).
+
+mod engine;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,25 +16,14 @@ use orch_cri::{
 };
 use tokio::io::AsyncWriteExt as _;
 
-const IMAGE: &str = "orch-test/tool:cri";
+use crate::engine::Engine;
 
-fn engine() -> Option<PathBuf> {
-    let path = std::env::var_os("ORCH_TEST_ENGINE")
-        .map_or_else(|| PathBuf::from("/var/run/docker.sock"), PathBuf::from);
-    let there = path.exists();
-    if !there {
-        eprintln!(
-            "ignored: no Docker engine on {}; name one with ORCH_TEST_ENGINE",
-            path.display()
-        );
-    }
-    there.then_some(path)
-}
+const IMAGE: &str = "orch-test/tool:cri";
 
 fn tool() -> Bytes {
     let folder = tempfile::tempdir().expect("a folder");
     let program = folder.path().join("tool");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tool/main.rs");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tool/program.rs");
     let built = Command::new(std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned()))
         .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"])
         .arg(&program)
@@ -44,13 +36,14 @@ fn tool() -> Bytes {
 
 struct Bench {
     docker: DockerRuntime,
+    engine: Arc<Engine>,
 }
 
 impl Bench {
-    async fn new(socket: &Path, node: &str) -> Self {
-        let docker = DockerRuntime::new(socket, node);
+    async fn new(engine: Arc<Engine>, node: &str) -> Self {
+        let docker = DockerRuntime::new(engine.socket(), node);
         docker.import_program(IMAGE, tool()).await.expect("imported");
-        let bench = Self { docker };
+        let bench = Self { docker, engine };
         bench.clear().await;
         bench
     }
@@ -125,8 +118,8 @@ fn spec(name: &str, args: &[&str]) -> ContainerSpec {
 
 #[tokio::test]
 async fn a_container_runs_is_seen_and_goes() {
-    let Some(socket) = engine() else { return };
-    let bench = Bench::new(&socket, "test-cri-life").await;
+    let Some(engine) = Engine::get() else { return };
+    let bench = Bench::new(engine, "test-cri-life").await;
     let mut events = bench.docker.events().await.expect("events");
     let mut wanted = spec("life", &[]);
     let folder = tempfile::tempdir().expect("a folder");
@@ -146,7 +139,11 @@ async fn a_container_runs_is_seen_and_goes() {
     assert_eq!(found.len(), 1);
     assert!(found[0].is_running() && found[0].pid > 0 && found[0].created_nanos > 0);
     assert!(
-        DockerRuntime::new(&socket, "another-node").list(&[]).await.expect("a list").is_empty()
+        DockerRuntime::new(bench.engine.socket(), "another-node")
+            .list(&[])
+            .await
+            .expect("a list")
+            .is_empty()
     );
 
     assert_eq!(bench.exec(&id, &["env", "COLOUR"], None).await, (b"green\n".to_vec(), 0));
@@ -174,8 +171,8 @@ async fn a_container_runs_is_seen_and_goes() {
 
 #[tokio::test]
 async fn megabytes_go_through_a_command_both_ways() {
-    let Some(socket) = engine() else { return };
-    let bench = Bench::new(&socket, "test-cri-pipe").await;
+    let Some(engine) = Engine::get() else { return };
+    let bench = Bench::new(engine, "test-cri-pipe").await;
     let id = bench.start(&spec("pipe", &[])).await;
     let sent: Vec<u8> =
         (0..4_000_003_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
@@ -187,8 +184,8 @@ async fn megabytes_go_through_a_command_both_ways() {
 
 #[tokio::test]
 async fn a_container_is_created_before_its_sandbox_runs_and_joins_it() {
-    let Some(socket) = engine() else { return };
-    let bench = Bench::new(&socket, "test-cri-join").await;
+    let Some(engine) = Engine::get() else { return };
+    let bench = Bench::new(engine, "test-cri-join").await;
     let sandbox = bench.docker.create(&spec("sandbox", &[])).await.expect("created");
     let mut joiner = spec("joiner", &[]);
     joiner.network = NetworkMode::Container(sandbox.clone());
@@ -206,8 +203,8 @@ async fn a_container_is_created_before_its_sandbox_runs_and_joins_it() {
 
 #[tokio::test]
 async fn what_is_missing_has_a_name() {
-    let Some(socket) = engine() else { return };
-    let docker = DockerRuntime::new(&socket, "test-cri-missing");
+    let Some(engine) = Engine::get() else { return };
+    let docker = DockerRuntime::new(engine.socket(), "test-cri-missing");
     assert_eq!(docker.image("orch-test/none:1").await.expect("an answer"), None);
     let mut wanted = spec("none", &[]);
     wanted.image = "orch-test/none:1".to_owned();

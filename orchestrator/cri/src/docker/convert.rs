@@ -1,12 +1,13 @@
 //! Between the boundary's words and Docker's. Pure.
 
 use std::path::Path;
+use std::time::SystemTime;
 
 use bollard::errors::Error as DockerError;
 use bollard::models::{
     ContainerCreateBody, ContainerInspectResponse, ContainerStateStatusEnum, EventMessage,
-    HealthConfig, HostConfig, ImageInspect, ImageSummary, Mount as DockerMount, MountBindOptions,
-    MountBindOptionsPropagationEnum, MountType,
+    HealthConfig, HostConfig, HostConfigLogConfig, ImageInspect, ImageSummary,
+    Mount as DockerMount, MountBindOptions, MountBindOptionsPropagationEnum, MountType,
 };
 
 use crate::{
@@ -15,6 +16,11 @@ use crate::{
 
 /// Time over which the CPU quota counts (CFS default; Kubernetes uses it too).
 const CPU_PERIOD_MICROS: i64 = 100_000;
+/// Logs are files that can be read back, whatever the engine's own default is; they are rotated at the kubelet's
+/// defaults (containerLogMaxSize, containerLogMaxFiles).
+const LOG_DRIVER: &str = "json-file";
+const LOG_MAX_SIZE: &str = "10m";
+const LOG_MAX_FILES: &str = "5";
 
 pub(super) fn error(socket: &Path, error: DockerError) -> Error {
     match error {
@@ -77,6 +83,12 @@ pub(super) fn event(event: EventMessage) -> Option<Event> {
         kind,
         labels: actor.attributes.unwrap_or_default().into_iter().collect(),
     })
+}
+
+/// Seconds and nanoseconds, as the engine takes times in queries.
+pub(super) fn unix_time(at: SystemTime) -> String {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    format!("{}.{:09}", since.as_secs(), since.subsec_nanos())
 }
 
 pub(super) fn image(found: ImageInspect) -> Image {
@@ -165,6 +177,14 @@ fn host_config(spec: &ContainerSpec) -> HostConfig {
         // Equal to the memory limit: no swap on top.
         memory_swap: spec.memory_bytes,
         oom_score_adj: spec.oom_score_adj,
+        log_config: Some(HostConfigLogConfig {
+            typ: Some(LOG_DRIVER.to_owned()),
+            config: Some(
+                [("max-size", LOG_MAX_SIZE), ("max-file", LOG_MAX_FILES)]
+                    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                    .into(),
+            ),
+        }),
         network_mode: Some(match &spec.network {
             NetworkMode::None => "none".to_owned(),
             NetworkMode::Host => "host".to_owned(),
