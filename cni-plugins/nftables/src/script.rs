@@ -110,8 +110,11 @@ fn element_changes(
     before: &BTreeMap<&str, Option<&str>>,
     want: &BTreeMap<&str, Option<&str>>,
 ) {
-    let gone: Vec<String> =
-        before.iter().filter(|(key, value)| want.get(*key) != Some(value)).map(|(key, _)| (*key).to_owned()).collect();
+    let gone: Vec<String> = before
+        .iter()
+        .filter(|(key, value)| want.get(*key) != Some(value))
+        .map(|(key, _)| (*key).to_owned())
+        .collect();
     let new: Vec<String> = want
         .iter()
         .filter(|(key, value)| before.get(*key) != Some(value))
@@ -136,7 +139,11 @@ fn declaration(set: &Set) -> String {
         SetKind::Keys(_) => format!("{{ type {}; }}", set.key),
         SetKind::Map(value, _) => format!("{{ type {} : {value}; }}", set.key),
         SetKind::Dynamic(timeout) => {
-            format!("{{ type {}; size 65536; flags dynamic,timeout; timeout {}s; }}", set.key, timeout.as_secs().max(1))
+            format!(
+                "{{ type {}; size 65536; flags dynamic,timeout; timeout {}s; }}",
+                set.key,
+                timeout.as_secs().max(1)
+            )
         }
     }
 }
@@ -152,7 +159,9 @@ mod tests {
 
     fn table(endpoints: &[&str]) -> Table {
         let mut table = Table::new(Family::Ip, "t");
-        let vmap = endpoints.iter().map(|name| (format!("10.96.0.{}", name.len()), format!("goto {name}")));
+        let vmap = endpoints
+            .iter()
+            .map(|name| (format!("10.96.0.{}", name.len()), format!("goto {name}")));
         table.set("services", Set::map("ipv4_addr", "verdict", vmap));
         table.chain(
             "pre",
@@ -190,6 +199,8 @@ mod tests {
     fn a_changed_hook_replaces_the_table() {
         let mut moved = table(&[]);
         moved.chain("pre", Chain::base("nat", Hook::Output, -100, []));
-        assert!(moved.update_script(&table(&[])).starts_with("add table ip t\ndelete table ip t\n"));
+        assert!(
+            moved.update_script(&table(&[])).starts_with("add table ip t\ndelete table ip t\n")
+        );
     }
 }

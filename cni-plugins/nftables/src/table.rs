@@ -79,7 +79,12 @@ impl Chain {
     }
 
     /// A chain at a hook.
-    pub fn base(kind: &'static str, hook: Hook, priority: i32, rules: impl IntoIterator<Item = String>) -> Self {
+    pub fn base(
+        kind: &'static str,
+        hook: Hook,
+        priority: i32,
+        rules: impl IntoIterator<Item = String>,
+    ) -> Self {
         Self { base: Some(Base { kind, hook, priority }), rules: rules.into_iter().collect() }
     }
 }
@@ -111,8 +116,15 @@ impl Set {
     }
 
     /// A map.
-    pub fn map(key: &str, value: &str, elements: impl IntoIterator<Item = (String, String)>) -> Self {
-        Self { key: key.to_owned(), kind: SetKind::Map(value.to_owned(), elements.into_iter().collect()) }
+    pub fn map(
+        key: &str,
+        value: &str,
+        elements: impl IntoIterator<Item = (String, String)>,
+    ) -> Self {
+        Self {
+            key: key.to_owned(),
+            kind: SetKind::Map(value.to_owned(), elements.into_iter().collect()),
+        }
     }
 
     /// A set filled by rules.
@@ -124,7 +136,9 @@ impl Set {
     pub(crate) fn elements(&self) -> BTreeMap<&str, Option<&str>> {
         match &self.kind {
             SetKind::Keys(keys) => keys.iter().map(|key| (key.as_str(), None)).collect(),
-            SetKind::Map(_, pairs) => pairs.iter().map(|(key, value)| (key.as_str(), Some(value.as_str()))).collect(),
+            SetKind::Map(_, pairs) => {
+                pairs.iter().map(|(key, value)| (key.as_str(), Some(value.as_str()))).collect()
+            }
             SetKind::Dynamic(_) => BTreeMap::new(),
         }
     }

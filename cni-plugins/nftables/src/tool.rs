@@ -68,7 +68,9 @@ impl Nft {
         let family = table.family.to_string();
         match self.run(&["-s", "list", "table", &family, &table.name], "") {
             Ok(text) => Ok(Some(without_dynamic_elements(&text, table))),
-            Err(NftError::Refused { message }) if message.contains("No such file or directory") => Ok(None),
+            Err(NftError::Refused { message }) if message.contains("No such file or directory") => {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }
@@ -100,7 +102,9 @@ impl Nft {
         drop(input);
         let output = child.wait_with_output().map_err(failed)?;
         if !output.status.success() {
-            return Err(NftError::Refused { message: explain(&String::from_utf8_lossy(&output.stderr), stdin) });
+            return Err(NftError::Refused {
+                message: explain(&String::from_utf8_lossy(&output.stderr), stdin),
+            });
         }
         written.map_err(failed)?;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
@@ -110,7 +114,8 @@ impl Nft {
 /// nft names a line of its input by number only when the input is a file; with our script at hand the message
 /// can show it.
 fn explain(stderr: &str, script: &str) -> String {
-    let first = stderr.lines().find(|line| line.contains("Error")).unwrap_or("no reason given").trim();
+    let first =
+        stderr.lines().find(|line| line.contains("Error")).unwrap_or("no reason given").trim();
     let number = first.split(':').nth(1).and_then(|number| number.parse::<usize>().ok());
     match number.and_then(|number| script.lines().nth(number.checked_sub(1)?)) {
         Some(line) => format!("{first} (in `{line}`)"),

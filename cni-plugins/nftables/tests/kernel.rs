@@ -31,7 +31,10 @@ fn service(name: &str, ip: &str) -> Table {
     );
     table.chain(
         format!("svc-{name}"),
-        Chain::regular(["update @affinity { ip saddr }".to_owned(), "meta l4proto tcp dnat to 10.0.0.1:80".to_owned()]),
+        Chain::regular([
+            "update @affinity { ip saddr }".to_owned(),
+            "meta l4proto tcp dnat to 10.0.0.1:80".to_owned(),
+        ]),
     );
     table
 }
@@ -58,10 +61,15 @@ fn a_refused_transaction_changes_nothing_and_says_which_line() {
         nft.apply(&table.replace_script()).expect("write the table");
         let before = nft.listing(&table).expect("list");
         let error = nft
-            .apply("delete chain ip orch-test svc-nobody\nflush chain ip orch-test nat-prerouting\n")
+            .apply(
+                "delete chain ip orch-test svc-nobody\nflush chain ip orch-test nat-prerouting\n",
+            )
             .expect_err("there is no such chain");
         assert!(error.is_refusal());
-        assert!(error.to_string().contains("(in `delete chain ip orch-test svc-nobody`)"), "{error}");
+        assert!(
+            error.to_string().contains("(in `delete chain ip orch-test svc-nobody`)"),
+            "{error}"
+        );
         assert_eq!(nft.listing(&table).expect("list"), before);
     });
 }

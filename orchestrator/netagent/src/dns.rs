@@ -10,5 +10,5 @@
 pub mod answer;
 pub mod forward;
 pub mod server;
-//T pub(crate) mod task;
+pub(crate) mod task;
 pub mod zone;

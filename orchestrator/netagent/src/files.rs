@@ -90,7 +90,9 @@ impl SubnetEnv {
     /// Reads the file's text; `None` if something is missing or unreadable.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let get = |name: &str| text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='));
+        let get = |name: &str| {
+            text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='))
+        };
         let subnet: Ipv4Network = get("FLANNEL_SUBNET")?.parse().ok()?;
         Some(Self {
             network: get("FLANNEL_NETWORK")?.parse().ok()?,
@@ -154,6 +156,10 @@ mod tests {
         assert!(ensure_content(&file, b"x").expect("written"));
         assert!(!ensure_content(&file, b"x").expect("left alone"));
         assert!(ensure_content(&file, b"y").expect("written"));
-        assert_eq!(fs::read_dir(folder.path().join("a")).expect("listed").count(), 1, "no temporary file is left");
+        assert_eq!(
+            fs::read_dir(folder.path().join("a")).expect("listed").count(),
+            1,
+            "no temporary file is left"
+        );
     }
 }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use choose::{Choice, Identity, choose};
 pub use keep::{EtcdHealth, Keeper, Network};
-pub use registry::{EtcdOptions, Registry, RegistryError};
+pub use registry::{EtcdConfig, Registry, RegistryError};
 
 use crate::mac::Mac;
 
@@ -30,7 +30,7 @@ use crate::mac::Mac;
 ///
 /// # Errors
 /// If etcd is away.
-pub async fn list(etcd: &EtcdOptions, prefix: &str) -> Result<Leases, RegistryError> {
+pub async fn list(etcd: &EtcdConfig, prefix: &str) -> Result<Leases, RegistryError> {
     Ok(Registry::connect(etcd, prefix).await?.list().await?.0)
 }
 
@@ -70,7 +70,9 @@ impl FromStr for SubnetKey {
             Some((v4, v6)) => (v4, Some(v6)),
             None => (text, None),
         };
-        let part = |part: &str| part.rsplit_once('-').map(|(ip, len)| format!("{ip}/{len}")).ok_or_else(bad);
+        let part = |part: &str| {
+            part.rsplit_once('-').map(|(ip, len)| format!("{ip}/{len}")).ok_or_else(bad)
+        };
         Ok(Self {
             v4: part(v4)?.parse().map_err(|_| bad())?,
             v6: v6.map(|v6| part(v6)?.parse().map_err(|_| bad())).transpose()?,
@@ -165,7 +167,8 @@ mod tests {
     #[test]
     fn values_are_flannels_to_the_byte() {
         let mac: Mac = "aa:bb:cc:00:11:22".parse().expect("MAC");
-        let value = LeaseValue::vxlan(Ipv4Addr::new(192, 0, 2, 1), VxlanData { vni: 1, vtep_mac: mac });
+        let value =
+            LeaseValue::vxlan(Ipv4Addr::new(192, 0, 2, 1), VxlanData { vni: 1, vtep_mac: mac });
         let json = serde_json::to_string(&value).expect("JSON");
         assert_eq!(
             json,
@@ -179,6 +182,9 @@ mod tests {
         let json = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"host-gw"}"#;
         assert_eq!(serde_json::from_str::<LeaseValue>(json).expect("readable").vxlan_data(), None);
         let reservation = r#"{"PublicIP":"192.0.2.1"}"#;
-        assert_eq!(serde_json::from_str::<LeaseValue>(reservation).expect("readable").vxlan_data(), None);
+        assert_eq!(
+            serde_json::from_str::<LeaseValue>(reservation).expect("readable").vxlan_data(),
+            None
+        );
     }
 }

@@ -44,7 +44,10 @@ impl FromStr for Mac {
             .split(':')
             .map(|part| (part.len() == 2).then(|| u8::from_str_radix(part, 16).ok()).flatten())
             .collect();
-        bytes.and_then(|bytes| bytes.try_into().ok()).map(Self).ok_or_else(|| BadMac(text.to_owned()))
+        bytes
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(Self)
+            .ok_or_else(|| BadMac(text.to_owned()))
     }
 }
 

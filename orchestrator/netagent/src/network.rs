@@ -88,7 +88,12 @@ impl NetworkConfig {
     ///
     /// # Errors
     /// If the lengths do not fit.
-    pub fn new(network: Ipv4Network, subnet_len: u8, vni: u32, port: u16) -> Result<Self, ConfigError> {
+    pub fn new(
+        network: Ipv4Network,
+        subnet_len: u8,
+        vni: u32,
+        port: u16,
+    ) -> Result<Self, ConfigError> {
         Self::checked(network, Some(subnet_len), None, None, vni, port)
     }
 
@@ -97,21 +102,30 @@ impl NetworkConfig {
     /// # Errors
     /// Names the key and what would be right.
     pub fn parse(json: &[u8]) -> Result<Self, ConfigError> {
-        let wire: Wire = serde_json::from_slice(json).map_err(|error| ConfigError::Decode(error.to_string()))?;
+        let wire: Wire =
+            serde_json::from_slice(json).map_err(|error| ConfigError::Decode(error.to_string()))?;
         if wire.enable_ipv4 == Some(false) {
-            return Err(field("EnableIPv4", "must be true: this agent has no IPv6-only network yet"));
+            return Err(field(
+                "EnableIPv4",
+                "must be true: this agent has no IPv6-only network yet",
+            ));
         }
-        let text = wire.network.ok_or_else(|| field("Network", "is missing, e.g. \"10.244.0.0/16\""))?;
-        let network: Ipv4Network = text.parse().map_err(|_| field("Network", format!("{text:?} is no IPv4 CIDR")))?;
+        let text =
+            wire.network.ok_or_else(|| field("Network", "is missing, e.g. \"10.244.0.0/16\""))?;
+        let network: Ipv4Network =
+            text.parse().map_err(|_| field("Network", format!("{text:?} is no IPv4 CIDR")))?;
         let kind = wire.backend.as_ref().and_then(|backend| backend.kind.as_deref());
         let kind = kind.unwrap_or(FLANNEL_DEFAULT_BACKEND);
         if kind != VXLAN {
             return Err(field(
                 "Backend.Type",
-                format!("{kind:?} is not supported: set {{\"Type\":\"vxlan\"}} (an absent backend means udp)"),
+                format!(
+                    "{kind:?} is not supported: set {{\"Type\":\"vxlan\"}} (an absent backend means udp)"
+                ),
             ));
         }
-        let vni = wire.backend.as_ref().and_then(|backend| backend.vni).unwrap_or(orch_config::VXLAN_VNI);
+        let vni =
+            wire.backend.as_ref().and_then(|backend| backend.vni).unwrap_or(orch_config::VXLAN_VNI);
         let port = wire.backend.as_ref().and_then(|backend| backend.port).filter(|port| *port != 0);
         Self::checked(
             network,
@@ -131,16 +145,24 @@ impl NetworkConfig {
         vni: u32,
         port: u16,
     ) -> Result<Self, ConfigError> {
-        let network = Ipv4Network::new(network.network(), network.prefix()).expect("a network's own prefix is valid");
+        let network = Ipv4Network::new(network.network(), network.prefix())
+            .expect("a network's own prefix is valid");
         if network.prefix() > MAX_NETWORK_LEN {
-            return Err(field("Network", format!("{network} is too small: /{MAX_NETWORK_LEN} or wider")));
+            return Err(field(
+                "Network",
+                format!("{network} is too small: /{MAX_NETWORK_LEN} or wider"),
+            ));
         }
-        let default = if network.prefix() <= 22 { DEFAULT_SUBNET_LEN } else { network.prefix() + 2 };
+        let default =
+            if network.prefix() <= 22 { DEFAULT_SUBNET_LEN } else { network.prefix() + 2 };
         let subnet_len = len.unwrap_or(default);
         if subnet_len > MAX_SUBNET_LEN || subnet_len < network.prefix() + 2 {
             return Err(field(
                 "SubnetLen",
-                format!("{subnet_len} must be between {} and {MAX_SUBNET_LEN}", network.prefix() + 2),
+                format!(
+                    "{subnet_len} must be between {} and {MAX_SUBNET_LEN}",
+                    network.prefix() + 2
+                ),
             ));
         }
         if vni == 0 || vni >= 1 << 24 {
@@ -150,7 +172,10 @@ impl NetworkConfig {
         let first = network.network().to_bits();
         let check = |name: &'static str, address: Ipv4Addr| {
             if !network.contains(address) || address.to_bits() % size != 0 {
-                return Err(field(name, format!("{address} must be the base of a /{subnet_len} inside {network}")));
+                return Err(field(
+                    name,
+                    format!("{address} must be the base of a /{subnet_len} inside {network}"),
+                ));
             }
             Ok(address)
         };
@@ -159,7 +184,10 @@ impl NetworkConfig {
         let last = network.broadcast().to_bits() - (size - 1);
         let subnet_max = check("SubnetMax", max.unwrap_or(Ipv4Addr::from_bits(last)))?;
         if subnet_min > subnet_max {
-            return Err(field("SubnetMin", format!("{subnet_min} is above SubnetMax {subnet_max}")));
+            return Err(field(
+                "SubnetMin",
+                format!("{subnet_min} is above SubnetMax {subnet_max}"),
+            ));
         }
         Ok(Self { network, subnet_len, subnet_min, subnet_max, vni, port })
     }
@@ -167,7 +195,8 @@ impl NetworkConfig {
     /// The JSON to put into etcd.
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
-        let backend = Backend { kind: Some(VXLAN.to_owned()), vni: Some(self.vni), port: Some(self.port) };
+        let backend =
+            Backend { kind: Some(VXLAN.to_owned()), vni: Some(self.vni), port: Some(self.port) };
         let wire = Wire {
             enable_ipv4: None,
             enable_ipv6: None,
@@ -184,9 +213,9 @@ impl NetworkConfig {
     pub fn subnets(&self) -> impl Iterator<Item = Ipv4Network> + use<> {
         let len = self.subnet_len;
         let (first, last) = (self.subnet_min.to_bits(), self.subnet_max.to_bits());
-        (first..=last)
-            .step_by(1 << (32 - len))
-            .map(move |base| Ipv4Network::new(Ipv4Addr::from_bits(base), len).expect("the length was checked"))
+        (first..=last).step_by(1 << (32 - len)).map(move |base| {
+            Ipv4Network::new(Ipv4Addr::from_bits(base), len).expect("the length was checked")
+        })
     }
 
     /// Whether `subnet` is one of [`NetworkConfig::subnets`].
@@ -208,12 +237,15 @@ mod tests {
 
     #[test]
     fn flannels_defaults_fill_what_is_not_said() {
-        let config = parse(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("valid");
+        let config =
+            parse(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("valid");
         assert_eq!(config.subnet_len, 24);
         assert_eq!(config.subnet_min, Ipv4Addr::new(10, 5, 1, 0));
         assert_eq!(config.subnet_max, Ipv4Addr::new(10, 5, 255, 0));
         assert_eq!((config.vni, config.port), (1, 8472));
-        let small = parse(r#"{"Network":"10.5.0.0/24","Backend":{"Type":"vxlan","VNI":7,"Port":0}}"#).expect("valid");
+        let small =
+            parse(r#"{"Network":"10.5.0.0/24","Backend":{"Type":"vxlan","VNI":7,"Port":0}}"#)
+                .expect("valid");
         assert_eq!((small.subnet_len, small.vni, small.port), (26, 7, 8472));
         assert_eq!(small.subnets().count(), 3, "the first of the four is skipped");
     }
@@ -239,7 +271,8 @@ mod tests {
 
     #[test]
     fn what_we_write_reads_back_equal() {
-        let config = NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472).expect("valid");
+        let config =
+            NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472).expect("valid");
         assert_eq!(NetworkConfig::parse(&config.to_json()), Ok(config));
     }
 }

@@ -28,7 +28,12 @@ enum Step {
 
 fn plan(node: Option<&Node>, own: Ipv4Network) -> Step {
     let Some(node) = node else { return Step::Nothing };
-    match node.spec.as_ref().and_then(|spec| spec.pod_cidr.as_deref()).filter(|cidr| !cidr.is_empty()) {
+    match node
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.pod_cidr.as_deref())
+        .filter(|cidr| !cidr.is_empty())
+    {
         None => Step::Set,
         Some(cidr) if cidr.parse() == Ok(own) => Step::Nothing,
         Some(cidr) => Step::Differs(cidr.to_owned()),
@@ -96,7 +101,8 @@ mod tests {
     fn only_an_empty_field_is_written() {
         let own: Ipv4Network = "10.244.1.0/24".parse().expect("CIDR");
         let node = |spec: serde_json::Value| -> Node {
-            serde_json::from_value(json!({"metadata": {"name": "n"}, "spec": spec})).expect("a Node")
+            serde_json::from_value(json!({"metadata": {"name": "n"}, "spec": spec}))
+                .expect("a Node")
         };
         assert_eq!(plan(None, own), Step::Nothing);
         assert_eq!(plan(Some(&node(json!({}))), own), Step::Set);

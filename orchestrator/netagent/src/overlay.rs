@@ -75,7 +75,9 @@ pub fn desired_peers(network: &Network, me: &Identity) -> Peers {
     let peers = network.leases.values().filter_map(|lease| {
         let value = lease.value.as_ref()?;
         let data = value.vxlan_data().filter(|data| data.vni == network.config.vni)?;
-        let own = lease.key.v4 == network.own || data.vtep_mac == me.vtep_mac || value.public_ip == me.public_ip;
+        let own = lease.key.v4 == network.own
+            || data.vtep_mac == me.vtep_mac
+            || value.public_ip == me.public_ip;
         (!own).then_some((
             lease.key.v4,
             Peer { subnet: lease.key.v4, vtep_mac: data.vtep_mac, public_ip: value.public_ip },
@@ -92,16 +94,26 @@ mod tests {
 
     #[test]
     fn own_leases_and_those_of_other_backends_and_networks_are_no_peers() {
-        let me = Identity { public_ip: Ipv4Addr::new(192, 0, 2, 1), vtep_mac: Mac([2, 0, 0, 0, 0, 1]) };
+        let me =
+            Identity { public_ip: Ipv4Addr::new(192, 0, 2, 1), vtep_mac: Mac([2, 0, 0, 0, 0, 1]) };
         let lease = |third: u8, host: u8, vni: u32, backend: &str| {
             let v4 = Ipv4Network::new(Ipv4Addr::new(10, 244, third, 0), 24).expect("CIDR");
             let data = VxlanData { vni, vtep_mac: Mac([2, 0, 0, 0, 0, host]) };
             let mut value = LeaseValue::vxlan(Ipv4Addr::new(192, 0, 2, host), data);
             value.backend_type = Some(backend.to_owned());
-            (v4, Lease { key: SubnetKey { v4, v6: None }, value: Some(value), mod_revision: 1, etcd_lease: 1 })
+            (
+                v4,
+                Lease {
+                    key: SubnetKey { v4, v6: None },
+                    value: Some(value),
+                    mod_revision: 1,
+                    etcd_lease: 1,
+                },
+            )
         };
         let network = Network {
-            config: NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472).expect("valid"),
+            config: NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472)
+                .expect("valid"),
             own: "10.244.1.0/24".parse().expect("CIDR"),
             leases: [
                 lease(1, 1, 1, "vxlan"),

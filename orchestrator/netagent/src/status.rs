@@ -105,7 +105,8 @@ pub(crate) async fn write_changes(
         let mut now = status.borrow_and_update().clone();
         now.changed_at = last.changed_at;
         if now != last {
-            now.changed_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+            now.changed_at =
+                SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
             let text = serde_json::to_vec_pretty(&now).expect("plain data has a JSON form");
             if let Err(error) = write_atomic(&path, &text) {
                 warn!(error = %crate::chain(&error), "the network status is not written");

@@ -56,9 +56,16 @@ pub fn plan(seen: &BTreeMap<String, String>, links: &[&str]) -> Vec<Setting> {
         need("ipv4/ip_forward", "1", "nodes forward between pods and other nodes");
     }
     // The kernel takes the larger of `all` and the link's own value, so loose in `all` makes every link loose.
-    let strict = |link: &str| seen.get(&rp_filter(link)).is_some_and(|value| value == RP_FILTER_STRICT);
-    if strict("all") || (links.iter().any(|link| strict(link)) && differs(&rp_filter("all"), RP_FILTER_LOOSE)) {
-        need(&rp_filter("all"), RP_FILTER_LOOSE, "answers may come over another link than the way there");
+    let strict =
+        |link: &str| seen.get(&rp_filter(link)).is_some_and(|value| value == RP_FILTER_STRICT);
+    if strict("all")
+        || (links.iter().any(|link| strict(link)) && differs(&rp_filter("all"), RP_FILTER_LOOSE))
+    {
+        need(
+            &rp_filter("all"),
+            RP_FILTER_LOOSE,
+            "answers may come over another link than the way there",
+        );
     }
     if differs("ipv4/conf/all/route_localnet", "1") {
         need("ipv4/conf/all/route_localnet", "1", "NodePorts answer at 127.0.0.1");
@@ -86,13 +93,19 @@ pub fn ensure(links: &[&str]) -> Report {
             Some((key, value.trim().to_owned()))
         })
         .collect();
-    let mut report = Report { bridge_netfilter_missing: !seen.contains_key(BRIDGE_NF), ..Report::default() };
+    let mut report =
+        Report { bridge_netfilter_missing: !seen.contains_key(BRIDGE_NF), ..Report::default() };
     for setting in plan(&seen, links) {
         let path = Path::new(ROOT).join(&setting.key);
         match fs::write(&path, setting.value) {
             Ok(()) => report.changed.push(setting),
             Err(source) => {
-                report.errors.push(SysctlError { path, value: setting.value, why: setting.why, source });
+                report.errors.push(SysctlError {
+                    path,
+                    value: setting.value,
+                    why: setting.why,
+                    source,
+                });
             }
         }
     }
@@ -126,7 +139,10 @@ mod tests {
         };
         let strict_link = [("ipv4/conf/all/rp_filter", "0"), ("ipv4/conf/eth0/rp_filter", "1")];
         assert_eq!(keys(&strict_link), ["ipv4/conf/all/rp_filter"]);
-        assert_eq!(keys(&[("ipv4/conf/all/rp_filter", "2"), ("ipv4/conf/eth0/rp_filter", "1")]), [""; 0]);
+        assert_eq!(
+            keys(&[("ipv4/conf/all/rp_filter", "2"), ("ipv4/conf/eth0/rp_filter", "1")]),
+            [""; 0]
+        );
         assert_eq!(keys(&[("ipv4/ip_forward", "0")]), ["ipv4/ip_forward"]);
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ipnetwork::Ipv4Network;
 use orch_netagent::files::{SubnetEnv, write_atomic};
-use orch_netagent::lease::{EtcdHealth, EtcdOptions, Identity, Keeper, Network, Registry};
+use orch_netagent::lease::{EtcdConfig, EtcdHealth, Identity, Keeper, Network, Registry, list};
 use orch_netagent::mac::derived;
 use orch_netagent::network::NetworkConfig;
 use support::{Etcd, eventually};
@@ -30,13 +30,19 @@ struct Node {
 impl Node {
     /// A lease keeper; `folder` is the node's disk.
     fn start(number: u8, url: &str, network: &str, folder: &TempDir) -> Self {
+        let etcd = EtcdConfig { endpoints: vec![url.to_owned()], ..EtcdConfig::default() };
+        Self::start_with(number, etcd, network, folder)
+    }
+
+    fn start_with(number: u8, etcd: EtcdConfig, network: &str, folder: &TempDir) -> Self {
         let (network_sender, network_receiver) = watch::channel(None);
         let (health_sender, health) = watch::channel(EtcdHealth::Unknown);
         let network: Ipv4Network = network.parse().expect("CIDR");
         let keeper = Keeper {
-            etcd: EtcdOptions { endpoints: vec![url.to_owned()], ..EtcdOptions::default() },
+            etcd,
             prefix: PREFIX.to_owned(),
-            default_config: NetworkConfig::new(network, 24.max(network.prefix() + 2), 1, 8472).expect("valid"),
+            default_config: NetworkConfig::new(network, 24.max(network.prefix() + 2), 1, 8472)
+                .expect("valid"),
             identity: Identity {
                 public_ip: Ipv4Addr::new(192, 0, 2, number),
                 vtep_mac: derived(&format!("node-{number}")),
@@ -52,7 +58,9 @@ impl Node {
 
     async fn subnet(&self) -> Ipv4Network {
         let mut network = self.network.clone();
-        let known = tokio::time::timeout(LIMIT, network.wait_for(Option::is_some)).await.expect("a subnet in time");
+        let known = tokio::time::timeout(LIMIT, network.wait_for(Option::is_some))
+            .await
+            .expect("a subnet in time");
         known.expect("the keeper runs").as_ref().expect("known").own
     }
 
@@ -101,7 +109,7 @@ async fn a_restart_gets_the_same_subnet_on_the_same_etcd_lease() {
     let folder = tempfile::tempdir().expect("temporary folder");
     let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
     let subnet = node.subnet().await;
-    let options = EtcdOptions { endpoints: vec![etcd.url.clone()], ..EtcdOptions::default() };
+    let options = EtcdConfig { endpoints: vec![etcd.url.clone()], ..EtcdConfig::default() };
     let registry = Registry::connect(&options, PREFIX).await.expect("connect");
     let (before, _) = registry.list().await.expect("list");
     node.stop().await;
@@ -119,7 +127,8 @@ async fn the_former_subnet_is_taken_again_after_the_lease_was_lost() {
     let etcd = Etcd::start();
     let folder = tempfile::tempdir().expect("temporary folder");
     let former: Ipv4Network = "10.244.77.0/24".parse().expect("CIDR");
-    let env = SubnetEnv { network: "10.244.0.0/16".parse().expect("CIDR"), subnet: former, mtu: 1450 };
+    let env =
+        SubnetEnv { network: "10.244.0.0/16".parse().expect("CIDR"), subnet: former, mtu: 1450 };
     write_atomic(&folder.path().join("subnet.env"), env.render().as_bytes()).expect("written");
     let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
     assert_eq!(node.subnet().await, former);
@@ -150,9 +159,18 @@ async fn a_subnet_that_somebody_else_took_is_given_up_and_its_file_with_it() {
     let key = format!("{PREFIX}/subnets/{}-24", subnet.ip());
     etcd.client().await.put(key, value, None).await.expect("put");
     let mut network = node.network.clone();
-    let moved = network.wait_for(|network| network.as_ref().is_some_and(|network| network.own != subnet));
-    let other = tokio::time::timeout(LIMIT, moved).await.expect("in time").expect("the keeper runs").clone();
-    assert_eq!(other.expect("known").leases[&subnet].value.as_ref().expect("readable").public_ip.octets()[3], 99);
+    let moved =
+        network.wait_for(|network| network.as_ref().is_some_and(|network| network.own != subnet));
+    let other = tokio::time::timeout(LIMIT, moved)
+        .await
+        .expect("in time")
+        .expect("the keeper runs")
+        .clone();
+    assert_eq!(
+        other.expect("known").leases[&subnet].value.as_ref().expect("readable").public_ip.octets()
+            [3],
+        99
+    );
     assert!(!file.exists(), "no pod may get an address of the lost subnet");
     node.stop().await;
 }
@@ -202,6 +220,55 @@ async fn an_outage_changes_nothing_and_a_compaction_under_the_watch_loses_nothin
 }
 
 #[tokio::test]
+async fn a_node_that_starts_before_etcd_waits_and_says_so() {
+    let mut etcd = Etcd::start();
+    etcd.stop();
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
+    let mut health = node.health.clone();
+    let away = health.wait_for(|health| matches!(health, EtcdHealth::Away(_)));
+    let told = tokio::time::timeout(LIMIT, away)
+        .await
+        .expect("it says so")
+        .expect("the keeper runs")
+        .clone();
+    let EtcdHealth::Away(why) = told else { unreachable!("waited for") };
+    assert_eq!(
+        why.replace(&etcd.url, "URL"),
+        "read the network configuration: etcd at URL: tcp connect error: Connection refused (os error 111)"
+    );
+    etcd.resume();
+    node.subnet().await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn etcd_over_tls_takes_the_agents_certificate_and_no_other() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let addresses = [Ipv4Addr::LOCALHOST.into()];
+    let pki = orch_pki::ClusterPki::ensure(folder.path(), &addresses, &[]).expect("certificates");
+    let etcd = Etcd::start_tls(folder.path());
+    let agent =
+        pki.agent_credentials("node-1", &addresses, "https://127.0.0.1:6443").expect("credentials");
+    let mut config = EtcdConfig {
+        endpoints: vec![etcd.url.clone()],
+        ca_pem: Some(agent.etcd_ca.clone()),
+        cert_pem: Some(agent.etcd_certificate.clone()),
+        key_pem: Some(agent.etcd_key.clone()),
+    };
+    let node = Node::start_with(1, config.clone(), "10.244.0.0/16", &folder);
+    let subnet = node.subnet().await;
+    assert!(list(&config, PREFIX).await.expect("list").contains_key(&subnet));
+    node.stop().await;
+
+    // A certificate of the API's authority opens nothing here.
+    config.cert_pem = Some(agent.serving_certificate);
+    config.key_pem = Some(agent.serving_key);
+    list(&config, PREFIX).await.expect_err("refused");
+    assert!(!format!("{config:?}").contains("PRIVATE"), "a key is never printed");
+}
+
+#[tokio::test]
 async fn the_last_free_subnet_goes_to_one_of_two_nodes() {
     let etcd = Etcd::start();
     // A /26 of /28s has four, and the first is skipped.
@@ -211,8 +278,10 @@ async fn the_last_free_subnet_goes_to_one_of_two_nodes() {
         .map(|(number, folder)| Node::start(number, &etcd.url, "10.244.0.0/26", folder))
         .collect();
     eventually("three have one", LIMIT, || async {
-        let holding: Vec<Ipv4Network> =
-            nodes.iter().filter_map(|node| node.network.borrow().as_ref().map(|network| network.own)).collect();
+        let holding: Vec<Ipv4Network> = nodes
+            .iter()
+            .filter_map(|node| node.network.borrow().as_ref().map(|network| network.own))
+            .collect();
         let distinct: BTreeSet<_> = holding.iter().collect();
         assert_eq!(distinct.len(), holding.len(), "one subnet twice: {holding:?}");
         (holding.len() == 3).then_some(())

@@ -63,7 +63,7 @@ impl World {
                 service: "10.96.0.0/12".parse().expect("CIDR"),
                 dns_ip: Ipv4Addr::new(10, 96, 0, 10),
             };
-            let changed = proxy.apply(&ports, &networks, Ipv4Addr::new(192, 0, 2, 1)).expect("nft");
+            let changed = proxy.apply(&ports, &networks).expect("nft");
             (proxy, changed)
         });
         self.proxy = Some(proxy);
@@ -106,7 +106,9 @@ fn web(protocol: Protocol, endpoints: &[(u8, bool)]) -> Port {
 
 /// Who answered, over many connections.
 fn answers(from: &Netns, address: &str) -> BTreeSet<String> {
-    (0..24).map(|_| from.ask(address).unwrap_or_else(|error| panic!("{address}: {error}"))).collect()
+    (0..24)
+        .map(|_| from.ask(address).unwrap_or_else(|error| panic!("{address}: {error}")))
+        .collect()
 }
 
 fn set(texts: &[&str]) -> BTreeSet<String> {
@@ -144,7 +146,11 @@ fn external_traffic_policy_local_keeps_the_client_and_stays_on_the_node() {
     port.external_local = true;
     world.apply(&[port]);
     assert_eq!(answers(&world.client, NODE_PORT), set(&["pod2 192.0.2.9"]));
-    assert_eq!(answers(&world.pods[1], NODE_PORT).len(), 2, "inside the cluster the policy does not apply");
+    assert_eq!(
+        answers(&world.pods[1], NODE_PORT).len(),
+        2,
+        "inside the cluster the policy does not apply"
+    );
 }
 
 #[test]
@@ -160,7 +166,44 @@ fn without_endpoints_a_connection_is_refused_at_once() {
         let error = from.ask(address).expect_err(address);
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{address}");
     }
-    assert_eq!(world.node.ask_udp(CLUSTER_IP).expect_err("UDP").kind(), ErrorKind::ConnectionRefused);
+    // The sender itself is told by EPERM, or by the ICMP message that came back before it asked.
+    let error = world.node.ask_udp(CLUSTER_IP).expect_err("UDP").kind();
+    assert!(matches!(error, ErrorKind::PermissionDenied | ErrorKind::ConnectionRefused), "{error}");
+    let error = world.pods[0].ask_udp(CLUSTER_IP).expect_err("UDP").kind();
+    assert_eq!(error, ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn a_busy_udp_flow_moves_when_its_endpoint_goes() {
+    let mut world = World::new();
+    world.apply(&[web(Protocol::Udp, &[(2, true)])]);
+    let (send, receive) = std::sync::mpsc::channel::<()>();
+    let (answer, answered) = std::sync::mpsc::channel();
+    // One socket for all: the flow in conntrack stays the same.
+    let client = world.client.spawn(move || {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("bind");
+        socket.set_read_timeout(Some(Duration::from_secs(2))).expect("timeout");
+        socket.connect(NODE_PORT).expect("connect");
+        while receive.recv().is_ok() {
+            let mut buffer = [0; 64];
+            let length = socket.send(b"?").and_then(|_| socket.recv(&mut buffer));
+            let text = length.map(|length| String::from_utf8_lossy(&buffer[..length]).into_owned());
+            answer.send(text).expect("the test waits");
+        }
+    });
+    let ask = || {
+        send.send(()).expect("the client runs");
+        answered.recv().expect("an outcome")
+    };
+    assert_eq!(ask().expect("answer"), "pod2 10.244.1.1");
+    world.apply(&[web(Protocol::Udp, &[(3, true)])]);
+    assert_eq!(ask().expect("answer"), "pod3 10.244.1.1");
+    // The change happens while no agent runs; the next one finds the flow.
+    world.proxy = Some(Proxy::default());
+    world.apply(&[web(Protocol::Udp, &[(2, true)])]);
+    assert_eq!(ask().expect("answer"), "pod2 10.244.1.1");
+    drop(send);
+    client.join().expect("the client ends");
 }
 
 #[test]

@@ -73,7 +73,11 @@ pub fn answer(query: &Message, domain: &Domain, zone: Option<&Zone>) -> Outcome 
                 return done(response, ResponseCode::NoError);
             }
             Found::Alias(target) => {
-                response.add_answer(Record::from_rdata(name.clone(), TTL, RData::CNAME(CNAME(target.clone()))));
+                response.add_answer(Record::from_rdata(
+                    name.clone(),
+                    TTL,
+                    RData::CNAME(CNAME(target.clone())),
+                ));
                 if question.query_type() == RecordType::CNAME {
                     return done(response, ResponseCode::NoError);
                 }
@@ -90,7 +94,8 @@ pub fn answer(query: &Message, domain: &Domain, zone: Option<&Zone>) -> Outcome 
 /// An empty answer that belongs to `query`.
 #[must_use]
 pub fn response_to(query: &Message) -> Message {
-    let mut response = Message::new(query.metadata.id, MessageType::Response, query.metadata.op_code);
+    let mut response =
+        Message::new(query.metadata.id, MessageType::Response, query.metadata.op_code);
     response.metadata = Metadata::response_from_request(&query.metadata);
     response.metadata.recursion_available = true;
     response.add_queries(query.queries.iter().cloned());
@@ -135,7 +140,9 @@ fn records(answers: Vec<Record>) -> Found {
 fn lookup(name: &Name, kind: RecordType, domain: &Domain, zone: &Zone, apex: &Name) -> Found {
     let lower = name.to_lowercase();
     let below = usize::from(name.num_labels() - apex.num_labels());
-    let Ok(labels) = lower.iter().take(below).map(std::str::from_utf8).collect::<Result<Vec<&str>, _>>() else {
+    let Ok(labels) =
+        lower.iter().take(below).map(std::str::from_utf8).collect::<Result<Vec<&str>, _>>()
+    else {
         return Found::Nothing;
     };
     let wants = |one: RecordType| kind == one || kind == RecordType::ANY;
@@ -151,11 +158,16 @@ fn lookup(name: &Name, kind: RecordType, domain: &Domain, zone: &Zone, apex: &Na
                 answers.push(soa(apex));
             }
             if wants(RecordType::NS) {
-                answers.extend(name_server(apex).map(|server| Record::from_rdata(name.clone(), TTL, RData::NS(NS(server)))));
+                answers
+                    .extend(name_server(apex).map(|server| {
+                        Record::from_rdata(name.clone(), TTL, RData::NS(NS(server)))
+                    }));
             }
             records(answers)
         }
-        ["dns-version"] => one(RecordType::TXT, RData::TXT(TXT::new(vec![SPECIFICATION.to_owned()]))),
+        ["dns-version"] => {
+            one(RecordType::TXT, RData::TXT(TXT::new(vec![SPECIFICATION.to_owned()])))
+        }
         ["ns", "dns"] => one(RecordType::A, RData::A(A(domain.dns_ip))),
         ["svc" | "pod" | "dns"] => records(Vec::new()),
         [namespace, "svc" | "pod"] => existing(zone.namespaces.contains(*namespace)),
@@ -165,7 +177,13 @@ fn lookup(name: &Name, kind: RecordType, domain: &Domain, zone: &Zone, apex: &Na
         },
         [rest @ .., service, namespace, "svc"] => {
             match zone.services.get(&((*namespace).to_owned(), (*service).to_owned())) {
-                Some(found) => in_service(name, rest, found, &wants, &name.trim_to(usize::from(apex.num_labels()) + 3)),
+                Some(found) => in_service(
+                    name,
+                    rest,
+                    found,
+                    &wants,
+                    &name.trim_to(usize::from(apex.num_labels()) + 3),
+                ),
                 None => Found::Nothing,
             }
         }
@@ -186,28 +204,36 @@ fn in_service(
         records(if wants(RecordType::A) { ips.map(address).collect() } else { Vec::new() })
     };
     match (labels, found) {
-        ([], Records::External(target)) => match Name::from_str(&format!("{}.", target.trim_end_matches('.'))) {
-            Ok(target) => Found::Alias(target),
-            Err(_) => records(Vec::new()),
-        },
+        ([], Records::External(target)) => {
+            match Name::from_str(&format!("{}.", target.trim_end_matches('.'))) {
+                Ok(target) => Found::Alias(target),
+                Err(_) => records(Vec::new()),
+            }
+        }
         (_, Records::External(_)) => Found::Nothing,
         ([], Records::Cluster(ips, _)) => a_records(&mut ips.iter().copied()),
         // Specification 2.4.1: no ready endpoint, no name.
         ([], Records::Headless(backends)) if backends.is_empty() => Found::Nothing,
-        ([], Records::Headless(backends)) => a_records(&mut backends.iter().map(|backend| backend.ip)),
+        ([], Records::Headless(backends)) => {
+            a_records(&mut backends.iter().map(|backend| backend.ip))
+        }
         ([protocol], _) if protocol.starts_with('_') => {
             let any = all_ports(found).any(|(port, _)| format!("_{}", port.protocol) == *protocol);
             if any { records(Vec::new()) } else { Found::Nothing }
         }
         ([hostname], Records::Headless(backends)) => {
-            let mut ips = backends.iter().filter(|backend| backend.hostname == *hostname).map(|backend| backend.ip);
+            let mut ips = backends
+                .iter()
+                .filter(|backend| backend.hostname == *hostname)
+                .map(|backend| backend.ip);
             let found: Vec<Ipv4Addr> = ips.by_ref().collect();
             if found.is_empty() { Found::Nothing } else { a_records(&mut found.into_iter()) }
         }
         ([port_name, protocol], _) => {
             let matching: Vec<_> = all_ports(found)
                 .filter(|(port, _)| {
-                    format!("_{}", port.name) == *port_name && format!("_{}", port.protocol) == *protocol
+                    format!("_{}", port.name) == *port_name
+                        && format!("_{}", port.protocol) == *protocol
                 })
                 .collect();
             if matching.is_empty() {
@@ -227,14 +253,21 @@ fn all_ports(found: &Records) -> Box<dyn Iterator<Item = (&PortRecord, Option<&B
     match found {
         Records::Cluster(_, ports) => Box::new(ports.iter().map(|port| (port, None))),
         Records::Headless(backends) => Box::new(
-            backends.iter().flat_map(|backend| backend.ports.iter().map(move |port| (port, Some(backend)))),
+            backends
+                .iter()
+                .flat_map(|backend| backend.ports.iter().map(move |port| (port, Some(backend)))),
         ),
         Records::External(_) => Box::new(std::iter::empty()),
     }
 }
 
 /// SRV records with the addresses of their targets.
-fn services(name: &Name, matching: &[(&PortRecord, Option<&Backend>)], found: &Records, base: &Name) -> Found {
+fn services(
+    name: &Name,
+    matching: &[(&PortRecord, Option<&Backend>)],
+    found: &Records,
+    base: &Name,
+) -> Found {
     let mut answers = Vec::new();
     let mut additionals = Vec::new();
     for (port, backend) in matching {
@@ -246,9 +279,15 @@ fn services(name: &Name, matching: &[(&PortRecord, Option<&Backend>)], found: &R
             (None, Records::Cluster(ips, _)) => (base.clone(), ips.clone()),
             (None, _) => continue,
         };
-        additionals.extend(ips.into_iter().map(|ip| Record::from_rdata(target.clone(), TTL, RData::A(A(ip)))));
+        additionals.extend(
+            ips.into_iter().map(|ip| Record::from_rdata(target.clone(), TTL, RData::A(A(ip)))),
+        );
         let weight = u16::try_from(100 / matching.len().max(1)).unwrap_or(1).max(1);
-        answers.push(Record::from_rdata(name.clone(), TTL, RData::SRV(SRV::new(0, weight, port.port, target))));
+        answers.push(Record::from_rdata(
+            name.clone(),
+            TTL,
+            RData::SRV(SRV::new(0, weight, port.port, target)),
+        ));
     }
     Found::Records { answers, additionals }
 }
@@ -301,7 +340,11 @@ fn name_server(apex: &Name) -> Option<Name> {
 fn soa(apex: &Name) -> Record {
     let server = name_server(apex).unwrap_or_else(|| apex.clone());
     let contact = apex.prepend_label("hostmaster").unwrap_or_else(|_| apex.clone());
-    Record::from_rdata(apex.clone(), TTL, RData::SOA(SOA::new(server, contact, 1, 7200, 1800, 86400, TTL)))
+    Record::from_rdata(
+        apex.clone(),
+        TTL,
+        RData::SOA(SOA::new(server, contact, 1, 7200, 1800, 86400, TTL)),
+    )
 }
 
 #[cfg(test)]

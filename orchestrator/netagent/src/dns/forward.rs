@@ -72,7 +72,9 @@ impl Forwarder {
             return None;
         }
         let mut answer = answer.clone();
-        for record in answer.answers.iter_mut().chain(&mut answer.authorities).chain(&mut answer.additionals) {
+        for record in
+            answer.answers.iter_mut().chain(&mut answer.authorities).chain(&mut answer.additionals)
+        {
             record.ttl = record.ttl.saturating_sub(age);
         }
         Some(answer)
@@ -95,7 +97,12 @@ impl Forwarder {
     }
 }
 
-async fn ask(server: SocketAddr, name: &Name, kind: RecordType, dnssec: bool) -> std::io::Result<Message> {
+async fn ask(
+    server: SocketAddr,
+    name: &Name,
+    kind: RecordType,
+    dnssec: bool,
+) -> std::io::Result<Message> {
     let mut query = Message::query();
     query.metadata.id = rand::random();
     query.metadata.recursion_desired = true;
@@ -105,8 +112,11 @@ async fn ask(server: SocketAddr, name: &Name, kind: RecordType, dnssec: bool) ->
     query.set_edns(edns);
     let bytes = query.to_vec().map_err(std::io::Error::other)?;
     // A socket of its own for each query: a random source port is half of the protection against forged answers.
-    let local: SocketAddr =
-        if server.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (std::net::Ipv6Addr::UNSPECIFIED, 0).into() };
+    let local: SocketAddr = if server.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
+    };
     let socket = UdpSocket::bind(local).await?;
     socket.connect(server).await?;
     socket.send(&bytes).await?;
@@ -131,7 +141,11 @@ async fn over_tcp(server: SocketAddr, query: &Message, bytes: &[u8]) -> std::io:
     let mut answer = vec![0; usize::from(length)];
     stream.read_exact(&mut answer).await?;
     let answer = Message::from_vec(&answer).map_err(std::io::Error::other)?;
-    if belongs(&answer, query) { Ok(answer) } else { Err(std::io::Error::other("an answer to another question")) }
+    if belongs(&answer, query) {
+        Ok(answer)
+    } else {
+        Err(std::io::Error::other("an answer to another question"))
+    }
 }
 
 fn belongs(answer: &Message, query: &Message) -> bool {

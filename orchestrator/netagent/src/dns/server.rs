@@ -86,7 +86,11 @@ impl Server {
         }
     }
 
-    async fn serve_udp(self: Arc<Self>, socket: Arc<UdpSocket>, stop: CancellationToken) -> std::io::Error {
+    async fn serve_udp(
+        self: Arc<Self>,
+        socket: Arc<UdpSocket>,
+        stop: CancellationToken,
+    ) -> std::io::Error {
         let forwards = Arc::new(Semaphore::new(MAX_FORWARDS));
         let mut buffer = vec![0; usize::from(u16::MAX)];
         loop {
@@ -116,7 +120,11 @@ impl Server {
         }
     }
 
-    async fn serve_tcp(self: Arc<Self>, listener: TcpListener, stop: CancellationToken) -> std::io::Error {
+    async fn serve_tcp(
+        self: Arc<Self>,
+        listener: TcpListener,
+        stop: CancellationToken,
+    ) -> std::io::Error {
         let clients = Arc::new(Semaphore::new(MAX_TCP_CLIENTS));
         loop {
             let Ok(permit) = clients.clone().acquire_owned().await else { continue };
@@ -148,14 +156,17 @@ impl Server {
                 Err(error) => return Err(error),
             };
             let mut buffer = vec![0; usize::from(length)];
-            let Ok(read) = timeout(TCP_IDLE, stream.read_exact(&mut buffer)).await else { return Ok(()) };
+            let Ok(read) = timeout(TCP_IDLE, stream.read_exact(&mut buffer)).await else {
+                return Ok(());
+            };
             read?;
             let query = Message::from_vec(&buffer).map_err(std::io::Error::other)?;
             let response = match self.from_zone(&query) {
                 Some(response) => response,
                 None => self.from_outside(&query).await,
             };
-            let bytes = encode(&response, &query, true).ok_or_else(|| std::io::Error::other("an answer too long"))?;
+            let bytes = encode(&response, &query, true)
+                .ok_or_else(|| std::io::Error::other("an answer too long"))?;
             let length = u16::try_from(bytes.len()).map_err(std::io::Error::other)?;
             let mut framed = length.to_be_bytes().to_vec();
             framed.extend_from_slice(&bytes);
@@ -184,7 +195,11 @@ impl Server {
         let (mut response, name) = match answer(query, &self.domain, zone.as_deref()) {
             Outcome::Done(response) => return response,
             Outcome::Forward => {
-                let name = query.queries.first().map(|question| question.name().clone()).unwrap_or_default();
+                let name = query
+                    .queries
+                    .first()
+                    .map(|question| question.name().clone())
+                    .unwrap_or_default();
                 (response_to(query), name)
             }
             Outcome::Chase(response, target) => (response, target),
@@ -230,6 +245,9 @@ mod tests {
     #[test]
     fn a_resolver_never_asks_itself() {
         let text = "# comment\nsearch x\nnameserver 192.0.2.53\nnameserver 10.96.0.10\n";
-        assert_eq!(resolvers(text, Ipv4Addr::new(10, 96, 0, 10)), ["192.0.2.53:53".parse().expect("address")]);
+        assert_eq!(
+            resolvers(text, Ipv4Addr::new(10, 96, 0, 10)),
+            ["192.0.2.53:53".parse().expect("address")]
+        );
     }
 }

@@ -14,6 +14,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::server::Server;
 use super::zone::{Zone, desired_zone};
 use crate::chain;
 
@@ -57,25 +58,31 @@ pub(crate) async fn follow(
     }
 }
 
-/// Keeps `ip` on the loopback link until cancelled; then leaves it there, as it leaves everything.
-pub(crate) async fn hold_address(ip: Ipv4Addr, cancel: CancellationToken) {
+/// Keeps the server's address on the loopback link and serves there, until cancelled. The address stays.
+pub(crate) async fn serve(ip: Ipv4Addr, server: Server, cancel: CancellationToken) {
+    let mut complained = false;
+    // A server without its address could only fail.
+    hold_address(ip, &mut complained).await;
     let mut check = interval(ADDRESS_CHECK);
     check.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut complained = false;
+    let mut serving = std::pin::pin!(server.run(cancel));
     loop {
         tokio::select! {
-            () = cancel.cancelled() => return,
-            _ = check.tick() => {}
+            () = &mut serving => return,
+            _ = check.tick() => hold_address(ip, &mut complained).await,
         }
-        match tokio::task::spawn_blocking(move || ensure_address(ip)).await {
-            Ok(Ok(true)) => info!(%ip, "cluster DNS address added to lo"),
-            Ok(Ok(false)) => complained = false,
-            Ok(Err(error)) if !complained => {
-                complained = true;
-                warn!(%ip, error = chain(&error), "the cluster DNS address cannot be added to lo; pods have no DNS");
-            }
-            Ok(Err(_)) | Err(_) => {}
+    }
+}
+
+async fn hold_address(ip: Ipv4Addr, complained: &mut bool) {
+    match tokio::task::spawn_blocking(move || ensure_address(ip)).await {
+        Ok(Ok(true)) => info!(%ip, "cluster DNS address added to lo"),
+        Ok(Ok(false)) => *complained = false,
+        Ok(Err(error)) if !std::mem::replace(complained, true) => {
+            warn!(%ip, error = chain(&error), "the cluster DNS address cannot be added to lo; pods have no DNS");
         }
+        Ok(Err(_)) => {}
+        Err(error) => warn!(%error, "looking after the cluster DNS address failed"),
     }
 }
 

@@ -79,7 +79,10 @@ pub fn desired_zone(
         }
     }
     let mut zone = Zone {
-        namespaces: namespaces.iter().filter_map(|namespace| namespace.metadata.name.clone()).collect(),
+        namespaces: namespaces
+            .iter()
+            .filter_map(|namespace| namespace.metadata.name.clone())
+            .collect(),
         ..Zone::default()
     };
     for service in services {
@@ -95,7 +98,10 @@ pub fn desired_zone(
             }
             Records::Headless(backends) => {
                 for backend in backends {
-                    zone.reverse.entry(backend.ip).or_default().push(format!("{}.{base}", backend.hostname));
+                    zone.reverse
+                        .entry(backend.ip)
+                        .or_default()
+                        .push(format!("{}.{base}", backend.hostname));
                 }
             }
             Records::External(_) => {}
@@ -112,7 +118,10 @@ fn records(service: &Service, slices: &[&EndpointSlice]) -> Option<Records> {
         return Some(Records::External(spec.external_name.clone()?));
     }
     if spec.cluster_ip.as_deref() == Some("None") {
-        return Some(Records::Headless(backends(slices, spec.publish_not_ready_addresses == Some(true))));
+        return Some(Records::Headless(backends(
+            slices,
+            spec.publish_not_ready_addresses == Some(true),
+        )));
     }
     let texts = spec.cluster_ips.iter().flatten().chain(spec.cluster_ip.iter());
     let ips: BTreeSet<Ipv4Addr> = texts.filter_map(|text| text.parse().ok()).collect();
@@ -141,11 +150,17 @@ fn backends(slices: &[&EndpointSlice], publish_not_ready: bool) -> Vec<Backend> 
             })
             .collect();
         for endpoint in slice.endpoints.iter().flatten() {
-            let ready = endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true);
+            let ready = endpoint
+                .conditions
+                .as_ref()
+                .and_then(|conditions| conditions.ready)
+                .unwrap_or(true);
             if !ready && !publish_not_ready {
                 continue;
             }
-            for ip in endpoint.addresses.iter().filter_map(|address| address.parse::<Ipv4Addr>().ok()) {
+            for ip in
+                endpoint.addresses.iter().filter_map(|address| address.parse::<Ipv4Addr>().ok())
+            {
                 let named = endpoint.hostname.clone().filter(|hostname| !hostname.is_empty());
                 let hostname = named.unwrap_or_else(|| ip.to_string().replace('.', "-"));
                 found.entry((ip, hostname)).or_default().extend(ports.iter().cloned());

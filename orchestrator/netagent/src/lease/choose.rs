@@ -44,7 +44,8 @@ impl Identity {
         {
             return true;
         }
-        value.public_ip == self.public_ip && (value.backend_type.is_none() || former == Some(lease.key.v4))
+        value.public_ip == self.public_ip
+            && (value.backend_type.is_none() || former == Some(lease.key.v4))
     }
 }
 
@@ -67,8 +68,9 @@ pub fn choose(
     // Leases of another length (an older configuration) may cover part of a candidate.
     let odd: Vec<Ipv4Network> =
         leases.keys().copied().filter(|subnet| subnet.prefix() != config.subnet_len).collect();
-    let free =
-        |subnet: &Ipv4Network| !leases.contains_key(subnet) && !odd.iter().any(|other| other.overlaps(*subnet));
+    let free = |subnet: &Ipv4Network| {
+        !leases.contains_key(subnet) && !odd.iter().any(|other| other.overlaps(*subnet))
+    };
     if let Some(subnet) = former.filter(|subnet| config.allows(*subnet) && free(subnet)) {
         return Choice::Take(subnet);
     }
@@ -100,7 +102,12 @@ mod tests {
         let value = LeaseValue::vxlan(Ipv4Addr::new(192, 0, 2, last_octet), data);
         (
             subnet,
-            Lease { key: SubnetKey { v4: subnet, v6: None }, value: Some(value), mod_revision: 1, etcd_lease: 7 },
+            Lease {
+                key: SubnetKey { v4: subnet, v6: None },
+                value: Some(value),
+                mod_revision: 1,
+                etcd_lease: 7,
+            },
         )
     }
 
@@ -112,14 +119,18 @@ mod tests {
     fn an_own_lease_is_kept_even_after_a_change_of_address() {
         for octet in [1, 9] {
             let leases = Leases::from([lease(net("10.244.7.0/24"), octet, 1)]);
-            assert!(matches!(decide(&leases, None), Choice::Keep(own) if own.key.v4 == net("10.244.7.0/24")));
+            assert!(
+                matches!(decide(&leases, None), Choice::Keep(own) if own.key.v4 == net("10.244.7.0/24"))
+            );
         }
     }
 
     #[test]
     fn a_lease_with_our_address_but_another_mac_is_only_ours_if_we_held_it() {
         let leases = Leases::from([lease(net("10.244.7.0/24"), 1, 99)]);
-        assert!(matches!(decide(&leases, None), Choice::Take(subnet) if subnet != net("10.244.7.0/24")));
+        assert!(
+            matches!(decide(&leases, None), Choice::Take(subnet) if subnet != net("10.244.7.0/24"))
+        );
         assert!(matches!(decide(&leases, Some("10.244.7.0/24")), Choice::Keep(_)));
     }
 
@@ -133,12 +144,17 @@ mod tests {
         assert!(matches!(decide(&ours, None), Choice::Keep(_)));
         reservation.value.as_mut().expect("set").public_ip = Ipv4Addr::new(192, 0, 2, 50);
         let others = Leases::from([(subnet, reservation)]);
-        assert!(matches!(decide(&others, Some("10.244.9.0/24")), Choice::Take(other) if other != subnet));
+        assert!(
+            matches!(decide(&others, Some("10.244.9.0/24")), Choice::Take(other) if other != subnet)
+        );
     }
 
     #[test]
     fn the_former_subnet_comes_back_if_nobody_took_it() {
-        assert_eq!(decide(&Leases::new(), Some("10.244.42.0/24")), Choice::Take(net("10.244.42.0/24")));
+        assert_eq!(
+            decide(&Leases::new(), Some("10.244.42.0/24")),
+            Choice::Take(net("10.244.42.0/24"))
+        );
         assert!(
             matches!(decide(&Leases::new(), Some("10.99.0.0/24")), Choice::Take(subnet) if subnet.ip().octets()[1] == 244)
         );
@@ -148,7 +164,10 @@ mod tests {
     fn a_full_network_says_so() {
         let config = config(18);
         let leases = config.subnets().map(|subnet| lease(subnet, 50, 50)).collect();
-        assert_eq!(choose(&config, &leases, &ME, None, &mut StdRng::seed_from_u64(1)), Choice::Full);
+        assert_eq!(
+            choose(&config, &leases, &ME, None, &mut StdRng::seed_from_u64(1)),
+            Choice::Full
+        );
     }
 
     proptest! {

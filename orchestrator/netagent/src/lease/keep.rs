@@ -15,7 +15,8 @@ use tracing::{debug, error, info, warn};
 
 use super::registry::Change;
 use super::{
-    Choice, EtcdOptions, Identity, Lease, LeaseValue, Leases, Registry, RegistryError, SubnetKey, VxlanData, choose,
+    Choice, EtcdConfig, Identity, Lease, LeaseValue, Leases, Registry, RegistryError, SubnetKey,
+    VxlanData, choose,
 };
 use crate::files::SubnetEnv;
 use crate::network::NetworkConfig;
@@ -53,7 +54,7 @@ pub enum EtcdHealth {
 /// The lease keeper.
 pub struct Keeper {
     /// Where etcd is.
-    pub etcd: EtcdOptions,
+    pub etcd: EtcdConfig,
     /// Where in etcd.
     pub prefix: String,
     /// Written if there is no configuration yet.
@@ -112,9 +113,15 @@ impl Keeper {
         if known {
             debug!(reason = text, "still waiting for etcd");
         } else if self.network.borrow().is_some() {
-            warn!(reason = text, "etcd is away; the pod network keeps forwarding as it is, and we keep trying");
+            warn!(
+                reason = text,
+                "etcd is away; the pod network keeps forwarding as it is, and we keep trying"
+            );
         } else {
-            warn!(reason = text, "waiting for etcd to get this node's subnet; pods cannot start before that");
+            warn!(
+                reason = text,
+                "waiting for etcd to get this node's subnet; pods cannot start before that"
+            );
         }
         self.health.send_replace(EtcdHealth::Away(text));
     }
@@ -159,7 +166,11 @@ impl Keeper {
     }
 
     /// Gets the lease; `None` if all subnets are taken.
-    async fn acquire(&self, registry: &Registry, config: &NetworkConfig) -> Result<Option<Lease>, RegistryError> {
+    async fn acquire(
+        &self,
+        registry: &Registry,
+        config: &NetworkConfig,
+    ) -> Result<Option<Lease>, RegistryError> {
         let value = self.value(config);
         loop {
             let (leases, _) = registry.list().await?;
@@ -194,7 +205,12 @@ impl Keeper {
                     if former.is_some_and(|former| former != key.v4) {
                         self.fence(former);
                     }
-                    return Ok(Some(Lease { key, value: Some(value), mod_revision: 0, etcd_lease }));
+                    return Ok(Some(Lease {
+                        key,
+                        value: Some(value),
+                        mod_revision: 0,
+                        etcd_lease,
+                    }));
                 }
                 None => debug!(subnet = %key, "another node was faster; choosing again"),
             }
@@ -202,7 +218,12 @@ impl Keeper {
     }
 
     /// Follows the watch until something asks for a new list.
-    async fn follow(&self, registry: &Registry, own: &Lease, revision: i64) -> Result<Ended, RegistryError> {
+    async fn follow(
+        &self,
+        registry: &Registry,
+        own: &Lease,
+        revision: i64,
+    ) -> Result<Ended, RegistryError> {
         let mut watch = registry.watch(revision + 1).await?;
         let mut renew = interval_at(Instant::now() + RENEW_INTERVAL, RENEW_INTERVAL);
         renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -240,9 +261,10 @@ impl Keeper {
 
     fn publish(&self, network: Network) {
         for lease in network.leases.values() {
-            let same_mac = lease.value.as_ref().and_then(LeaseValue::vxlan_data).is_some_and(|data| {
-                data.vtep_mac == self.identity.vtep_mac && lease.key.v4 != network.own
-            });
+            let same_mac =
+                lease.value.as_ref().and_then(LeaseValue::vxlan_data).is_some_and(|data| {
+                    data.vtep_mac == self.identity.vtep_mac && lease.key.v4 != network.own
+                });
             if same_mac {
                 error!(
                     subnet = %lease.key.v4,

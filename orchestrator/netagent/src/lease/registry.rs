@@ -1,11 +1,11 @@
 //! The network's part of etcd: reads, compares, writes. No decision is made here.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use etcd_client::{
-    Certificate, Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions, Identity as TlsIdentity,
-    PutOptions, TlsOptions, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
+    Certificate, Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions,
+    Identity as TlsIdentity, PutOptions, TlsOptions, Txn, TxnOp, TxnOpResponse, WatchOptions,
+    WatchStream,
 };
 use ipnetwork::Ipv4Network;
 use tokio::net::TcpStream;
@@ -22,29 +22,31 @@ const CALL_LIMIT: Duration = Duration::from_secs(5);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How to reach etcd.
-#[derive(Debug, Clone, Default)]
-pub struct EtcdOptions {
+#[derive(Clone, Default)]
+pub struct EtcdConfig {
     /// URLs, `http://` or `https://`.
     pub endpoints: Vec<String>,
-    /// PEM file of the authority that signed the servers' certificates.
-    pub ca: Option<PathBuf>,
-    /// PEM file of the client certificate.
-    pub cert: Option<PathBuf>,
-    /// PEM file of its key.
-    pub key: Option<PathBuf>,
+    /// Certificate of the authority that signed the servers' certificates, as PEM.
+    pub ca_pem: Option<String>,
+    /// Client certificate, as PEM.
+    pub cert_pem: Option<String>,
+    /// Its key, as PEM.
+    pub key_pem: Option<String>,
+}
+
+impl std::fmt::Debug for EtcdConfig {
+    /// Says where, and never the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EtcdConfig")
+            .field("endpoints", &self.endpoints)
+            .field("tls", &self.ca_pem.is_some())
+            .finish_non_exhaustive()
+    }
 }
 
 /// Why etcd gave no answer, or an unusable one.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    /// A certificate or key file.
-    #[error("read {}: {source}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
-    },
     /// No answer in time.
     #[error("{verb}: etcd at {endpoints} does not answer ({cause})")]
     Silent {
@@ -56,10 +58,12 @@ pub enum RegistryError {
         cause: String,
     },
     /// etcd's own error.
-    #[error("{verb}: {source}")]
+    #[error("{verb}: etcd at {endpoints}: {}", words(source))]
     Call {
         /// What was to be done.
         verb: &'static str,
+        /// Where.
+        endpoints: String,
         /// etcd's words.
         source: etcd_client::Error,
     },
@@ -97,26 +101,31 @@ impl Registry {
     /// Prepares the connection; etcd itself is first met by the first call.
     ///
     /// # Errors
-    /// On unreadable certificates and malformed URLs.
-    pub async fn connect(options: &EtcdOptions, prefix: &str) -> Result<Self, RegistryError> {
+    /// On certificates and URLs that cannot work.
+    pub async fn connect(options: &EtcdConfig, prefix: &str) -> Result<Self, RegistryError> {
         let mut connect = ConnectOptions::new()
             .with_connect_timeout(CALL_LIMIT)
             .with_keep_alive(PING_INTERVAL, CALL_LIMIT)
             .with_keep_alive_while_idle(true)
             .with_require_leader(true);
-        if options.ca.is_some() || options.cert.is_some() {
+        if options.ca_pem.is_some() || options.cert_pem.is_some() {
             let mut tls = TlsOptions::new();
-            if let Some(ca) = &options.ca {
-                tls = tls.ca_certificate(Certificate::from_pem(read(ca)?));
+            if let Some(ca) = &options.ca_pem {
+                tls = tls.ca_certificate(Certificate::from_pem(ca));
             }
-            if let (Some(cert), Some(key)) = (&options.cert, &options.key) {
-                tls = tls.identity(TlsIdentity::from_pem(read(cert)?, read(key)?));
+            if let (Some(cert), Some(key)) = (&options.cert_pem, &options.key_pem) {
+                tls = tls.identity(TlsIdentity::from_pem(cert, key));
             }
             connect = connect.with_tls(tls);
         }
-        let client = Client::connect(&options.endpoints, Some(connect))
-            .await
-            .map_err(|source| RegistryError::Call { verb: "connect to etcd", source })?;
+        let client =
+            Client::connect(&options.endpoints, Some(connect)).await.map_err(|source| {
+                RegistryError::Call {
+                    verb: "connect",
+                    endpoints: options.endpoints.join(","),
+                    source,
+                }
+            })?;
         let prefix = prefix.trim_end_matches('/').to_owned();
         Ok(Self { client, endpoints: options.endpoints.clone(), prefix })
     }
@@ -128,10 +137,14 @@ impl Registry {
     ) -> Result<T, RegistryError> {
         match timeout(CALL_LIMIT, request).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(source)) => Err(RegistryError::Call { verb, source }),
-            Err(_) => {
-                Err(RegistryError::Silent { verb, endpoints: self.endpoints.join(","), cause: self.probe().await })
+            Ok(Err(source)) => {
+                Err(RegistryError::Call { verb, endpoints: self.endpoints.join(","), source })
             }
+            Err(_) => Err(RegistryError::Silent {
+                verb,
+                endpoints: self.endpoints.join(","),
+                cause: self.probe().await,
+            }),
         }
     }
 
@@ -164,13 +177,17 @@ impl Registry {
     ///
     /// # Errors
     /// If etcd is away or holds a configuration that this agent cannot follow.
-    pub async fn ensure_config(&self, default: &NetworkConfig) -> Result<NetworkConfig, RegistryError> {
+    pub async fn ensure_config(
+        &self,
+        default: &NetworkConfig,
+    ) -> Result<NetworkConfig, RegistryError> {
         let key = self.config_key();
         let txn = Txn::new()
             .when([Compare::version(key.clone(), CompareOp::Equal, 0)])
             .and_then([TxnOp::put(key.clone(), default.to_json(), None)])
             .or_else([TxnOp::get(key.clone(), None)]);
-        let answer = self.call("read the network configuration", self.client.kv_client().txn(txn)).await?;
+        let answer =
+            self.call("read the network configuration", self.client.kv_client().txn(txn)).await?;
         let present = answer.op_responses().into_iter().find_map(|response| match response {
             TxnOpResponse::Get(get) => get.kvs().first().map(|kv| kv.value().to_vec()),
             _ => None,
@@ -190,8 +207,9 @@ impl Registry {
     pub async fn list(&self) -> Result<(Leases, i64), RegistryError> {
         let prefix = self.subnets_prefix();
         let options = GetOptions::new().with_prefix();
-        let answer =
-            self.call("list the subnets", self.client.kv_client().get(prefix.clone(), Some(options))).await?;
+        let answer = self
+            .call("list the subnets", self.client.kv_client().get(prefix.clone(), Some(options)))
+            .await?;
         let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
         let leases = answer.kvs().iter().filter_map(|kv| {
             let lease = decode(&prefix, kv)?;
@@ -204,7 +222,11 @@ impl Registry {
     ///
     /// # Errors
     /// If etcd is away.
-    pub(super) async fn create(&self, key: &SubnetKey, value: &LeaseValue) -> Result<Option<i64>, RegistryError> {
+    pub(super) async fn create(
+        &self,
+        key: &SubnetKey,
+        value: &LeaseValue,
+    ) -> Result<Option<i64>, RegistryError> {
         self.write(key, value, Compare::version(self.lease_key(key), CompareOp::Equal, 0)).await
     }
 
@@ -212,7 +234,11 @@ impl Registry {
     ///
     /// # Errors
     /// If etcd is away.
-    pub(super) async fn rewrite(&self, lease: &Lease, value: &LeaseValue) -> Result<Option<i64>, RegistryError> {
+    pub(super) async fn rewrite(
+        &self,
+        lease: &Lease,
+        value: &LeaseValue,
+    ) -> Result<Option<i64>, RegistryError> {
         let key = self.lease_key(&lease.key);
         let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, lease.mod_revision);
         if lease.etcd_lease != 0 {
@@ -221,7 +247,8 @@ impl Registry {
         // A reservation has no TTL and stays one.
         let json = serde_json::to_vec(value).expect("plain data has a JSON form");
         let txn = Txn::new().when([unchanged]).and_then([TxnOp::put(key, json, None)]);
-        let answer = self.call("take the reserved subnet", self.client.kv_client().txn(txn)).await?;
+        let answer =
+            self.call("take the reserved subnet", self.client.kv_client().txn(txn)).await?;
         Ok(answer.succeeded().then_some(0))
     }
 
@@ -253,7 +280,9 @@ impl Registry {
         let mut leases = self.client.lease_client();
         match self.call("renew the subnet lease", leases.keep_alive(id)).await {
             Ok(_) => Ok(true),
-            Err(RegistryError::Call { source: etcd_client::Error::LeaseKeepAliveError(_), .. }) => Ok(false),
+            Err(RegistryError::Call {
+                source: etcd_client::Error::LeaseKeepAliveError(_), ..
+            }) => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -266,7 +295,8 @@ impl Registry {
         let options = WatchOptions::new().with_prefix().with_start_revision(revision);
         let prefix = self.subnets_prefix();
         let mut client = self.client.watch_client();
-        let stream = self.call("watch the subnets", client.watch(prefix.clone(), Some(options))).await?;
+        let stream =
+            self.call("watch the subnets", client.watch(prefix.clone(), Some(options))).await?;
         Ok(SubnetWatch { stream, prefix })
     }
 }
@@ -286,10 +316,19 @@ impl SubnetWatch {
     /// # Cancel safety
     /// Safe: dropped, it has taken nothing off the stream.
     pub(super) async fn next(&mut self) -> Result<Vec<Change>, RegistryError> {
-        let message = self.stream.message().await.map_err(|error| RegistryError::WatchEnded(error.to_string()))?;
-        let Some(message) = message else { return Err(RegistryError::WatchEnded("etcd closed it".to_owned())) };
+        let message = self
+            .stream
+            .message()
+            .await
+            .map_err(|error| RegistryError::WatchEnded(words(&error)))?;
+        let Some(message) = message else {
+            return Err(RegistryError::WatchEnded("etcd closed it".to_owned()));
+        };
         if message.compact_revision() != 0 {
-            return Err(RegistryError::WatchEnded(format!("compacted up to {}", message.compact_revision())));
+            return Err(RegistryError::WatchEnded(format!(
+                "compacted up to {}",
+                message.compact_revision()
+            )));
         }
         if message.canceled() {
             return Err(RegistryError::WatchEnded(message.cancel_reason().to_owned()));
@@ -298,15 +337,29 @@ impl SubnetWatch {
             let kv = event.kv()?;
             match event.event_type() {
                 EventType::Put => decode(&self.prefix, kv).map(Change::Put),
-                EventType::Delete => subnet_of(&self.prefix, kv.key()).map(|key| Change::Delete(key.v4)),
+                EventType::Delete => {
+                    subnet_of(&self.prefix, kv.key()).map(|key| Change::Delete(key.v4))
+                }
             }
         });
         Ok(changes.collect())
     }
 }
 
-fn read(path: &PathBuf) -> Result<Vec<u8>, RegistryError> {
-    std::fs::read(path).map_err(|source| RegistryError::File { path: path.clone(), source })
+/// An error of the client for people: what etcd or the system says, without the layers in between.
+fn words(error: &etcd_client::Error) -> String {
+    let etcd_client::Error::GRpcStatus(status) = error else { return error.to_string() };
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(status);
+    let mut root = String::new();
+    while let Some(error) = cause {
+        root = error.to_string();
+        cause = error.source();
+    }
+    match status.message() {
+        "" => root,
+        message if root.is_empty() || message.contains(&root) => message.to_owned(),
+        message => format!("{message}: {root}"),
+    }
 }
 
 fn subnet_of(prefix: &str, key: &[u8]) -> Option<SubnetKey> {

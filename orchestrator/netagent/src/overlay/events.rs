@@ -34,8 +34,12 @@ pub(super) async fn watch(
     look: Arc<Notify>,
     cancel: CancellationToken,
 ) -> std::io::Result<()> {
-    let groups =
-        [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Ifaddr];
+    let groups = [
+        MulticastGroup::Link,
+        MulticastGroup::Neigh,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv4Ifaddr,
+    ];
     let (connection, _handle, mut messages) = rtnetlink::new_multicast_connection(&groups)?;
     let mut connection = std::pin::pin!(connection);
     loop {

@@ -4,11 +4,14 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use cni_netlink::{
-    AddressOptions, FdbEntry, Link, LinkKind, Neighbour, Netlink, NetlinkError, Route, RouteFilter, VxlanDevice,
+    AddressOptions, FdbEntry, Link, LinkKind, Neighbour, Netlink, NetlinkError, Route, RouteFilter,
+    VxlanDevice,
 };
 use ipnetwork::{IpNetwork, Ipv4Network};
 
-use super::plan::{DeviceStep, PeerStep, SeenDevice, SeenPeers, SeenVxlan, plan_device, plan_peers};
+use super::plan::{
+    DeviceStep, PeerStep, SeenDevice, SeenPeers, SeenVxlan, plan_device, plan_peers,
+};
 use super::{Device, Peers, ROUTE_PROTOCOL, VXLAN_OVERHEAD_IPV4};
 use crate::mac::Mac;
 
@@ -22,7 +25,9 @@ pub enum OverlayError {
     #[error("the underlay link {0} is missing")]
     NoSuchUnderlay(String),
     /// Another VXLAN device has the port or the identifier.
-    #[error("make {device}: another VXLAN device uses UDP port {port} or VNI {vni} here (flannel.1 of a flanneld?); remove it with `ip link delete NAME`")]
+    #[error(
+        "make {device}: another VXLAN device uses UDP port {port} or VNI {vni} here (flannel.1 of a flanneld?); remove it with `ip link delete NAME`"
+    )]
     Occupied {
         /// Our device.
         device: String,
@@ -81,7 +86,11 @@ impl Underlay {
 ///
 /// # Errors
 /// If there is none.
-pub fn find_underlay(netlink: &Netlink, node_ip: Ipv4Addr, name: Option<&str>) -> Result<Underlay, OverlayError> {
+pub fn find_underlay(
+    netlink: &Netlink,
+    node_ip: Ipv4Addr,
+    name: Option<&str>,
+) -> Result<Underlay, OverlayError> {
     let underlay = |link: Link| Underlay { index: link.index, name: link.name, mtu: link.mtu };
     if let Some(name) = name {
         let link = netlink.link(name).map_err(observing("links"))?;
@@ -100,7 +109,11 @@ pub fn find_underlay(netlink: &Netlink, node_ip: Ipv4Addr, name: Option<&str>) -
 ///
 /// # Errors
 /// At the first step that fails; what was done stays, and the next call goes on from there.
-pub fn reconcile(netlink: &Netlink, device: &Device, peers: &Peers) -> Result<(u32, usize), OverlayError> {
+pub fn reconcile(
+    netlink: &Netlink,
+    device: &Device,
+    peers: &Peers,
+) -> Result<(u32, usize), OverlayError> {
     let seen = observe_device(netlink, &device.name)?;
     let device_steps = plan_device(seen.as_ref(), device);
     for step in &device_steps {
@@ -207,18 +220,23 @@ fn apply_device(netlink: &Netlink, device: &Device, step: &DeviceStep) -> Result
             };
             netlink.create_vxlan(&vxlan).map(drop).map_err(|source| {
                 if source.is_exists() {
-                    OverlayError::Occupied { device: device.name.clone(), port: device.port, vni: device.vni, source }
+                    OverlayError::Occupied {
+                        device: device.name.clone(),
+                        port: device.port,
+                        vni: device.vni,
+                        source,
+                    }
                 } else {
                     failed("make")(source)
                 }
             })
         }
-        DeviceStep::SetMac => {
-            netlink.set_mac(device_index(netlink, device)?, device.mac.0).map_err(failed("set the MAC of"))
-        }
-        DeviceStep::SetMtu => {
-            netlink.set_mtu(device_index(netlink, device)?, device.mtu).map_err(failed("set the MTU of"))
-        }
+        DeviceStep::SetMac => netlink
+            .set_mac(device_index(netlink, device)?, device.mac.0)
+            .map_err(failed("set the MAC of")),
+        DeviceStep::SetMtu => netlink
+            .set_mtu(device_index(netlink, device)?, device.mtu)
+            .map_err(failed("set the MTU of")),
         DeviceStep::AddAddress => {
             let address = IpNetwork::V4(Ipv4Network::from(device.address));
             netlink
@@ -228,13 +246,18 @@ fn apply_device(netlink: &Netlink, device: &Device, step: &DeviceStep) -> Result
         DeviceStep::DeleteAddress(address) => netlink
             .delete_address(device_index(netlink, device)?, IpNetwork::V4(*address))
             .map_err(failed("remove an old address of")),
-        DeviceStep::SetUp => netlink.set_up(device_index(netlink, device)?).map_err(failed("bring up")),
+        DeviceStep::SetUp => {
+            netlink.set_up(device_index(netlink, device)?).map_err(failed("bring up"))
+        }
     }
 }
 
 fn apply_peer(netlink: &Netlink, device: u32, step: &PeerStep) -> Result<(), OverlayError> {
-    let forwarding =
-        |mac: &Mac, node: &Ipv4Addr| FdbEntry { link: device, mac: mac.0, dst: Some(IpAddr::V4(*node)) };
+    let forwarding = |mac: &Mac, node: &Ipv4Addr| FdbEntry {
+        link: device,
+        mac: mac.0,
+        dst: Some(IpAddr::V4(*node)),
+    };
     let neighbour = |gateway: &Ipv4Addr, mac: &Mac| Neighbour {
         link: device,
         ip: IpAddr::V4(*gateway),
@@ -254,7 +277,9 @@ fn apply_peer(netlink: &Netlink, device: u32, step: &PeerStep) -> Result<(), Ove
         PeerStep::PutNeighbour(gateway, mac) => netlink.replace_neighbour(&neighbour(gateway, mac)),
         PeerStep::PutRoute(subnet) => netlink.replace_route(&route(subnet)),
         PeerStep::DeleteRoute(subnet) => netlink.delete_route(&route(subnet)),
-        PeerStep::DeleteNeighbour(gateway) => netlink.delete_neighbour(&neighbour(gateway, &Mac([0; 6]))),
+        PeerStep::DeleteNeighbour(gateway) => {
+            netlink.delete_neighbour(&neighbour(gateway, &Mac([0; 6])))
+        }
         PeerStep::DeleteForwarding(mac, node) => netlink.delete_fdb(&forwarding(mac, node)),
     };
     result.map_err(|source| OverlayError::Step { step: format!("{step:?}"), source })

@@ -97,7 +97,9 @@ pub fn plan_device(seen: Option<&SeenDevice>, want: &Device) -> Vec<DeviceStep> 
         underlay: Some(want.underlay),
         learning: false,
     };
-    let Some(seen) = seen else { return vec![DeviceStep::Create, DeviceStep::AddAddress, DeviceStep::SetUp] };
+    let Some(seen) = seen else {
+        return vec![DeviceStep::Create, DeviceStep::AddAddress, DeviceStep::SetUp];
+    };
     if seen.vxlan.as_ref() != Some(&fixed) {
         return vec![
             DeviceStep::Delete(seen.index),
@@ -117,7 +119,12 @@ pub fn plan_device(seen: Option<&SeenDevice>, want: &Device) -> Vec<DeviceStep> 
     if !seen.addresses.contains(&address) {
         steps.push(DeviceStep::AddAddress);
     }
-    steps.extend(seen.addresses.iter().filter(|other| **other != address).map(|other| DeviceStep::DeleteAddress(*other)));
+    steps.extend(
+        seen.addresses
+            .iter()
+            .filter(|other| **other != address)
+            .map(|other| DeviceStep::DeleteAddress(*other)),
+    );
     if !seen.up {
         steps.push(DeviceStep::SetUp);
     }
@@ -182,8 +189,11 @@ mod tests {
 
     fn peer(third: u8, mac: u8, node: u8) -> (Ipv4Network, Peer) {
         let subnet = Ipv4Network::new(Ipv4Addr::new(10, 244, third, 0), 24).expect("CIDR");
-        let peer =
-            Peer { subnet, vtep_mac: Mac([2, 0, 0, 0, 0, mac]), public_ip: Ipv4Addr::new(192, 0, 2, node) };
+        let peer = Peer {
+            subnet,
+            vtep_mac: Mac([2, 0, 0, 0, 0, mac]),
+            public_ip: Ipv4Addr::new(192, 0, 2, node),
+        };
         (subnet, peer)
     }
 
@@ -201,9 +211,11 @@ mod tests {
                         nodes.insert(*node);
                     }
                 }
-                PeerStep::PutNeighbour(gateway, mac) => drop(seen.neighbours.insert(*gateway, *mac)),
+                PeerStep::PutNeighbour(gateway, mac) => {
+                    seen.neighbours.insert(*gateway, *mac);
+                }
                 PeerStep::PutRoute(subnet) => {
-                    drop(seen.routes.insert(*subnet, (Some(subnet.network()), Some(DEVICE))));
+                    seen.routes.insert(*subnet, (Some(subnet.network()), Some(DEVICE)));
                 }
                 PeerStep::DeleteRoute(subnet) => drop(seen.routes.remove(subnet)),
                 PeerStep::DeleteNeighbour(gateway) => drop(seen.neighbours.remove(gateway)),
@@ -230,7 +242,11 @@ mod tests {
         let seen = carry_out(SeenPeers::default(), &steps);
         assert!(matches!(
             plan_peers(&seen, &Peers::new(), DEVICE).as_slice(),
-            [PeerStep::DeleteRoute(..), PeerStep::DeleteNeighbour(..), PeerStep::DeleteForwarding(..)]
+            [
+                PeerStep::DeleteRoute(..),
+                PeerStep::DeleteNeighbour(..),
+                PeerStep::DeleteForwarding(..)
+            ]
         ));
     }
 
@@ -264,13 +280,17 @@ mod tests {
         seen.up = false;
         assert_eq!(plan_device(Some(&seen), &want), [DeviceStep::SetUp]);
         seen.vxlan.as_mut().expect("set").learning = true;
-        assert_eq!(plan_device(Some(&seen), &want)[..2], [DeviceStep::Delete(DEVICE), DeviceStep::Create]);
+        assert_eq!(
+            plan_device(Some(&seen), &want)[..2],
+            [DeviceStep::Delete(DEVICE), DeviceStep::Create]
+        );
     }
 
     fn peers() -> impl Strategy<Value = Peers> {
         // MACs belong to nodes, so they are as distinct as subnets.
-        prop::collection::btree_map(0_u8..12, 0_u8..12, 0..10)
-            .prop_map(|nodes| nodes.into_iter().map(|(third, node)| peer(third, third, node)).collect())
+        prop::collection::btree_map(0_u8..12, 0_u8..12, 0..10).prop_map(|nodes| {
+            nodes.into_iter().map(|(third, node)| peer(third, third, node)).collect()
+        })
     }
 
     proptest! {

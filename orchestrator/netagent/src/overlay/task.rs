@@ -65,7 +65,10 @@ impl Overlay {
         status: Arc<watch::Sender<NetStatus>>,
         cancel: CancellationToken,
     ) {
-        let interest = Arc::new(Mutex::new(Interest { names: vec![self.device_name.clone()], ..Interest::default() }));
+        let interest = Arc::new(Mutex::new(Interest {
+            names: vec![self.device_name.clone()],
+            ..Interest::default()
+        }));
         let look = Arc::new(Notify::new());
         let watcher = tokio::spawn(watch_kernel(interest.clone(), look.clone(), cancel.clone()));
         let mut resync = interval(RESYNC);
@@ -77,7 +80,9 @@ impl Overlay {
             let mut pause = GATHER;
             if let Some(current) = current {
                 let overlay = self.clone();
-                let result = tokio::task::spawn_blocking(move || overlay.look(&current).map(|done| (done, current)));
+                let result = tokio::task::spawn_blocking(move || {
+                    overlay.look(&current).map(|done| (done, current))
+                });
                 match result.await {
                     Ok(Ok((done, current))) => {
                         if complained.take().is_some() {
@@ -88,8 +93,12 @@ impl Overlay {
                             underlay: Some(done.underlay.index),
                             names: vec![self.device_name.clone(), done.underlay.name.clone()],
                         };
-                        if done.sysctls.bridge_netfilter_missing && !std::mem::replace(&mut told_bridge, true) {
-                            warn!("br_netfilter is not loaded: a pod cannot reach a Service whose endpoint is on its own node; load it with `modprobe br_netfilter`");
+                        if done.sysctls.bridge_netfilter_missing
+                            && !std::mem::replace(&mut told_bridge, true)
+                        {
+                            warn!(
+                                "br_netfilter is not loaded: a pod cannot reach a Service whose endpoint is on its own node; load it with `modprobe br_netfilter`"
+                            );
                         }
                         self.report(&done, &current, &status);
                     }
@@ -144,7 +153,8 @@ impl Overlay {
         let peers = desired_peers(network, &self.identity);
         let (index, steps) = kernel::reconcile(&netlink, &device, &peers)?;
         let sysctls = sysctl::ensure(&[&self.device_name, &underlay.name]);
-        let env = SubnetEnv { network: network.config.network, subnet: network.own, mtu: device.mtu };
+        let env =
+            SubnetEnv { network: network.config.network, subnet: network.own, mtu: device.mtu };
         // Only now may pods start: the way out of this node is there.
         ensure_content(&self.paths.subnet_env(), env.render().as_bytes())?;
         ensure_content(&self.paths.cni_conf_dir().join(CONFLIST), &conflist(&self.paths))?;
@@ -165,10 +175,17 @@ impl Overlay {
             debug!(peers = done.peers.len(), "the overlay is as it must be");
         }
         for setting in &done.sysctls.changed {
-            info!(key = setting.key, value = setting.value, why = setting.why, "kernel setting made");
+            info!(
+                key = setting.key,
+                value = setting.value,
+                why = setting.why,
+                "kernel setting made"
+            );
         }
         let problems: Vec<String> = done.sysctls.errors.iter().map(ToString::to_string).collect();
-        for problem in problems.iter().filter(|problem| !status.borrow().problems.contains(*problem)) {
+        for problem in
+            problems.iter().filter(|problem| !status.borrow().problems.contains(*problem))
+        {
             error!("{problem}");
         }
         status.send_if_modified(|status| {
@@ -195,7 +212,11 @@ impl Overlay {
 }
 
 /// Keeps a netlink connection open; a broken one is a reason to look, and is opened again.
-async fn watch_kernel(interest: Arc<Mutex<Interest>>, look: Arc<Notify>, cancel: CancellationToken) {
+async fn watch_kernel(
+    interest: Arc<Mutex<Interest>>,
+    look: Arc<Notify>,
+    cancel: CancellationToken,
+) {
     while !cancel.is_cancelled() {
         if let Err(error) = events::watch(interest.clone(), look.clone(), cancel.clone()).await {
             warn!(%error, "the kernel's events are not heard; looking now and then instead");

@@ -90,7 +90,8 @@ impl Port {
     /// Endpoints for traffic of one policy: the ready ones, else those that still serve while they terminate.
     #[must_use]
     pub fn pool(&self, local_only: bool) -> Vec<Endpoint> {
-        let candidates = || self.endpoints.iter().filter(|endpoint| endpoint.local || !local_only).copied();
+        let candidates =
+            || self.endpoints.iter().filter(|endpoint| endpoint.local || !local_only).copied();
         let ready: Vec<Endpoint> = candidates().filter(|endpoint| endpoint.ready).collect();
         if ready.is_empty() { candidates().collect() } else { ready }
     }
@@ -128,7 +129,10 @@ pub fn desired_ports(
 /// Namespace and name of a Service.
 #[must_use]
 pub fn service_key(service: &Service) -> (&str, &str) {
-    (service.metadata.namespace.as_deref().unwrap_or_default(), service.metadata.name.as_deref().unwrap_or_default())
+    (
+        service.metadata.namespace.as_deref().unwrap_or_default(),
+        service.metadata.name.as_deref().unwrap_or_default(),
+    )
 }
 
 /// Namespace and name of the Service that a slice belongs to.
@@ -138,7 +142,12 @@ pub fn slice_owner(slice: &EndpointSlice) -> Option<(&str, &str)> {
     Some((slice.metadata.namespace.as_deref().unwrap_or_default(), name))
 }
 
-fn service_ports(service: &Service, slices: &[&EndpointSlice], node_name: &str, dns_ip: Ipv4Addr) -> Vec<Port> {
+fn service_ports(
+    service: &Service,
+    slices: &[&EndpointSlice],
+    node_name: &str,
+    dns_ip: Ipv4Addr,
+) -> Vec<Port> {
     let Some(spec) = &service.spec else { return Vec::new() };
     if spec.type_.as_deref() == Some("ExternalName") {
         return Vec::new();
@@ -148,11 +157,17 @@ fn service_ports(service: &Service, slices: &[&EndpointSlice], node_name: &str, 
         return Vec::new();
     }
     let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
-    let balancer_ips = balancer.and_then(|balancer| balancer.ingress.as_ref()).into_iter().flatten();
-    let external = ipv4s(spec.external_ips.iter().flatten().chain(balancer_ips.filter_map(|one| one.ip.as_ref())));
+    let balancer_ips =
+        balancer.and_then(|balancer| balancer.ingress.as_ref()).into_iter().flatten();
+    let external = ipv4s(
+        spec.external_ips.iter().flatten().chain(balancer_ips.filter_map(|one| one.ip.as_ref())),
+    );
     let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
-        let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
-        let seconds = config.and_then(|config| config.timeout_seconds).and_then(|secs| u64::try_from(secs).ok());
+        let config =
+            spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+        let seconds = config
+            .and_then(|config| config.timeout_seconds)
+            .and_then(|secs| u64::try_from(secs).ok());
         seconds.map_or(DEFAULT_AFFINITY, Duration::from_secs)
     });
     let (namespace, name) = service_key(service);
@@ -165,7 +180,10 @@ fn service_ports(service: &Service, slices: &[&EndpointSlice], node_name: &str, 
             protocol,
             cluster_ips: cluster_ips.clone(),
             port: number,
-            node_port: port.node_port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0),
+            node_port: port
+                .node_port
+                .and_then(|port| u16::try_from(port).ok())
+                .filter(|port| *port != 0),
             external_ips: external.clone(),
             external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
             internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
@@ -181,7 +199,12 @@ fn ipv4s<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<Ipv4Addr> {
     unique.into_iter().collect()
 }
 
-fn endpoints(slices: &[&EndpointSlice], port_name: &str, protocol: Protocol, node_name: &str) -> Vec<Endpoint> {
+fn endpoints(
+    slices: &[&EndpointSlice],
+    port_name: &str,
+    protocol: Protocol,
+    node_name: &str,
+) -> Vec<Endpoint> {
     // The same address may be in two slices while it moves from one to the other; ready in one is ready.
     let mut found: BTreeMap<(Ipv4Addr, u16), Endpoint> = BTreeMap::new();
     for slice in slices.iter().filter(|slice| slice.address_type == "IPv4") {
@@ -196,7 +219,8 @@ fn endpoints(slices: &[&EndpointSlice], port_name: &str, protocol: Protocol, nod
             // "nil should be interpreted as true" (API reference of EndpointConditions).
             let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
             let serving = conditions.and_then(|conditions| conditions.serving).unwrap_or(ready);
-            let terminating = conditions.and_then(|conditions| conditions.terminating).unwrap_or(false);
+            let terminating =
+                conditions.and_then(|conditions| conditions.terminating).unwrap_or(false);
             if !ready && !(serving && terminating) {
                 continue;
             }
@@ -251,10 +275,13 @@ pub(crate) mod tests {
             "ports": [{"name": "http", "port": 80, "nodePort": 30080}, {"name": "other", "port": 81}],
         }));
         let slices = [
-            web_slice("a", json!([
-                {"addresses": ["10.244.1.2"], "nodeName": "node-1", "conditions": {"ready": true}},
-                {"addresses": ["10.244.1.9"], "conditions": {"ready": false, "serving": false}},
-            ])),
+            web_slice(
+                "a",
+                json!([
+                    {"addresses": ["10.244.1.2"], "nodeName": "node-1", "conditions": {"ready": true}},
+                    {"addresses": ["10.244.1.9"], "conditions": {"ready": false, "serving": false}},
+                ]),
+            ),
             web_slice("b", json!([{"addresses": ["10.244.2.2"], "nodeName": "node-2"}])),
         ];
         let ports = ports(&[service], &slices);
@@ -262,21 +289,24 @@ pub(crate) mod tests {
         let http = &ports[0];
         assert_eq!(http.id, "default/web/tcp/80");
         assert_eq!(http.node_port, Some(30080));
-        let seen: Vec<_> = http.endpoints.iter().map(|one| (one.ip.to_string(), one.local)).collect();
+        let seen: Vec<_> =
+            http.endpoints.iter().map(|one| (one.ip.to_string(), one.local)).collect();
         assert_eq!(seen, [("10.244.1.2".to_owned(), true), ("10.244.2.2".to_owned(), false)]);
         assert!(ports[1].endpoints.is_empty(), "no slice has a port named other");
     }
 
     #[test]
     fn terminating_endpoints_serve_only_while_none_is_ready() {
-        let service = web(json!({"clusterIP": "10.96.3.4", "ports": [{"name": "http", "port": 80}]}));
+        let service =
+            web(json!({"clusterIP": "10.96.3.4", "ports": [{"name": "http", "port": 80}]}));
         let leaving = json!({
             "addresses": ["10.244.1.2"],
             "conditions": {"ready": false, "serving": true, "terminating": true},
         });
         let alone = ports(std::slice::from_ref(&service), &[web_slice("a", json!([leaving]))]);
         assert_eq!(alone[0].pool(false).len(), 1);
-        let relieved = ports(&[service], &[web_slice("a", json!([leaving, {"addresses": ["10.244.2.2"]}]))]);
+        let relieved =
+            ports(&[service], &[web_slice("a", json!([leaving, {"addresses": ["10.244.2.2"]}]))]);
         let pool = relieved[0].pool(false);
         assert_eq!(pool.iter().map(|one| one.ip.to_string()).collect::<Vec<_>>(), ["10.244.2.2"]);
     }

@@ -2,27 +2,34 @@
 //!
 //! The first change is applied at once, the next ones are gathered for a moment; the script holds only what differs,
 //! and is one transaction. Now and then the table is read back: if somebody flushed or changed it, it is written anew.
+//!
+//! Nothing is taken away on a guess. Until the caches are filled, a table that a former run left stays as it is; where
+//! there is none, masquerade alone is set up. Translations of established flows are conntrack's and outlive every
+//! change of rules, so a replaced table drops nobody.
 
-use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cni_nftables::{Nft, NftError, Table};
+use ipnetwork::Ipv4Network;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use orch_reconcile::Informer;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
-use super::conntrack::{self, Flow};
-use super::model::{Port, desired_ports};
-use super::ruleset::{Networks, TABLE, desired_table};
+use super::conntrack;
+use super::model::{Port, Protocol, desired_ports};
+use super::ruleset::{Networks, desired_table};
+use crate::chain;
+use crate::lease::Network;
 use crate::status::{NetStatus, ServiceStatus};
 
 /// Changes within this time after an application are applied together: a transaction costs the kernel a grace period.
-const GATHER: Duration = Duration::from_millis(50);
+const GATHER: Duration = Duration::from_millis(20);
 /// How often the table is read back.
 const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// Wait after a failure.
@@ -34,8 +41,18 @@ const KUBERNETES: &str = "default/kubernetes/";
 #[derive(Debug, Default)]
 pub struct Proxy {
     nft: Nft,
-    applied: Option<(Table, Option<String>)>,
-    flows: BTreeSet<Flow>,
+    applied: Option<Applied>,
+    /// Whether this run has written the table.
+    ours: bool,
+    /// UDP ports whose flows were looked after.
+    udp: Option<Vec<Port>>,
+}
+
+#[derive(Debug)]
+struct Applied {
+    table: Table,
+    /// What the kernel says of it.
+    listing: Option<String>,
 }
 
 impl Proxy {
@@ -43,10 +60,28 @@ impl Proxy {
     ///
     /// # Errors
     /// If nft refuses. What was in force before still is; the next call writes the whole table.
-    pub fn apply(&mut self, ports: &[Port], networks: &Networks, node_ip: Ipv4Addr) -> Result<bool, NftError> {
-        let want = desired_table(ports, networks);
+    pub fn apply(&mut self, ports: &[Port], networks: &Networks) -> Result<bool, NftError> {
+        let changed = self.write(desired_table(ports, networks))?;
+        // The rules first: a flow that is forgotten too early would be made anew by the old ones.
+        self.forget_stale_flows(ports);
+        Ok(changed)
+    }
+
+    /// While Services are not known: leaves a table that a former run made, else sets up masquerade alone.
+    ///
+    /// # Errors
+    /// If nft cannot be run or refuses.
+    pub fn prepare(&mut self, networks: &Networks) -> Result<bool, NftError> {
+        let bare = desired_table(&[], networks);
+        if !self.ours && self.nft.listing(&bare)?.is_some() {
+            return Ok(false);
+        }
+        self.write(bare)
+    }
+
+    fn write(&mut self, want: Table) -> Result<bool, NftError> {
         let script = match &self.applied {
-            Some((applied, _)) => want.update_script(applied),
+            Some(applied) => want.update_script(&applied.table),
             None => want.replace_script(),
         };
         if script.is_empty() {
@@ -57,12 +92,30 @@ impl Proxy {
             return Err(error);
         }
         let listing = self.nft.listing(&want)?;
-        self.applied = Some((want, listing));
-        let flows = conntrack::udp_flows(ports, node_ip);
-        let gone: BTreeSet<Flow> = self.flows.difference(&flows).copied().collect();
-        conntrack::forget(&gone);
-        self.flows = flows;
+        self.applied = Some(Applied { table: want, listing });
+        self.ours = true;
         Ok(true)
+    }
+
+    fn forget_stale_flows(&mut self, ports: &[Port]) {
+        let udp: Vec<Port> =
+            ports.iter().filter(|port| port.protocol == Protocol::Udp).cloned().collect();
+        if self.udp.as_ref() == Some(&udp) {
+            return;
+        }
+        // Ports that went away have no endpoint any more.
+        let former =
+            self.udp.iter().flatten().filter(|before| !udp.iter().any(|port| port.id == before.id));
+        let without = former.map(|port| Port { endpoints: Vec::new(), ..port.clone() });
+        let look: Vec<Port> = udp.iter().cloned().chain(without).collect();
+        match conntrack::forget_stale(&look) {
+            Ok(0) => {}
+            Ok(count) => debug!(count, "UDP flows to former endpoints forgotten"),
+            Err(error) => {
+                warn!(%error, "UDP flows to former endpoints are not forgotten; they end when they are idle for 30 s");
+            }
+        }
+        self.udp = Some(udp);
     }
 
     /// Looks whether the kernel still holds what was applied; if not, the next [`Proxy::apply`] writes it anew.
@@ -70,13 +123,162 @@ impl Proxy {
     /// # Errors
     /// If nft cannot be asked.
     pub fn verify(&mut self) -> Result<bool, NftError> {
-        let Some((table, listing)) = &self.applied else { return Ok(false) };
-        let intact = self.nft.listing(table)? == *listing;
+        let Some(applied) = &self.applied else { return Ok(false) };
+        let intact = self.nft.listing(&applied.table)? == applied.listing;
         if !intact {
             self.applied = None;
         }
         Ok(intact)
     }
+}
+
+/// Follows the cluster and keeps the table right.
+pub(crate) struct Follower {
+    pub(crate) services: Informer<Service>,
+    pub(crate) slices: Informer<EndpointSlice>,
+    pub(crate) network: watch::Receiver<Option<Network>>,
+    /// The pod network until etcd tells it.
+    pub(crate) cluster: Ipv4Network,
+    pub(crate) service_cidr: Ipv4Network,
+    pub(crate) dns_ip: Ipv4Addr,
+    pub(crate) node_name: String,
+    pub(crate) status: Arc<watch::Sender<NetStatus>>,
+}
+
+impl Follower {
+    /// Runs until cancelled. The table stays in force.
+    pub(crate) async fn run(mut self, cancel: CancellationToken) {
+        let mut proxy = Proxy::default();
+        let mut known_api = Vec::new();
+        let (mut services, mut slices) = (self.services.changed(), self.slices.changed());
+        let mut check = interval(CHECK_INTERVAL);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut complained = None;
+        let mut verify = false;
+        let caches = (self.services.clone(), self.slices.clone());
+        let mut synced =
+            std::pin::pin!(async move { tokio::join!(caches.0.synced(), caches.1.synced()) });
+        let mut known = false;
+        while !cancel.is_cancelled() {
+            services.borrow_and_update();
+            slices.borrow_and_update();
+            if let Some(network) = &*self.network.borrow_and_update() {
+                self.cluster = network.config.network;
+            }
+            let networks =
+                Networks { cluster: self.cluster, service: self.service_cidr, dns_ip: self.dns_ip };
+            let ports = known.then(|| self.ports(&mut known_api));
+            let check_first = std::mem::take(&mut verify);
+            let counts = ports.as_deref().map(counts);
+            let work = move || {
+                let outcome = look(&mut proxy, ports.as_deref(), &networks, check_first);
+                (proxy, outcome)
+            };
+            // The work is not safe to drop half-way, so it is waited for; it takes milliseconds.
+            let (back, outcome) = match tokio::task::spawn_blocking(work).await {
+                Ok(done) => done,
+                Err(error) => {
+                    error!(%error, "the service proxy panicked; it writes the whole table anew");
+                    (Proxy::default(), Ok(Looked::default()))
+                }
+            };
+            proxy = back;
+            let mut pause = GATHER;
+            let mut again = false;
+            match &outcome {
+                Ok(looked) => {
+                    if looked.was_damaged {
+                        warn!(
+                            table = super::ruleset::TABLE,
+                            "somebody changed our nftables table; it was written anew"
+                        );
+                    }
+                    if let (true, Some(counts)) = (looked.changed, &counts) {
+                        debug!(
+                            ports = counts.ports,
+                            endpoints = counts.endpoints,
+                            "services are in force"
+                        );
+                    }
+                    if complained.take().is_some() {
+                        info!("services follow the cluster again");
+                    }
+                }
+                Err(error) => {
+                    let text = chain(error);
+                    if complained.as_ref() != Some(&text) {
+                        error!(error = text, "services do not follow the cluster; trying again");
+                        complained = Some(text);
+                    }
+                    pause = RETRY;
+                    again = true;
+                }
+            }
+            self.report(counts, outcome.is_ok());
+            tokio::select! {
+                () = cancel.cancelled() => break,
+                () = sleep(pause) => {}
+            }
+            if again {
+                continue;
+            }
+            tokio::select! {
+                () = cancel.cancelled() => break,
+                _ = &mut synced, if !known => {
+                    info!("services and endpoints are known");
+                    known = true;
+                }
+                changed = services.changed() => if changed.is_err() { break },
+                changed = slices.changed() => if changed.is_err() { break },
+                changed = self.network.changed() => if changed.is_err() { break },
+                _ = check.tick() => verify = true,
+            }
+        }
+    }
+
+    fn ports(&self, known_api: &mut Vec<Port>) -> Vec<Port> {
+        let mut ports =
+            desired_ports(&self.services.list(), &self.slices.list(), &self.node_name, self.dns_ip);
+        keep_api_endpoints(&mut ports, known_api);
+        ports
+    }
+
+    fn report(&self, counts: Option<ServiceStatus>, in_force: bool) {
+        self.status.send_if_modified(|status| {
+            let before = status.services.clone();
+            if let Some(counts) = counts {
+                status.services = counts;
+            }
+            status.services.in_force = in_force;
+            status.services != before
+        });
+    }
+}
+
+fn counts(ports: &[Port]) -> ServiceStatus {
+    let endpoints = ports.iter().map(|port| port.endpoints.len()).sum();
+    ServiceStatus { ports: ports.len(), endpoints, in_force: false }
+}
+
+/// What one look found.
+#[derive(Debug, Default)]
+struct Looked {
+    changed: bool,
+    was_damaged: bool,
+}
+
+fn look(
+    proxy: &mut Proxy,
+    ports: Option<&[Port]>,
+    networks: &Networks,
+    check_first: bool,
+) -> Result<Looked, NftError> {
+    let was_damaged = check_first && proxy.applied.is_some() && !proxy.verify()?;
+    let changed = match ports {
+        Some(ports) => proxy.apply(ports, networks)?,
+        None => proxy.prepare(networks)?,
+    };
+    Ok(Looked { changed, was_damaged })
 }
 
 /// The API server is never left without an endpoint: who would tell us of the next one? The last known ones stay.
@@ -113,7 +315,8 @@ mod tests {
 
     #[test]
     fn the_api_server_keeps_its_last_known_endpoints_and_others_do_not() {
-        let endpoint = Endpoint { ip: Ipv4Addr::new(192, 0, 2, 1), port: 6443, local: false, ready: true };
+        let endpoint =
+            Endpoint { ip: Ipv4Addr::new(192, 0, 2, 1), port: 6443, local: false, ready: true };
         let mut known = Vec::new();
         for id in ["default/kubernetes/tcp/443", "default/web/tcp/80"] {
             keep_api_endpoints(&mut [port(id, vec![endpoint])], &mut known);

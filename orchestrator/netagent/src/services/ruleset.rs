@@ -5,6 +5,8 @@
 //! rewrites the destination; conntrack does the same to the rest of the flow. `postrouting` masquerades what must come
 //! back through this node. What still has a cluster IP after that has no endpoint and is rejected.
 //!
+//! Chains have no names that are words of nft's language (`masquerade`, `reject`): its parser refuses those.
+//!
 //! Both maps are hashes, so the cost does not depend on the number of Services.
 
 use std::fmt::Write as _;
@@ -52,7 +54,8 @@ pub fn desired_table(ports: &[Port], networks: &Networks) -> Table {
         }
         if port.node_port.is_some() || !port.external_ips.is_empty() {
             let external = external_chain(&mut table, port, networks);
-            let verdict = if external { format!("goto ext-{}", port.id) } else { "goto reject".to_owned() };
+            let verdict =
+                if external { format!("goto ext-{}", port.id) } else { "goto refuse".to_owned() };
             if external {
                 services.extend(port.external_ips.iter().map(|ip| (key(ip), verdict.clone())));
             }
@@ -61,8 +64,8 @@ pub fn desired_table(ports: &[Port], networks: &Networks) -> Table {
                 list.push((format!("{} . {node_port}", port.protocol), verdict));
             }
         }
-        let local = port.endpoints.iter().filter(|endpoint| endpoint.local);
-        hairpin.extend(local.map(|endpoint| format!("{0} . {0}", endpoint.ip)));
+        // Also those on other nodes: a slice written by hand need not say where its endpoints are.
+        hairpin.extend(port.endpoints.iter().map(|endpoint| format!("{0} . {0}", endpoint.ip)));
     }
     table.set("services", Set::map("ipv4_addr . inet_proto . inet_service", "verdict", services));
     table.set("nodeports", Set::map("inet_proto . inet_service", "verdict", node_ports));
@@ -79,9 +82,15 @@ fn fixed_chains(table: &mut Table, networks: &Networks) {
     table.chain(
         "martians",
         // `route_localnet`, which NodePorts at 127.0.0.1 need, would let neighbours reach loopback (CVE-2020-8558).
-        Chain::base("filter", Hook::Prerouting, -300, rules(&["iifname != \"lo\" ip daddr 127.0.0.0/8 counter drop"])),
+        Chain::base(
+            "filter",
+            Hook::Prerouting,
+            -300,
+            rules(&["iifname != \"lo\" ip daddr 127.0.0.0/8 counter drop"]),
+        ),
     );
-    table.chain("prerouting", Chain::base("nat", Hook::Prerouting, -100, rules(&["jump services"])));
+    table
+        .chain("prerouting", Chain::base("nat", Hook::Prerouting, -100, rules(&["jump services"])));
     table.chain("output", Chain::base("nat", Hook::Output, -100, rules(&["jump services"])));
     table.chain(
         "services",
@@ -97,24 +106,38 @@ fn fixed_chains(table: &mut Table, networks: &Networks) {
             Hook::Postrouting,
             100,
             [
-                format!("meta mark & {MASQUERADE_MARK:#x} != 0 goto masquerade"),
+                format!("meta mark & {MASQUERADE_MARK:#x} != 0 goto source-nat"),
                 // A pod that reaches itself through its Service: it would answer itself directly otherwise.
-                "ct status dnat ip saddr . ip daddr @hairpin goto masquerade".to_owned(),
-                format!("ip saddr {cluster} ip daddr != {cluster} ip daddr != 224.0.0.0/4 goto masquerade"),
+                "ct status dnat ip saddr . ip daddr @hairpin goto source-nat".to_owned(),
+                format!("ip saddr {cluster} ip daddr != {cluster} ip daddr != 224.0.0.0/4 goto source-nat"),
             ],
         ),
     );
     table.chain(
-        "masquerade",
+        "source-nat",
         Chain::regular([
             format!("meta mark set meta mark & {:#x}", !MASQUERADE_MARK),
             format!("meta l4proto {{ tcp, udp }} masquerade to :{MASQUERADE_PORTS} fully-random"),
             "masquerade".to_owned(),
         ]),
     );
-    table.chain("mark-masquerade", Chain::regular([format!("meta mark set meta mark | {MASQUERADE_MARK:#x}")]));
-    let no_endpoint = format!("ip daddr {service} goto reject");
-    table.chain("forward", Chain::base("filter", Hook::Forward, 0, [no_endpoint.clone()]));
+    table.chain(
+        "mark-masquerade",
+        Chain::regular([format!("meta mark set meta mark | {MASQUERADE_MARK:#x}")]),
+    );
+    let no_endpoint = format!("ip daddr {service} goto refuse");
+    // Translation leaves packets alone that fit no window of their connection: the other end would see an address that
+    // it never talked to, and reset the connection (kubernetes #74839).
+    let invalid = |side: &str| format!("ip {side} {cluster} ct state invalid counter drop");
+    table.chain(
+        "forward",
+        Chain::base(
+            "filter",
+            Hook::Forward,
+            0,
+            [invalid("saddr"), invalid("daddr"), no_endpoint.clone()],
+        ),
+    );
     table.chain(
         "output-filter",
         Chain::base("filter", Hook::Output, 0, [format!("ip daddr {dns_ip} accept"), no_endpoint]),
@@ -125,11 +148,13 @@ fn fixed_chains(table: &mut Table, networks: &Networks) {
             "filter",
             Hook::Input,
             0,
-            rules(&["ct state new fib daddr type local meta l4proto . th dport vmap @dead-nodeports"]),
+            rules(&[
+                "ct state new fib daddr type local meta l4proto . th dport vmap @dead-nodeports",
+            ]),
         ),
     );
     table.chain(
-        "reject",
+        "refuse",
         Chain::regular(rules(&[
             "meta l4proto tcp counter reject with tcp reset",
             "counter reject with icmp type port-unreachable",
@@ -191,7 +216,10 @@ fn spread(table: &mut Table, port: &Port, pool: &[Endpoint], prefix: &str) -> Ve
         rules.push(format!("ip saddr @{set} goto {chain}"));
         table.chain(
             chain.clone(),
-            Chain::regular([format!("update @{set} {{ ip saddr }}"), translate(port, std::slice::from_ref(endpoint))]),
+            Chain::regular([
+                format!("update @{set} {{ ip saddr }}"),
+                translate(port, std::slice::from_ref(endpoint)),
+            ]),
         );
         write!(verdicts, "{}{slot} : goto {chain}", if slot == 0 { "" } else { ", " })
             .expect("writing to a string cannot fail");
@@ -210,7 +238,11 @@ fn translate(port: &Port, pool: &[Endpoint]) -> String {
         .enumerate()
         .map(|(slot, endpoint)| format!("{slot} : {} . {}", endpoint.ip, endpoint.port))
         .collect();
-    format!("meta l4proto {protocol} dnat to numgen random mod {} map {{ {} }}", pool.len(), slots.join(", "))
+    format!(
+        "meta l4proto {protocol} dnat to numgen random mod {} map {{ {} }}",
+        pool.len(),
+        slots.join(", ")
+    )
 }
 
 #[cfg(test)]
@@ -261,7 +293,10 @@ mod tests {
     #[test]
     fn a_service_is_found_by_its_cluster_ip_and_node_port() {
         let table = desired_table(&[port(&[(2, true, true), (3, false, true)])], &networks());
-        assert_eq!(verdicts(&table, "services"), [("10.96.3.4 . tcp . 80", "goto svc-default/web/tcp/80")]);
+        assert_eq!(
+            verdicts(&table, "services"),
+            [("10.96.3.4 . tcp . 80", "goto svc-default/web/tcp/80")]
+        );
         assert_eq!(verdicts(&table, "nodeports"), [("tcp . 30080", "goto ext-default/web/tcp/80")]);
         assert_eq!(
             table.chains["svc-default/web/tcp/80"].rules,
@@ -270,16 +305,23 @@ mod tests {
                 "meta l4proto tcp dnat to numgen random mod 2 map { 0 : 10.244.1.2 . 8080, 1 : 10.244.1.3 . 8080 }",
             ]
         );
-        let SetKind::Keys(hairpin) = &table.sets["hairpin"].kind else { panic!("hairpin is a set") };
-        assert_eq!(hairpin.iter().collect::<Vec<_>>(), ["10.244.1.2 . 10.244.1.2"], "only local pods can be hairpins");
+        let SetKind::Keys(hairpin) = &table.sets["hairpin"].kind else {
+            panic!("hairpin is a set")
+        };
+        assert_eq!(
+            hairpin.iter().collect::<Vec<_>>(),
+            ["10.244.1.2 . 10.244.1.2", "10.244.1.3 . 10.244.1.3"]
+        );
     }
 
     #[test]
     fn without_endpoints_the_cluster_ip_has_no_chain_and_the_node_port_is_rejected() {
         let table = desired_table(&[port(&[])], &networks());
         assert_eq!(verdicts(&table, "services"), []);
-        assert_eq!(verdicts(&table, "dead-nodeports"), [("tcp . 30080", "goto reject")]);
-        assert!(table.chains["forward"].rules.contains(&"ip daddr 10.96.0.0/12 goto reject".to_owned()));
+        assert_eq!(verdicts(&table, "dead-nodeports"), [("tcp . 30080", "goto refuse")]);
+        assert!(
+            table.chains["forward"].rules.contains(&"ip daddr 10.96.0.0/12 goto refuse".to_owned())
+        );
     }
 
     #[test]
@@ -288,7 +330,10 @@ mod tests {
         port.external_local = true;
         let table = desired_table(&[port.clone()], &networks());
         let rules = &table.chains["ext-default/web/tcp/80"].rules;
-        assert_eq!(rules.last().map(String::as_str), Some("meta l4proto tcp dnat to 10.244.1.2:8080"));
+        assert_eq!(
+            rules.last().map(String::as_str),
+            Some("meta l4proto tcp dnat to 10.244.1.2:8080")
+        );
         port.endpoints.remove(0);
         let table = desired_table(&[port], &networks());
         let rules = &table.chains["ext-default/web/tcp/80"].rules;

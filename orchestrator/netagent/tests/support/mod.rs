@@ -1,6 +1,7 @@
 //! What the integration tests share: a real etcd on a temporary folder.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
 
+pub mod api;
 pub mod netns;
 
 use std::net::Ipv4Addr;
@@ -16,6 +17,7 @@ pub struct Etcd {
     folder: TempDir,
     pub url: String,
     peer: String,
+    flags: Vec<String>,
 }
 
 impl Etcd {
@@ -35,9 +37,32 @@ impl Etcd {
             folder,
             url: format!("http://{ip}:{client}"),
             peer: format!("http://{ip}:{peer}"),
+            flags: Vec::new(),
         };
         etcd.resume();
         etcd
+    }
+
+    /// With the certificates of a cluster's PKI folder, as the server runs it.
+    pub fn start_tls(pki: &Path) -> Self {
+        let mut etcd = Self::start();
+        etcd.stop();
+        etcd.url = etcd.url.replace("http:", "https:");
+        let file = |name: &str| pki.join(name).display().to_string();
+        etcd.flags = vec![
+            format!("--cert-file={}", file("etcd-server.crt")),
+            format!("--key-file={}", file("etcd-server.key")),
+            format!("--trusted-ca-file={}", file("etcd-ca.crt")),
+            "--client-cert-auth".to_owned(),
+        ];
+        etcd.resume();
+        etcd
+    }
+
+    /// A place for one.
+    pub fn none() -> Self {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        Self { child: None, folder, url: String::new(), peer: String::new(), flags: Vec::new() }
     }
 
     pub fn resume(&mut self) {
@@ -46,6 +71,7 @@ impl Etcd {
             .args(["--listen-client-urls", &self.url, "--advertise-client-urls", &self.url])
             .args(["--listen-peer-urls", &self.peer, "--initial-advertise-peer-urls", &self.peer])
             .args(["--initial-cluster", &format!("default={}", self.peer), "--unsafe-no-fsync"])
+            .args(&self.flags)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -63,7 +89,10 @@ impl Etcd {
     /// A client, once etcd answers.
     pub async fn client(&self) -> etcd_client::Client {
         let client = etcd_client::Client::connect([&self.url], None).await.expect("connect");
-        eventually("etcd answers", Duration::from_secs(20), || async { client.clone().get("x", None).await.ok() }).await;
+        eventually("etcd answers", Duration::from_secs(20), || async {
+            client.clone().get("x", None).await.ok()
+        })
+        .await;
         client
     }
 }
@@ -75,7 +104,11 @@ impl Drop for Etcd {
 }
 
 /// Asks again until there is an answer.
-pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, limit: Duration, mut ask: impl FnMut() -> F) -> T {
+pub async fn eventually<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    limit: Duration,
+    mut ask: impl FnMut() -> F,
+) -> T {
     let start = Instant::now();
     loop {
         if let Some(answer) = ask().await {

@@ -23,7 +23,11 @@ pub fn ip(words: &str) {
 #[track_caller]
 pub fn run(program: &str, words: &str) -> String {
     let output = Command::new(program).args(words.split_whitespace()).output().expect(program);
-    assert!(output.status.success(), "{program} {words}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{program} {words}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -34,7 +38,8 @@ pub struct Netns {
 
 impl Netns {
     pub fn new(hint: &str) -> Self {
-        let name = format!("t-{}-{}-{hint}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name =
+            format!("t-{}-{}-{hint}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         ip(&format!("netns add {name}"));
         ip(&format!("-n {name} link set lo up"));
         Self { name }
@@ -53,7 +58,10 @@ impl Netns {
     }
 
     /// Starts a thread in it. `ip netns exec` would hide /sys; a bare setns does not.
-    pub fn spawn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> std::thread::JoinHandle<T> {
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> std::thread::JoinHandle<T> {
         let path = format!("/run/netns/{}", self.name);
         std::thread::spawn(move || {
             let file = std::fs::File::open(&path).expect("the namespace");

@@ -13,7 +13,10 @@ fn domain() -> Domain {
     Domain {
         name: "cluster.local".to_owned(),
         dns_ip: Ipv4Addr::new(10, 96, 0, 10),
-        networks: vec!["10.96.0.0/12".parse().expect("CIDR"), "10.244.0.0/16".parse().expect("CIDR")],
+        networks: vec![
+            "10.96.0.0/12".parse().expect("CIDR"),
+            "10.244.0.0/16".parse().expect("CIDR"),
+        ],
     }
 }
 
@@ -25,15 +28,24 @@ fn zone() -> Zone {
         service(json!({"metadata": {"name": name, "namespace": "default"}, "spec": spec}))
     };
     let services = [
-        named("web", json!({
-            "clusterIP": "10.96.3.4",
-            "ports": [{"name": "http", "port": 80}, {"port": 81}, {"name": "dns", "port": 53, "protocol": "UDP"}],
-        })),
+        named(
+            "web",
+            json!({
+                "clusterIP": "10.96.3.4",
+                "ports": [{"name": "http", "port": 80}, {"port": 81}, {"name": "dns", "port": 53, "protocol": "UDP"}],
+            }),
+        ),
         named("db", json!({"clusterIP": "None", "ports": [{"name": "sql", "port": 5432}]})),
         named("empty", json!({"clusterIP": "None"})),
         named("out", json!({"type": "ExternalName", "externalName": "www.example.org"})),
-        named("alias", json!({"type": "ExternalName", "externalName": "web.default.svc.cluster.local"})),
-        named("circle", json!({"type": "ExternalName", "externalName": "circle.default.svc.cluster.local"})),
+        named(
+            "alias",
+            json!({"type": "ExternalName", "externalName": "web.default.svc.cluster.local"}),
+        ),
+        named(
+            "circle",
+            json!({"type": "ExternalName", "externalName": "circle.default.svc.cluster.local"}),
+        ),
     ];
     let slices = [slice(json!({
         "metadata": {"name": "db-1", "namespace": "default", "labels": {SERVICE_NAME: "db"}},
@@ -67,7 +79,11 @@ fn ask(name: &str, kind: RecordType) -> (ResponseCode, Vec<String>) {
 #[track_caller]
 fn check(name: &str, kind: RecordType, code: ResponseCode, answers: &[&str]) {
     let (seen_code, seen) = ask(name, kind);
-    assert_eq!((seen_code, seen.iter().map(String::as_str).collect::<Vec<_>>()), (code, answers.to_vec()), "{name}");
+    assert_eq!(
+        (seen_code, seen.iter().map(String::as_str).collect::<Vec<_>>()),
+        (code, answers.to_vec()),
+        "{name}"
+    );
 }
 
 use ResponseCode::{NXDomain, NoError};
@@ -105,7 +121,8 @@ fn what_exists_without_the_type_is_no_data_and_what_does_not_exist_is_nxdomain()
 #[test]
 fn a_denial_carries_the_soa_that_limits_it() {
     for name in ["nobody.default.svc.cluster.local.", "lonely.svc.cluster.local."] {
-        let Outcome::Done(response) = answer(&query(name, RecordType::A), &domain(), Some(&zone())) else {
+        let Outcome::Done(response) = answer(&query(name, RecordType::A), &domain(), Some(&zone()))
+        else {
             panic!("{name} is ours");
         };
         assert!(matches!(&response.authorities[0].data, RData::SOA(soa) if soa.minimum == 5));
@@ -133,17 +150,31 @@ fn named_ports_have_srv_records() {
         "_sql._tcp.db.default.svc.cluster.local.",
         RecordType::SRV,
         NoError,
-        &["0 50 5432 db-0.db.default.svc.cluster.local.", "0 50 5432 10-244-2-8.db.default.svc.cluster.local."],
+        &[
+            "0 50 5432 db-0.db.default.svc.cluster.local.",
+            "0 50 5432 10-244-2-8.db.default.svc.cluster.local.",
+        ],
     );
 }
 
 #[test]
 fn addresses_have_names_and_strangers_are_forwarded() {
     check("4.3.96.10.in-addr.arpa.", RecordType::PTR, NoError, &["web.default.svc.cluster.local."]);
-    check("7.1.244.10.in-addr.arpa.", RecordType::PTR, NoError, &["db-0.db.default.svc.cluster.local."]);
+    check(
+        "7.1.244.10.in-addr.arpa.",
+        RecordType::PTR,
+        NoError,
+        &["db-0.db.default.svc.cluster.local."],
+    );
     check("9.9.96.10.in-addr.arpa.", RecordType::PTR, NXDomain, &[]);
     for name in ["8.8.8.8.in-addr.arpa.", "example.org.", "local."] {
-        assert!(matches!(answer(&query(name, RecordType::A), &domain(), Some(&zone())), Outcome::Forward), "{name}");
+        assert!(
+            matches!(
+                answer(&query(name, RecordType::A), &domain(), Some(&zone())),
+                Outcome::Forward
+            ),
+            "{name}"
+        );
     }
 }
 
@@ -155,8 +186,11 @@ fn external_names_are_aliases_followed_inside_and_out() {
         NoError,
         &["web.default.svc.cluster.local.", "10.96.3.4"],
     );
-    let outside = answer(&query("out.default.svc.cluster.local.", RecordType::A), &domain(), Some(&zone()));
-    assert!(matches!(outside, Outcome::Chase(_, target) if target.to_string() == "www.example.org."));
+    let outside =
+        answer(&query("out.default.svc.cluster.local.", RecordType::A), &domain(), Some(&zone()));
+    assert!(
+        matches!(outside, Outcome::Chase(_, target) if target.to_string() == "www.example.org.")
+    );
     check("out.default.svc.cluster.local.", RecordType::CNAME, NoError, &["www.example.org."]);
     let (code, _) = ask("circle.default.svc.cluster.local.", RecordType::A);
     assert_eq!(code, ResponseCode::ServFail);
@@ -173,7 +207,9 @@ fn pods_and_the_version_have_names() {
 #[test]
 fn an_unknown_cluster_fails_instead_of_denying() {
     let outcome = answer(&query("web.default.svc.cluster.local.", RecordType::A), &domain(), None);
-    assert!(matches!(outcome, Outcome::Done(response) if response.metadata.response_code == ResponseCode::ServFail));
+    assert!(
+        matches!(outcome, Outcome::Done(response) if response.metadata.response_code == ResponseCode::ServFail)
+    );
 }
 
 #[test]
@@ -181,10 +217,15 @@ fn an_answer_that_does_not_fit_is_cut_and_says_so() {
     let asked = query("db.default.svc.cluster.local.", RecordType::A);
     let mut response = response_to(&asked);
     let name = asked.queries[0].name().clone();
-    response.add_answers((0..100).map(|last| Record::from_rdata(name.clone(), 5, RData::A(A::new(10, 244, 9, last)))));
-    let cut = Message::from_vec(&encode(&response, &asked, false).expect("encodes")).expect("decodes");
+    response.add_answers(
+        (0..100)
+            .map(|last| Record::from_rdata(name.clone(), 5, RData::A(A::new(10, 244, 9, last)))),
+    );
+    let cut =
+        Message::from_vec(&encode(&response, &asked, false).expect("encodes")).expect("decodes");
     assert!(cut.metadata.truncation && cut.answers.is_empty());
-    let whole = Message::from_vec(&encode(&response, &asked, true).expect("encodes")).expect("decodes");
+    let whole =
+        Message::from_vec(&encode(&response, &asked, true).expect("encodes")).expect("decodes");
     assert_eq!((whole.metadata.truncation, whole.answers.len()), (false, 100));
 }
 
@@ -195,9 +236,13 @@ fn unknown_versions_and_operations_are_refused_by_their_codes() {
     edns.set_version(1);
     newer.set_edns(edns);
     let outcome = answer(&newer, &domain(), Some(&zone()));
-    assert!(matches!(outcome, Outcome::Done(response) if response.metadata.response_code == ResponseCode::BADVERS));
+    assert!(
+        matches!(outcome, Outcome::Done(response) if response.metadata.response_code == ResponseCode::BADVERS)
+    );
     let mut update = query("web.default.svc.cluster.local.", RecordType::A);
     update.metadata.op_code = OpCode::Update;
     let outcome = answer(&update, &domain(), Some(&zone()));
-    assert!(matches!(outcome, Outcome::Done(response) if response.metadata.response_code == ResponseCode::NotImp));
+    assert!(
+        matches!(outcome, Outcome::Done(response) if response.metadata.response_code == ResponseCode::NotImp)
+    );
 }

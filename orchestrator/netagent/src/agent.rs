@@ -1,0 +1,233 @@
+//! The parts of the agent and how they are wired.
+//!
+//! ```text
+//! etcd ──> lease keeper ──> network ──┬─> overlay ──> kernel, subnet.env, CNI configuration
+//!                                     ├─> proxy (the pod network's CIDR)
+//!                                     └─> podCIDR of the Node object
+//! API server ──> informers ──┬─> proxy ──> nftables
+//!                            └─> zone ──> DNS server
+//! every part ──> status file
+//! ```
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Namespace, Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use orch_client::ListParams;
+use orch_reconcile::Informers;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::dns::forward::Forwarder;
+use crate::dns::server::{Server, resolvers};
+use crate::dns::zone::Domain;
+use crate::files::{FileError, SubnetEnv};
+use crate::lease::{EtcdHealth, Identity, Keeper};
+use crate::overlay::task::Overlay;
+use crate::services::proxy::Follower;
+use crate::status::{NetStatus, write_changes};
+use crate::{Options, dns, mac, node};
+
+/// The parts get this long to finish what they are doing; all of it is short.
+const GRACE: Duration = Duration::from_secs(5);
+/// Port of DNS.
+const DNS_PORT: u16 = 53;
+
+/// Why the agent could not start, or ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The VTEP's MAC is neither readable nor writable.
+    #[error("keep the MAC of the VTEP")]
+    Mac(#[source] FileError),
+    /// A part ended on its own.
+    #[error("the network agent's {0} ended on its own")]
+    PartEnded(&'static str),
+    /// A part panicked.
+    #[error("a part of the network agent panicked: {0}")]
+    PartPanicked(String),
+}
+
+/// Runs the agent in the network namespace of the process until cancelled. What it made in the kernel stays.
+///
+/// An absent etcd or API server is no error: the agent says so in its log and its status, keeps the data plane as it
+/// is, and goes on trying.
+///
+/// # Errors
+/// If the node's files cannot be written, or a part failed in a way that it should not.
+pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Error> {
+    let paths = &options.paths;
+    let vtep_mac =
+        mac::ensure(&paths.lib().join("vtep-mac"), &options.node_name).map_err(Error::Mac)?;
+    let identity = Identity { public_ip: options.node_ip, vtep_mac };
+    // Informers and parts end together, also when one of them fails.
+    let stop = cancel.child_token();
+    let _stop_all = stop.clone().drop_guard();
+    let informers = Informers::new(options.client.clone(), stop.clone());
+    let (services, slices) = (informers.of::<Service>(), informers.of::<EndpointSlice>());
+
+    let (network, network_known) = watch::channel(None);
+    let (health, etcd_health) = watch::channel(EtcdHealth::Unknown);
+    let (zone, zone_known) = watch::channel(None);
+    let status = Arc::new(watch::Sender::new(NetStatus {
+        node: options.node_name.clone(),
+        node_ip: options.node_ip.to_string(),
+        etcd: etcd_text(&EtcdHealth::Unknown),
+        ..NetStatus::default()
+    }));
+    // What the last run knew counts until etcd answers.
+    let cluster =
+        SubnetEnv::observe(&paths.subnet_env()).map_or(options.network.network, |env| env.network);
+
+    let mut parts: JoinSet<&'static str> = JoinSet::new();
+    let keeper = Keeper {
+        etcd: options.etcd.clone(),
+        prefix: options.etcd_prefix.clone(),
+        default_config: options.network.clone(),
+        identity,
+        subnet_env: paths.subnet_env(),
+        network,
+        health,
+    };
+    spawn(&mut parts, "subnet lease", keeper.run(stop.clone()));
+    let overlay = Overlay {
+        device_name: options.device.clone(),
+        node_ip: options.node_ip,
+        underlay: options.underlay.clone(),
+        identity,
+        paths: paths.clone(),
+    };
+    spawn(&mut parts, "overlay", overlay.run(network_known.clone(), status.clone(), stop.clone()));
+    let follower = Follower {
+        services: services.clone(),
+        slices: slices.clone(),
+        network: network_known.clone(),
+        cluster,
+        service_cidr: options.service_cidr,
+        dns_ip: options.dns_ip,
+        node_name: options.node_name.clone(),
+        status: status.clone(),
+    };
+    spawn(&mut parts, "service proxy", follower.run(stop.clone()));
+    let own_node = ListParams {
+        field_selector: Some(format!("metadata.name={}", options.node_name)),
+        ..ListParams::default()
+    };
+    let nodes = informers.selected::<Node>(&own_node);
+    let mirror = node::mirror(
+        options.client.clone(),
+        nodes,
+        options.node_name.clone(),
+        network_known,
+        stop.clone(),
+    );
+    spawn(&mut parts, "podCIDR mirror", mirror);
+
+    let names =
+        dns::task::follow(services, slices, informers.of::<Namespace>(), zone, stop.clone());
+    spawn(&mut parts, "zone", names);
+    let server = Server {
+        address: SocketAddr::new(options.dns_ip.into(), DNS_PORT),
+        domain: Domain {
+            name: options.cluster_domain.clone(),
+            dns_ip: options.dns_ip,
+            networks: vec![cluster, options.service_cidr],
+        },
+        zone: zone_known,
+        forwarder: Forwarder::new(upstream(&options)),
+        status: status.clone(),
+    };
+    spawn(&mut parts, "DNS", dns::task::serve(options.dns_ip, server, stop.clone()));
+    spawn(&mut parts, "etcd health", report_health(etcd_health, status.clone(), stop.clone()));
+    spawn(
+        &mut parts,
+        "status file",
+        write_changes(paths.net_status(), status.subscribe(), stop.clone()),
+    );
+    join(parts, &cancel, &stop).await
+}
+
+fn spawn(
+    parts: &mut JoinSet<&'static str>,
+    name: &'static str,
+    part: impl Future<Output = ()> + Send + 'static,
+) {
+    parts.spawn(async move {
+        part.await;
+        name
+    });
+}
+
+/// Waits for the end of all parts; the first one that ends unasked ends the others.
+async fn join(
+    mut parts: JoinSet<&'static str>,
+    cancel: &CancellationToken,
+    stop: &CancellationToken,
+) -> Result<(), Error> {
+    let mut outcome = Ok(());
+    let first = tokio::select! {
+        () = cancel.cancelled() => None,
+        ended = parts.join_next() => ended,
+    };
+    match first {
+        Some(Ok(name)) if !cancel.is_cancelled() => outcome = Err(Error::PartEnded(name)),
+        Some(Err(error)) => outcome = Err(Error::PartPanicked(error.to_string())),
+        _ => {}
+    }
+    stop.cancel();
+    let all = async { while parts.join_next().await.is_some() {} };
+    if timeout(GRACE, all).await.is_err() {
+        warn!(parts = parts.len(), "parts of the network agent did not end in time");
+    }
+    info!("the network agent ends; the data plane stays as it is");
+    outcome
+}
+
+fn upstream(options: &Options) -> Vec<SocketAddr> {
+    if !options.upstream_dns.is_empty() {
+        return options.upstream_dns.iter().map(|ip| SocketAddr::new(*ip, DNS_PORT)).collect();
+    }
+    let file = &options.resolv_conf;
+    let found = match std::fs::read_to_string(file) {
+        Ok(text) => resolvers(&text, options.dns_ip),
+        Err(error) => {
+            warn!(file = %file.display(), %error, "the node's resolvers are not known");
+            Vec::new()
+        }
+    };
+    if found.is_empty() {
+        warn!(file = %file.display(), "there is no resolver: pods resolve names of the cluster only");
+    }
+    found
+}
+
+async fn report_health(
+    mut health: watch::Receiver<EtcdHealth>,
+    status: Arc<watch::Sender<NetStatus>>,
+    cancel: CancellationToken,
+) {
+    loop {
+        let text = etcd_text(&health.borrow_and_update());
+        status.send_if_modified(|status| {
+            let changed = status.etcd != text;
+            status.etcd = text;
+            changed
+        });
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = health.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+fn etcd_text(health: &EtcdHealth) -> String {
+    match health {
+        EtcdHealth::Unknown => "unknown".to_owned(),
+        EtcdHealth::Healthy => "healthy".to_owned(),
+        EtcdHealth::Away(why) => why.clone(),
+    }
+}

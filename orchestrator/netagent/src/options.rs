@@ -1,0 +1,100 @@
+//! What the network agent is told at its start.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use ipnetwork::Ipv4Network;
+use orch_client::Client;
+use orch_config::Paths;
+
+use crate::EtcdConfig;
+use crate::network::NetworkConfig;
+
+/// Everything that differs between nodes and clusters. The defaults are the cluster's.
+#[derive(Clone)]
+pub struct Options {
+    /// Name of the Node object.
+    pub node_name: String,
+    /// The node's address on the underlay.
+    pub node_ip: Ipv4Addr,
+    /// Where the subnet leases are.
+    pub etcd: EtcdConfig,
+    /// Prefix of the network's keys there.
+    pub etcd_prefix: String,
+    /// Written to etcd if there is no network configuration yet.
+    pub network: NetworkConfig,
+    /// The API server: Services, endpoints, namespaces, the own Node.
+    pub client: Client,
+    /// The node's files.
+    pub paths: Paths,
+    /// Name of the VXLAN device.
+    pub device: String,
+    /// Link that carries the overlay; without one, the link that has `node_ip`.
+    pub underlay: Option<String>,
+    /// Where cluster IPs come from.
+    pub service_cidr: Ipv4Network,
+    /// Address of the node's DNS server, the cluster IP of `kube-dns`.
+    pub dns_ip: Ipv4Addr,
+    /// Domain of the cluster's names.
+    pub cluster_domain: String,
+    /// Resolvers for all other names; without one, those of `resolv_conf`.
+    pub upstream_dns: Vec<IpAddr>,
+    /// Resolver configuration of the node.
+    pub resolv_conf: PathBuf,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let cidr = |text: &str| text.parse().expect("the cluster's constants are CIDRs");
+        let network = NetworkConfig::new(
+            cidr(orch_config::POD_CIDR),
+            orch_config::NODE_SUBNET_LEN,
+            orch_config::VXLAN_VNI,
+            orch_config::VXLAN_PORT,
+        );
+        Self {
+            node_name: String::new(),
+            node_ip: Ipv4Addr::LOCALHOST,
+            etcd: EtcdConfig::default(),
+            etcd_prefix: orch_config::ETCD_NETWORK_PREFIX.to_owned(),
+            network: network.expect("the cluster's constants are a network"),
+            client: Client::new(NoServer),
+            paths: Paths::new("/"),
+            device: orch_config::VXLAN_DEVICE.to_owned(),
+            underlay: None,
+            service_cidr: cidr(orch_config::SERVICE_CIDR),
+            dns_ip: orch_config::DNS_IP,
+            cluster_domain: orch_config::CLUSTER_DOMAIN.to_owned(),
+            upstream_dns: Vec::new(),
+            resolv_conf: PathBuf::from("/etc/resolv.conf"),
+        }
+    }
+}
+
+/// Stands where an API server has to be named.
+struct NoServer;
+
+#[async_trait]
+impl orch_client::Transport for NoServer {
+    async fn send(
+        &self,
+        _request: http::Request<bytes::Bytes>,
+    ) -> Result<http::Response<orch_client::Body>, orch_client::Error> {
+        Err(orch_client::Error::Config(
+            "the network agent was started without an API server".to_owned(),
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_the_clusters() {
+        let options = Options::default();
+        assert_eq!(options.network.network.to_string(), "10.244.0.0/16");
+        assert!(options.service_cidr.contains(options.dns_ip));
+    }
+}
