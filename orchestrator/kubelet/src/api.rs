@@ -3,7 +3,7 @@
 use std::fmt;
 
 use jiff::Timestamp;
-use orch_api::k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use orch_api::k8s_openapi::api::core::v1::{Container, ContainerStatus, Pod, PodSpec};
 use orch_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 /// Which pod it is.
@@ -45,6 +45,13 @@ pub(crate) fn app_containers(pod: &Pod) -> impl Iterator<Item = &Container> {
 
 pub(crate) fn all_containers(pod: &Pod) -> impl Iterator<Item = &Container> {
     init_containers(pod).chain(app_containers(pod))
+}
+
+/// What the API server was told last about a container.
+pub(crate) fn container_status<'a>(pod: &'a Pod, name: &str) -> Option<&'a ContainerStatus> {
+    let status = pod.status.as_ref()?;
+    let init = status.init_container_statuses.iter().flatten();
+    init.chain(status.container_statuses.iter().flatten()).find(|status| status.name == name)
 }
 
 /// An init container that keeps running beside the others (Kubernetes, "Sidecar Containers").

@@ -3,8 +3,12 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use orch_client::Client;
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{Request, Response};
+use orch_client::{Body, Client, Error, Transport};
 use orch_cri::{NetworkMode, Runtime};
 use tokio::sync::Semaphore;
 
@@ -33,8 +37,33 @@ pub(crate) struct Context {
     pub(crate) starts: Semaphore,
 }
 
+/// How long the API server may take to begin an answer. After a cut in the network a request would otherwise hang
+/// for as long as TCP repeats itself, and a pod's worker with it.
+const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+
+/// A way to the API server that gives up; the next request takes another connection.
+struct Impatient(Client);
+
+#[async_trait]
+impl Transport for Impatient {
+    async fn send(&self, request: Request<Bytes>) -> Result<Response<Body>, Error> {
+        match tokio::time::timeout(ANSWER_LIMIT, self.0.stream(request)).await {
+            Ok(answer) => answer,
+            Err(passed) => Err(Error::Transport {
+                context: format!("the API server gave no answer within {ANSWER_LIMIT:?}"),
+                source: Box::new(passed),
+            }),
+        }
+    }
+}
+
 impl Context {
-    pub(crate) fn new(options: Options, network: Arc<dyn PodNetwork>, machine: Machine) -> Self {
+    pub(crate) fn new(
+        mut options: Options,
+        network: Arc<dyn PodNetwork>,
+        machine: Machine,
+    ) -> Self {
+        options.client = Client::new(Impatient(options.client));
         let events = Events::new(options.client.clone(), &options.node_name);
         Self {
             network,
@@ -47,6 +76,11 @@ impl Context {
             starts: Semaphore::new(options.parallel_starts.max(1)),
             options,
         }
+    }
+
+    /// All permits of `starts`.
+    pub(crate) fn all_starts(&self) -> u32 {
+        u32::try_from(self.options.parallel_starts.max(1)).unwrap_or(u32::MAX)
     }
 
     pub(crate) fn runtime(&self) -> &dyn Runtime {

@@ -1,7 +1,7 @@
 //! Events about pods and the node.
 
-use crate::shim::reconcile::EventRecorder;
 use orch_api::k8s_openapi::api::core::v1::{ObjectReference, Pod};
+use orch_reconcile::EventRecorder;
 
 use crate::api::{self, PodRef};
 

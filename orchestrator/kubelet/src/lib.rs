@@ -63,16 +63,16 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Error>
     let mut parts = JoinSet::new();
     parts.spawn(server.run(stop.clone()));
     parts.spawn(source::run(cx.client(), cx.options.node_name.clone(), pods_in, stop.clone()));
-    parts.spawn(node::run(cx.clone(), stop.clone()));
-    parts.spawn(node::heartbeat::run(cx.clone(), stop.clone()));
+    parts.spawn(until(stop.clone(), node::run(cx.clone())));
+    parts.spawn(until(stop.clone(), node::heartbeat::run(cx.clone())));
     parts.spawn(manager::Manager::new(cx.clone(), pods, stop.clone()).run());
     let warm = cx.clone();
-    parts.spawn(async move {
+    parts.spawn(until(stop.clone(), async move {
         // Before the first pod needs it; if it fails now, the pod's start says so.
         if let Err(error) = pod::start::ensure_pause_image(&warm).await {
             warn!(%error, "sandbox image not there yet");
         }
-    });
+    }));
     info!(node = cx.options.node_name, port = cx.options.listen_port, "kubelet runs");
     while let Some(ended) = parts.join_next().await {
         if let Err(error) = ended {
@@ -82,6 +82,14 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Error>
         }
     }
     Ok(())
+}
+
+/// Work that may be dropped anywhere.
+async fn until(stop: CancellationToken, work: impl Future<Output = ()>) {
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = work => {}
+    }
 }
 
 #[cfg(test)]

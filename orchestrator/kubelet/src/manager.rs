@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ use crate::volume;
 
 /// Wait before the engine's event stream is opened again.
 const EVENTS_RETRY: Duration = Duration::from_secs(1);
+/// Wait for the engine and the network before addresses are collected.
+const COLLECT_RETRY: Duration = Duration::from_secs(1);
 /// Events on their way to the manager: it only sets flags, so a few suffice; if it is full the stream waits.
 const EVENT_BACKLOG: usize = 64;
 
@@ -47,6 +50,9 @@ pub(crate) struct Manager {
     tasks: JoinSet<String>,
     /// Pods whose worker is done while the API server still has them, because somebody's finalizer holds them.
     finished: BTreeSet<String>,
+    /// Lists under way. They run beside the manager, so that a new pod does not wait for them.
+    lists: JoinSet<Result<Vec<Container>, orch_cri::Error>>,
+    tidying: JoinSet<()>,
     stop: CancellationToken,
 }
 
@@ -62,20 +68,18 @@ impl Manager {
             workers: BTreeMap::new(),
             tasks: JoinSet::new(),
             finished: BTreeSet::new(),
+            lists: JoinSet::new(),
+            tidying: JoinSet::new(),
             stop,
         }
     }
 
     pub(crate) async fn run(mut self) {
         let (signals, mut received) = mpsc::channel(EVENT_BACKLOG);
-        let (cx, stop) = (self.cx.clone(), self.stop.clone());
-        let mut listener = JoinSet::new();
-        listener.spawn(async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = listen(cx, signals) => {}
-            }
-        });
+        // Dropped with this function, which ends them.
+        let mut helpers = JoinSet::new();
+        helpers.spawn(listen(self.cx.clone(), signals));
+        helpers.spawn(collect(self.cx.clone()));
         let mut relist = tokio::time::interval(self.cx.options.relist);
         relist.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -89,9 +93,16 @@ impl Manager {
                 }
                 Some(signal) = received.recv() => match signal {
                     Signal::Event(event) => self.wake(&event),
-                    Signal::Relist => self.relist().await,
+                    Signal::Relist => self.list(),
                 },
-                _ = relist.tick() => self.relist().await,
+                _ = relist.tick() => self.list(),
+                Some(found) = self.lists.join_next() => match found {
+                    Ok(Ok(found)) => self.compare(found),
+                    // The node's condition says so; pods are left alone.
+                    Ok(Err(error)) => debug!(%error, "containers not listed"),
+                    Err(error) => warn!(%error, "listing containers broke off"),
+                },
+                Some(_) = self.tidying.join_next() => {}
                 Some(ended) = self.tasks.join_next() => self.ended(ended),
             }
         }
@@ -165,14 +176,18 @@ impl Manager {
         }
     }
 
-    /// Wakes the workers of pods that look different, finds pods nobody wants, and tidies up.
-    async fn relist(&mut self) {
+    /// Lists all containers of the node; [`Manager::compare`] follows.
+    fn list(&mut self) {
         self.assign();
-        let found = match self.cx.runtime().list(&[]).await {
-            Ok(found) => found,
-            // The node's condition says so; pods are left alone.
-            Err(error) => return debug!(%error, "containers not listed"),
-        };
+        // One may have begun before what is asked about happened; a third adds nothing.
+        if self.lists.len() < 2 {
+            let cx = self.cx.clone();
+            self.lists.spawn(async move { cx.runtime().list(&[]).await });
+        }
+    }
+
+    /// Wakes the workers of pods that look different, finds pods nobody wants, and tidies up.
+    fn compare(&mut self, found: Vec<Container>) {
         let Some(pods) = self.pods.borrow().clone() else { return };
         let mut by_pod: BTreeMap<String, Vec<&Container>> = BTreeMap::new();
         for container in &found {
@@ -198,37 +213,72 @@ impl Manager {
                 self.spawn(pod, Wanted::Gone);
             }
         }
-        self.tidy(&found, &pods).await;
+        if self.tidying.is_empty() {
+            let folders = self.unused_folders(&found, &pods);
+            self.tidying.spawn(tidy(self.cx.clone(), found, folders));
+        }
     }
 
-    /// Frees networks and folders that nothing refers to, such as after the engine lost its containers.
-    async fn tidy(&self, found: &[Container], pods: &BTreeMap<String, Arc<Pod>>) {
-        // A start under way has a sandbox that this list may not have.
-        let quiet = self.cx.starts.available_permits() == self.cx.options.parallel_starts.max(1);
-        if !quiet {
-            return;
+    /// Folders of pods that are gone. A UID never comes back, so they stay unused.
+    fn unused_folders(
+        &self,
+        found: &[Container],
+        pods: &BTreeMap<String, Arc<Pod>>,
+    ) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(self.cx.options.paths.pods_dir()).into_iter().flatten();
+        let unused = entries.flatten().filter(|entry| {
+            let uid = entry.file_name().to_string_lossy().into_owned();
+            !pods.contains_key(&uid)
+                && !self.workers.contains_key(&uid)
+                && !found.iter().any(|container| container.label(labels::POD_UID) == uid)
+        });
+        unused.map(|entry| entry.path()).collect()
+    }
+}
+
+/// Frees networks and folders that nothing refers to, such as after the engine lost its containers.
+async fn tidy(cx: Arc<Context>, found: Vec<Container>, folders: Vec<PathBuf>) {
+    for sandbox in cx.network.pinned().await {
+        if found.iter().any(|container| container.id == sandbox) {
+            continue;
         }
-        for sandbox in self.cx.network.pinned().await {
-            if !found.iter().any(|container| container.id == sandbox) {
-                let unknown =
-                    PodRef { namespace: String::new(), name: String::new(), uid: String::new() };
-                let still_absent = matches!(self.cx.runtime().inspect(&sandbox).await, Ok(None));
-                let place = Place::new(&unknown, &sandbox, self.cx.network.netns_path(&sandbox));
-                if still_absent && let Err(error) = self.cx.network.remove(&place).await {
-                    warn!(sandbox, error, "network of a lost sandbox not released");
+        let unknown = PodRef { namespace: String::new(), name: String::new(), uid: String::new() };
+        // The list is older than a sandbox that starts just now.
+        let absent = matches!(cx.runtime().inspect(&sandbox).await, Ok(None));
+        let place = Place::new(&unknown, &sandbox, cx.network.netns_path(&sandbox));
+        if absent && let Err(error) = cx.network.remove(&place).await {
+            warn!(sandbox, error, "network of a lost sandbox not released");
+        }
+    }
+    let removed = tokio::task::spawn_blocking(move || {
+        for folder in folders {
+            if let Err(error) = volume::remove(&folder) {
+                warn!(error, "folder of a former pod not removed");
+            }
+        }
+    });
+    if let Err(error) = removed.await {
+        warn!(%error, "removing folders of former pods broke off");
+    }
+}
+
+/// Frees, once, the addresses of sandboxes that no longer exist, as a crash or a reboot leaves them (CNI spec 1.1.0
+/// §2, GC).
+async fn collect(cx: Arc<Context>) {
+    loop {
+        {
+            // No sandbox may be connected between the list and the collection.
+            let Ok(_all) = cx.starts.acquire_many(cx.all_starts()).await else { return };
+            let sandboxes = cx.runtime().list(&[(labels::CONTAINER, labels::SANDBOX)]).await;
+            if let (Ok(sandboxes), Ok(())) = (sandboxes, cx.network.ready().await) {
+                let valid = sandboxes.into_iter().map(|sandbox| sandbox.id).collect();
+                if let Err(error) = cx.network.collect(valid).await {
+                    warn!(error, "addresses of former pods not freed; the next start tries again");
                 }
+                return;
             }
         }
-        let Ok(folders) = std::fs::read_dir(self.cx.options.paths.pods_dir()) else { return };
-        for folder in folders.flatten() {
-            let uid = folder.file_name().to_string_lossy().into_owned();
-            let used = pods.contains_key(&uid)
-                || self.workers.contains_key(&uid)
-                || found.iter().any(|container| container.label(labels::POD_UID) == uid);
-            if !used && let Err(error) = volume::remove(&folder.path()) {
-                warn!(uid, error, "folder of a former pod not removed");
-            }
-        }
+        tokio::time::sleep(COLLECT_RETRY).await;
     }
 }
 

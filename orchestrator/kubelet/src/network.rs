@@ -63,6 +63,9 @@ pub(crate) trait PodNetwork: Send + Sync {
     /// Disconnects a sandbox and lets its namespace go; safe to repeat.
     async fn remove(&self, place: &Place) -> Result<(), String>;
 
+    /// Frees what sandboxes other than these hold.
+    async fn collect(&self, valid: Vec<String>) -> Result<(), String>;
+
     /// Where a sandbox's namespace is, or would be, held open.
     fn netns_path(&self, sandbox: &str) -> PathBuf;
 
@@ -192,6 +195,10 @@ impl PodNetwork for CniNetwork {
             released.and(unpinned)
         })
         .await
+    }
+
+    async fn collect(&self, _valid: Vec<String>) -> Result<(), String> {
+        Ok(())
     }
 
     fn netns_path(&self, sandbox: &str) -> PathBuf {

@@ -14,7 +14,6 @@ use orch_api::k8s_openapi::api::core::v1::Node;
 use orch_client::{Api, Error, Patch};
 use serde_json::{Value, json};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::context::Context;
@@ -23,8 +22,11 @@ use crate::node::status::Health;
 /// Images that the status names (kubelet's nodeStatusMaxImages).
 const MAX_IMAGES: usize = 50;
 
-/// Keeps the Node object true until cancelled.
-pub(crate) async fn run(cx: Arc<Context>, stop: CancellationToken) {
+/// Keeps the Node object true, for ever.
+///
+/// # Cancel safety
+/// A request that is dropped may or may not have reached the server; the next run looks again.
+pub(crate) async fn run(cx: Arc<Context>) {
     let mut reported: Option<(Instant, bool)> = None;
     let mut check = tokio::time::interval(cx.options.status_check);
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -34,7 +36,6 @@ pub(crate) async fn run(cx: Arc<Context>, stop: CancellationToken) {
     loop {
         let ready = reported.is_some_and(|(_, ready)| ready);
         tokio::select! {
-            () = stop.cancelled() => return,
             _ = check.tick() => {}
             _ = eager.tick(), if !ready => {}
         }

@@ -20,6 +20,17 @@ use crate::context::Context;
 use crate::pod::observe::Observed;
 use crate::probe::handler::Target;
 
+/// A container that has run for less is at its start.
+const NEW_FOR: Duration = Duration::from_secs(2);
+/// Waits before the early tries of a new container's probe; together less than the shortest period.
+const EARLY_TRIES: [Duration; 5] = [
+    Duration::from_millis(10),
+    Duration::from_millis(40),
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+];
+
 /// What a probe is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
@@ -75,6 +86,7 @@ impl Prober {
         held: &BTreeSet<String>,
     ) {
         while self.running.try_join_next().is_some() {}
+        self.adopt(pod, observed);
         let mut wanted: BTreeMap<Key, Container> = BTreeMap::new();
         for container in api::all_containers(pod) {
             let Some(instance) =
@@ -136,6 +148,33 @@ impl Prober {
                     () = task.run() => {}
                 }
             });
+        }
+    }
+
+    /// Takes over what the former agent told about containers that still run: until their probes have run again,
+    /// they are as ready as they were, so that a restart of the agent takes no pod out of its Services.
+    fn adopt(&self, pod: &Pod, observed: &Observed) {
+        let mut results = self.results.lock();
+        for container in api::all_containers(pod) {
+            let Some(id) = observed
+                .latest(&container.name)
+                .filter(|found| found.container.is_running())
+                .map(|found| found.id())
+            else {
+                continue;
+            };
+            let Some(told) = api::container_status(pod, &container.name)
+                .filter(|told| told.container_id.as_deref().is_some_and(|told| told.ends_with(id)))
+            else {
+                continue;
+            };
+            for (kind, held) in
+                [(Kind::Startup, told.started == Some(true)), (Kind::Readiness, told.ready)]
+            {
+                if held && kind.of(container).is_some() {
+                    results.entry((id.to_owned(), kind)).or_insert(true);
+                }
+            }
         }
     }
 
@@ -223,6 +262,9 @@ impl Task {
         let (period, timeout) =
             (seconds(self.probe.period_seconds, 10), seconds(self.probe.timeout_seconds, 1));
         let mut tally = Tally::new(&self.probe, self.kind);
+        if self.is_new() && self.answers_soon(timeout).await && self.count(&mut tally, true) {
+            return;
+        }
         let mut ticks = tokio::time::interval(period);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -246,17 +288,42 @@ impl Task {
                     &message,
                 );
             }
-            if let Some(verdict) = tally.count(outcome.is_ok()) {
-                let key = (self.target.container_id.clone(), self.kind);
-                let before = self.results.lock().insert(key, verdict);
-                if before != Some(verdict) {
-                    self.wake.notify_one();
-                }
-                if self.kind == Kind::Startup && verdict {
-                    return;
-                }
+            if self.count(&mut tally, outcome.is_ok()) {
+                return;
             }
         }
+    }
+
+    /// Counts one try and tells the worker a new verdict. Returns whether the probe has done its work.
+    fn count(&self, tally: &mut Tally, passed: bool) -> bool {
+        let Some(verdict) = tally.count(passed) else { return false };
+        let key = (self.target.container_id.clone(), self.kind);
+        let before = self.results.lock().insert(key, verdict);
+        if before != Some(verdict) {
+            self.wake.notify_one();
+        }
+        self.kind == Kind::Startup && verdict
+    }
+
+    /// Whether the container began just now and a cheap probe waits for it to serve.
+    fn is_new(&self) -> bool {
+        self.kind != Kind::Liveness
+            && self.probe.exec.is_none()
+            && self.probe.initial_delay_seconds.unwrap_or(0) == 0
+            && self.age < NEW_FOR
+    }
+
+    /// A server listens a moment after its start: a few early tries, which count only if they succeed, spare it the
+    /// wait for the second period.
+    async fn answers_soon(&self, timeout: Duration) -> bool {
+        for wait in EARLY_TRIES {
+            tokio::time::sleep(wait).await;
+            let check = handler::check(&self.cx, &self.target, &self.probe);
+            if matches!(tokio::time::timeout(timeout, check).await, Ok(Ok(()))) {
+                return true;
+            }
+        }
+        false
     }
 }
 

@@ -90,16 +90,31 @@ impl Services {
         Self { client, kept: Mutex::default() }
     }
 
-    /// The namespace's Services and `default/kubernetes`.
+    /// The namespace's Services and `default/kubernetes`. While the API server is away, the last list serves.
     ///
     /// # Errors
-    /// The API server does not answer, or refuses.
+    /// The API server does not answer, or refuses, and there is no earlier list.
     pub(crate) async fn visible(&self, namespace: &str) -> Result<Vec<Service>, Error> {
-        if let Some((at, known)) = self.kept.lock().get(namespace)
+        let known = self.kept.lock().get(namespace).cloned();
+        if let Some((at, known)) = &known
             && at.elapsed() < SERVICES_FRESH
         {
             return Ok(known.clone());
         }
+        match (self.read(namespace).await, known) {
+            (Ok(all), _) => {
+                self.kept.lock().insert(namespace.to_owned(), (Instant::now(), all.clone()));
+                Ok(all)
+            }
+            (Err(error), Some((_, known))) => {
+                tracing::warn!(namespace, %error, "the last copy of Services is used");
+                Ok(known)
+            }
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    async fn read(&self, namespace: &str) -> Result<Vec<Service>, Error> {
         let api = Api::<Service>::namespaced(self.client.clone(), namespace);
         let params = ListParams { resource_version: Some("0".to_owned()), ..ListParams::default() };
         let mut all = api.list(&params).await?.items;
@@ -111,7 +126,6 @@ impl Services {
             // Items of lists carry no namespace in some servers' answers.
             service.metadata.namespace.get_or_insert_with(|| namespace.to_owned());
         }
-        self.kept.lock().insert(namespace.to_owned(), (Instant::now(), all.clone()));
         Ok(all)
     }
 }

@@ -22,7 +22,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use orch_api::k8s_openapi::api::core::v1::Pod;
-use orch_cri::Container;
+use orch_cri::{Container, State};
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -211,7 +211,14 @@ async fn find(shared: &Shared, which: &path::Which, previous: bool) -> Result<Co
             container.created_nanos,
         ))
     });
-    let at = usize::from(previous);
+    // What was created is not started yet, so it has no words and no process.
+    found.retain(|container| container.state != State::Created);
+    // A container that waits for its restart has its last words in `lastState` already.
+    let waits = api::container_status(&pod, &which.container)
+        .and_then(|status| status.state.as_ref())
+        .is_some_and(|state| state.waiting.is_some());
+    let newest_is_over = found.first().is_some_and(|newest| !newest.is_running());
+    let at = usize::from(previous && !(waits && newest_is_over));
     match found.into_iter().nth(at) {
         Some(container) => Ok(container),
         None if previous => Err((
@@ -234,17 +241,7 @@ async fn find(shared: &Shared, which: &path::Which, previous: bool) -> Result<Co
 }
 
 fn waiting_reason(pod: &Pod, container: &str) -> String {
-    let statuses = pod.status.iter().flat_map(|status| {
-        status
-            .container_statuses
-            .iter()
-            .flatten()
-            .chain(status.init_container_statuses.iter().flatten())
-    });
-    let state = statuses
-        .into_iter()
-        .find(|status| status.name == container)
-        .and_then(|status| status.state.as_ref());
+    let state = api::container_status(pod, container).and_then(|status| status.state.as_ref());
     let waiting = state.and_then(|state| state.waiting.as_ref());
     match waiting.and_then(|waiting| waiting.reason.clone()) {
         // The two phrasings tell whether the user has to do something.

@@ -1,21 +1,3 @@
-pub(crate) mod reconcile {
-    #[derive(Clone)]
-    pub(crate) struct EventRecorder;
-    impl EventRecorder {
-        pub(crate) fn new(_: orch_client::Client, _: &str, _: &str) -> Self {
-            Self
-        }
-        pub(crate) fn event(
-            &self,
-            _: &orch_api::k8s_openapi::api::core::v1::ObjectReference,
-            _: &str,
-            reason: &str,
-            m: &str,
-        ) {
-            tracing::info!(reason, m, "EVENT");
-        }
-    }
-}
 pub(crate) mod cni {
     use std::path::PathBuf;
     pub(crate) struct Cni {

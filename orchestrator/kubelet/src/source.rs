@@ -8,11 +8,15 @@ use futures::StreamExt as _;
 use orch_api::k8s_openapi::api::core::v1::Pod;
 use orch_client::{Api, Client, Error, ListParams, WatchEvent};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-/// How long one watch lasts; the server may end it earlier.
-const WATCH_SECS: u32 = 300;
+/// How long one watch lasts; the server may end it earlier. Short, because a watch whose connection broke without a
+/// word looks like one on which nothing happens.
+const WATCH_SECS: u32 = 60;
+/// A watch that is silent for this long beyond its end is broken.
+const OVERTIME: Duration = Duration::from_secs(10);
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 
@@ -70,7 +74,8 @@ async fn follow(
             Err(error) => return Err(error),
         };
         let before = version.clone();
-        while let Some(event) = events.next().await {
+        let limit = Instant::now() + Duration::from_secs(WATCH_SECS.into()) + OVERTIME;
+        while let Ok(Some(event)) = tokio::time::timeout_at(limit, events.next()).await {
             match event {
                 Ok(WatchEvent::Added(pod) | WatchEvent::Modified(pod)) => {
                     version = pod.metadata.resource_version.clone().unwrap_or(version);

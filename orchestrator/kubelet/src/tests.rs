@@ -56,6 +56,11 @@ impl PodNetwork for FakeNetwork {
         Ok(())
     }
 
+    async fn collect(&self, valid: Vec<String>) -> Result<(), String> {
+        self.connected.lock().retain(|sandbox| valid.contains(sandbox));
+        Ok(())
+    }
+
     fn netns_path(&self, sandbox: &str) -> PathBuf {
         PathBuf::from("/none").join(sandbox)
     }

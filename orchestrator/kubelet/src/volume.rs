@@ -90,6 +90,9 @@ fn ensure_one(
         return Ok((host_path(source)?, false));
     }
     let payload = payload(pod, volume, sources)?;
+    if volume.secret.is_some() || volume.projected.is_some() {
+        keep_in_memory(target)?;
+    }
     atomic::write(target, &payload, group).map_err(|error| error.to_string())?;
     Ok((target.to_owned(), true))
 }
@@ -104,15 +107,7 @@ fn empty_dir(
     fs::create_dir_all(target).map_err(failed)?;
     if source.medium.as_deref() == Some("Memory") && !is_mount_point(target) {
         let limit = source.size_limit.as_ref().and_then(|limit| Quantity::parse(&limit.0).ok());
-        let options = limit.map(|limit| format!("size={}", limit.value()));
-        nix::mount::mount(
-            Some("tmpfs"),
-            target,
-            Some("tmpfs"),
-            MsFlags::empty(),
-            options.as_deref(),
-        )
-        .map_err(|error| format!("mount tmpfs on {}: {error}", target.display()))?;
+        mount_tmpfs(target, limit.map(|limit| format!("size={}", limit.value())))?;
     } else if !fresh {
         return Ok(());
     }
@@ -120,6 +115,21 @@ fn empty_dir(
     let mode = if group.is_some() { 0o2777 } else { 0o777 };
     std::os::unix::fs::chown(target, None, group).map_err(failed)?;
     fs::set_permissions(target, fs::Permissions::from_mode(mode)).map_err(failed)
+}
+
+fn mount_tmpfs(target: &Path, options: Option<String>) -> Result<(), String> {
+    let kind = Some("tmpfs");
+    nix::mount::mount(kind, target, kind, MsFlags::empty(), options.as_deref())
+        .map_err(|error| format!("mount tmpfs on {}: {error}", target.display()))
+}
+
+/// Secrets and tokens are not written to a disk, as with the kubelet.
+fn keep_in_memory(target: &Path) -> Result<(), String> {
+    fs::create_dir_all(target).map_err(|error| format!("make {}: {error}", target.display()))?;
+    if is_mount_point(target) {
+        return Ok(());
+    }
+    mount_tmpfs(target, Some("mode=0755".to_owned()))
 }
 
 fn is_mount_point(path: &Path) -> bool {

@@ -10,7 +10,6 @@ use orch_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{
     MicroTime, ObjectMeta, OwnerReference,
 };
 use orch_client::{Api, Error};
-use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::context::Context;
@@ -19,12 +18,21 @@ const NAMESPACE: &str = "kube-node-lease";
 /// Wait after a renewal that failed: missing one must not mean missing two.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Renews until cancelled. The Lease is not given up at the end: the pods go on running.
-pub(crate) async fn run(cx: Arc<Context>, stop: CancellationToken) {
+/// Renews for ever. The Lease is not given up at the end: the pods go on running.
+///
+/// # Cancel safety
+/// A renewal that is dropped is renewed by the next run.
+pub(crate) async fn run(cx: Arc<Context>) {
     let mut held: Option<Lease> = None;
     let mut failing = false;
     loop {
-        let wait = match renew(&cx, held.take()).await {
+        // Half the life of the Lease: after an answer that never came there is time for another try.
+        let limit = cx.options.lease_duration / 2;
+        let renewed = match tokio::time::timeout(limit, renew(&cx, held.take())).await {
+            Ok(outcome) => outcome.map_err(|error| error.to_string()),
+            Err(_) => Err(format!("no answer within {limit:?}")),
+        };
+        let wait = match renewed {
             Ok(lease) => {
                 held = Some(lease);
                 failing = false;
@@ -32,18 +40,15 @@ pub(crate) async fn run(cx: Arc<Context>, stop: CancellationToken) {
             }
             Err(error) => {
                 if failing {
-                    debug!(%error, "lease not renewed");
+                    debug!(error, "lease not renewed");
                 } else {
-                    warn!(%error, "lease not renewed");
+                    warn!(error, "lease not renewed");
                 }
                 failing = true;
                 RETRY.min(cx.options.lease_renew)
             }
         };
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(wait) => {}
-        }
+        tokio::time::sleep(wait).await;
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use orch_api::k8s_openapi::api::core::v1::{Container, Pod};
-use orch_cri::{Error, Image};
+use orch_cri::{ContainerSpec, Error, Image, NODE_LABEL};
 
 use crate::api::{self, PodRef};
 use crate::context::Context;
@@ -80,7 +80,7 @@ pub(crate) fn write_files(
     std::fs::write(resolv_path(folder), hosts::resolv_conf(pod, &cx.dns, &resolv))
 }
 
-/// Makes a sandbox, without starting it. A leftover of the same name is replaced: nothing runs in it.
+/// Makes a sandbox, without starting it.
 pub(crate) async fn create_sandbox(
     cx: &Context,
     pod: &Pod,
@@ -88,18 +88,31 @@ pub(crate) async fn create_sandbox(
 ) -> Result<Sandbox, Error> {
     let host_network = cx.host_network();
     let spec = container::sandbox_spec(pod, attempt, &cx.options.pause_image, &host_network);
-    let id = match cx.runtime().create(&spec).await {
-        Err(Error::Conflict(_)) => {
-            cx.runtime().remove(&spec.name).await?;
-            cx.runtime().create(&spec).await?
-        }
+    let id = match create(cx, &spec).await {
         Err(Error::NotFound(_)) => {
             ensure_pause_image(cx).await?;
-            cx.runtime().create(&spec).await?
+            create(cx, &spec).await?
         }
         other => other?,
     };
     Ok(Sandbox { id, host_network })
+}
+
+/// Creates a container. What an agent that died between creating and starting it left under the same name is
+/// replaced; anything else of that name belongs to somebody else and stays.
+async fn create(cx: &Context, spec: &ContainerSpec) -> Result<String, Error> {
+    let conflict = match cx.runtime().create(spec).await {
+        Err(Error::Conflict(conflict)) => conflict,
+        other => return other,
+    };
+    let Some(old) = cx.runtime().inspect(&spec.name).await? else {
+        return cx.runtime().create(spec).await;
+    };
+    if old.is_running() || old.label(NODE_LABEL) != cx.options.node_name {
+        return Err(Error::Conflict(conflict));
+    }
+    cx.runtime().remove(&old.id).await?;
+    cx.runtime().create(spec).await
 }
 
 /// Brings the sandbox image into the engine if it is not there.
@@ -204,15 +217,7 @@ pub(crate) async fn create_container(
         node_memory_bytes: cx.machine.memory_bytes,
     };
     let spec = container::container_spec(pod, wanted, parts).map_err(config)?;
-    let created = match cx.runtime().create(&spec).await {
-        // A leftover of an agent that died between creating and starting it.
-        Err(Error::Conflict(_)) => {
-            cx.runtime().remove(&spec.name).await?;
-            cx.runtime().create(&spec).await
-        }
-        other => other,
-    };
-    created.map_err(|error| match error {
+    create(cx, &spec).await.map_err(|error| match error {
         error if error.is_unavailable() => Failure::Engine(error),
         error => waiting("CreateContainerError", error.to_string()),
     })

@@ -61,6 +61,15 @@ impl Worker {
         }
         let folder = self.cx.pod_folder(&self.pod_ref.uid);
         let cx = self.cx.clone();
+        if plan.sandbox.is_some()
+            && !api::is_host_network(pod)
+            && let Err(missing) = cx.network.ready().await
+        {
+            // Not a failure of the pod: the network agent is at it, and no sandbox is made in vain.
+            let message = format!("network is not ready: {missing}");
+            cx.events.pod(pod, "Warning", "NetworkNotReady", &message);
+            return Ok(Some(SANDBOX_RETRY));
+        }
         let _permit = cx.starts.acquire().await.map_err(|error| Error::Other(error.to_string()))?;
         let (images, pulls_due) = self.images(pod, &due).await?;
         if images.is_empty() && plan.sandbox.is_none() {
@@ -257,6 +266,8 @@ impl Worker {
             match outcome {
                 Ok(id) => {
                     self.backoff_after(&start);
+                    let message = format!("Created container: {}", start.name);
+                    cx.events.container(pod, &start.name, "Normal", "Created", &message);
                     let message = format!("Started container {}", start.name);
                     cx.events.container(pod, &start.name, "Normal", "Started", &message);
                     self.post_start(pod, &start, id, ip);

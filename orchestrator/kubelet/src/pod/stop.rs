@@ -63,8 +63,7 @@ pub(crate) async fn stop(
         "" => "SIGTERM".to_owned(),
         image => image.to_owned(),
     });
-    let least = Instant::now()
-        + LEAST_AFTER_HOOK.min(deadline.borrow().saturating_duration_since(Instant::now()));
+    let least = Instant::now() + LEAST_AFTER_HOOK;
     let had_hook = lifecycle.is_some_and(|lifecycle| lifecycle.pre_stop.is_some());
     cx.runtime().kill(id, &signal).await?;
     tokio::select! {

@@ -232,8 +232,8 @@ impl Worker {
         if orch_api::pod::is_terminal(&pod) {
             return self.settle(&pod, &observed).await;
         }
-        if let Some(over) = past_deadline(&pod) {
-            return self.fail(&pod, &observed, over).await;
+        if time_left(&pod).is_some_and(|left| left.is_zero()) {
+            return self.fail(&pod, &observed).await;
         }
         self.look(&pod, &observed).await;
         let plan = self.plan(&pod, &observed);
@@ -242,6 +242,9 @@ impl Worker {
         self.kill(&pod, &observed, &plan.kill);
         self.remove(&plan).await?;
         let mut wait = plan.wake.unwrap_or(RESYNC).min(RESYNC);
+        if let Some(left) = time_left(&pod) {
+            wait = wait.min(left);
+        }
         if acts {
             // A new pod first says that it is seen; that costs the start nothing, as both go on at once.
             let status = self.status(&pod, &observed, &plan);
@@ -461,26 +464,23 @@ impl Worker {
     }
 
     /// The pod ran longer than it may.
-    async fn fail(
-        &mut self,
-        pod: &Arc<Pod>,
-        observed: &Observed,
-        message: String,
-    ) -> Result<Next, Error> {
-        self.cx.events.pod(pod, "Normal", "DeadlineExceeded", &message);
+    async fn fail(&mut self, pod: &Arc<Pod>, observed: &Observed) -> Result<Next, Error> {
+        let message = "Pod was active on the node longer than the specified deadline";
+        self.cx.events.pod(pod, "Normal", "DeadlineExceeded", message);
         self.prober.stop();
         self.end_containers(Some(pod), observed).await?;
         let observed = observe(self.cx.runtime(), &self.pod_ref.uid).await?;
-        let failure = Some(("DeadlineExceeded", message.as_str()));
+        let failure = Some(("DeadlineExceeded", message));
         let status = self.status_with(pod, &observed, &BTreeMap::new(), true, failure);
         self.send(&status).await?;
         Ok(Next::Again)
     }
 }
 
-fn past_deadline(pod: &Pod) -> Option<String> {
+/// What is left of `activeDeadlineSeconds`, in whole seconds.
+fn time_left(pod: &Pod) -> Option<Duration> {
     let seconds = pod.spec.as_ref()?.active_deadline_seconds?;
     let began = pod.status.as_ref()?.start_time.as_ref()?.0;
-    let over = Timestamp::now().as_second() - began.as_second() >= seconds;
-    over.then(|| "Pod was active on the node longer than the specified deadline".to_owned())
+    let left = began.as_second().saturating_add(seconds) - Timestamp::now().as_second();
+    Some(Duration::from_secs(u64::try_from(left).unwrap_or(0)))
 }
