@@ -15,6 +15,8 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use tokio_util::codec::{BytesCodec, FramedRead};
 
+use crate::output;
+
 /// Seconds until a call to the engine is given up; loading an image of gigabytes takes minutes.
 const ENGINE_TIMEOUT_SECS: u64 = 600;
 
@@ -23,20 +25,30 @@ const ENGINE_TIMEOUT_SECS: u64 = 600;
 /// # Errors
 /// Nothing answers there.
 pub(crate) async fn connect(socket: &Path) -> anyhow::Result<Docker> {
-    let fail = || {
-        format!(
-            "no Docker engine answers at {}; in a lab `orchctl lab up` starts it, elsewhere start dockerd or name \
-             its socket with --engine",
-            socket.display()
-        )
+    let connected = async {
+        Docker::connect_with_unix(
+            &socket.to_string_lossy(),
+            ENGINE_TIMEOUT_SECS,
+            bollard::API_DEFAULT_VERSION,
+        )?
+        .negotiate_version()
+        .await
     };
-    let docker = Docker::connect_with_unix(
-        &socket.to_string_lossy(),
-        ENGINE_TIMEOUT_SECS,
-        bollard::API_DEFAULT_VERSION,
-    )
-    .with_context(fail)?;
-    docker.negotiate_version().await.with_context(fail)
+    connected.await.map_err(|error| {
+        output::hinted(
+            "in a lab `orchctl lab up` starts it, elsewhere start dockerd or name its socket with --engine",
+            format!("no Docker engine answers at {}: {}", socket.display(), innermost(&error)),
+        )
+    })
+}
+
+/// The last cause: those before it only say that a connection was wanted.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
 }
 
 /// Builds the image `tag` from a folder with a Dockerfile.

@@ -1,4 +1,5 @@
-//! The allowed direction of dependencies between the crates of the workspace, as a test.
+//! What must hold between crates, as tests: the allowed direction of dependencies inside the workspace, and which
+//! licences and how many versions of the big libraries its dependencies may bring.
 //!
 //! Layers from the top: programs, engines, hands, words. A crate uses crates of lower layers, and of its own
 //! layer only along an edge named in [`SIDEWAYS`], each of which `ARCHITECTURE.md` shows.
@@ -50,11 +51,113 @@ pub const SIDEWAYS: &[(&str, &str, &str)] = &[
 /// Folders whose crates build without `orchestrator/`.
 pub const STANDALONE: &str = "cni-";
 
+/// Licences that may be linked into an Apache-2.0 program, by SPDX name. MPL-2.0 is weak copyleft by file: used
+/// unchanged, it asks for nothing but the notice.
+pub const LICENCES: &[&str] = &[
+    "0BSD",
+    "Apache-2.0",
+    "Apache-2.0 WITH LLVM-exception",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "ISC",
+    "MIT",
+    "MPL-2.0",
+    "MPL-2.0+",
+    "Unicode-3.0",
+    "Unlicense",
+    "Zlib",
+];
+
+/// Libraries of which there is one version: their types appear in interfaces between crates, or they are large.
+pub const SINGLE: &[&str] = &[
+    "axum",
+    "bollard",
+    "bytes",
+    "etcd-client",
+    "http",
+    "http-body",
+    "hyper",
+    "hyper-util",
+    "ipnetwork",
+    "k8s-openapi",
+    "netlink-packet-route",
+    "nix",
+    "prost",
+    "rcgen",
+    "rustls",
+    "serde_json",
+    "tokio",
+    "tokio-rustls",
+    "tokio-tungstenite",
+    "tonic",
+    "tower",
+];
+
+/// Whether an SPDX expression (annex D of the specification, and the older `A/B`) allows the use: one side of each
+/// `OR`, both of each `AND`.
+#[must_use]
+pub fn is_allowed(expression: &str) -> bool {
+    let text = expression.replace('/', " OR ").replace('(', " ( ").replace(')', " ) ");
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let (allowed, used) = any(&words);
+    used == words.len() && allowed
+}
+
+/// `term OR term …`; the result, and how many words it took.
+fn any(words: &[&str]) -> (bool, usize) {
+    let (mut allowed, mut used) = all(words);
+    while words.get(used) == Some(&"OR") {
+        let (more, count) = all(&words[used + 1..]);
+        allowed |= more;
+        used += 1 + count;
+    }
+    (allowed, used)
+}
+
+/// `term AND term …`, which binds tighter.
+fn all(words: &[&str]) -> (bool, usize) {
+    let (mut allowed, mut used) = term(words);
+    while words.get(used) == Some(&"AND") {
+        let (more, count) = term(&words[used + 1..]);
+        allowed &= more;
+        used += 1 + count;
+    }
+    (allowed, used)
+}
+
+fn term(words: &[&str]) -> (bool, usize) {
+    match words {
+        ["(", rest @ ..] => {
+            let (allowed, used) = any(rest);
+            (allowed && rest.get(used) == Some(&")"), used + 2)
+        }
+        [licence, "WITH", exception, ..] => {
+            (LICENCES.contains(&format!("{licence} WITH {exception}").as_str()), 3)
+        }
+        [licence, ..] => (LICENCES.contains(licence), 1),
+        [] => (false, 0),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use cargo_metadata::{DependencyKind, MetadataCommand};
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
 
     use super::*;
+
+    const WORKSPACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml");
+
+    /// All packages that `Cargo.lock` names, without asking a registry.
+    fn locked() -> Metadata {
+        MetadataCommand::new()
+            .manifest_path(WORKSPACE)
+            .other_options(["--locked".to_owned(), "--offline".to_owned()])
+            .exec()
+            .expect("cargo metadata --locked --offline")
+    }
 
     fn layer(name: &str) -> Option<u8> {
         LAYERS.iter().find(|(crate_name, _)| *crate_name == name).map(|(_, layer)| *layer)
@@ -63,7 +166,7 @@ mod tests {
     /// Normal dependencies between crates of the workspace, as (user, used).
     fn edges() -> Vec<(String, String)> {
         let metadata = MetadataCommand::new()
-            .manifest_path(concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml"))
+            .manifest_path(WORKSPACE)
             .no_deps()
             .exec()
             .expect("cargo metadata");
@@ -116,6 +219,76 @@ mod tests {
                 edges.iter().any(|(a, b)| a == user && b == used),
                 "{user} -> {used} is no longer there"
             );
+        }
+    }
+
+    #[test]
+    fn every_crate_in_a_layer_exists() {
+        let metadata = MetadataCommand::new()
+            .manifest_path(WORKSPACE)
+            .no_deps()
+            .exec()
+            .expect("cargo metadata");
+        let names: BTreeSet<String> =
+            metadata.packages.iter().map(|package| package.name.to_string()).collect();
+        let gone: Vec<_> = LAYERS.iter().filter(|(name, _)| !names.contains(*name)).collect();
+        assert!(gone.is_empty(), "layers of crates that are not there: {gone:?}");
+    }
+
+    #[test]
+    fn every_dependency_has_a_licence_that_fits() {
+        let wrong: Vec<String> = locked()
+            .packages
+            .iter()
+            .filter(|package| !package.license.as_deref().is_some_and(is_allowed))
+            .map(|package| format!("{} {}: {:?}", package.name, package.version, package.license))
+            .collect();
+        assert!(wrong.is_empty(), "licences that are not in LICENCES:\n{}", wrong.join("\n"));
+    }
+
+    #[test]
+    fn there_is_one_version_of_each_big_library() {
+        let mut versions: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for package in &locked().packages {
+            if SINGLE.contains(&package.name.as_str()) {
+                versions
+                    .entry(package.name.to_string())
+                    .or_default()
+                    .insert(package.version.to_string());
+            }
+        }
+        let doubled: Vec<_> = versions.iter().filter(|(_, versions)| versions.len() > 1).collect();
+        assert!(doubled.is_empty(), "{doubled:?}");
+    }
+
+    #[test]
+    fn nothing_comes_from_outside_the_registry() {
+        let wrong: Vec<String> = locked()
+            .packages
+            .iter()
+            .filter(|package| {
+                package.source.as_ref().is_some_and(|source| !source.repr.starts_with("registry+"))
+            })
+            .map(|package| format!("{} from {:?}", package.name, package.source))
+            .collect();
+        assert!(wrong.is_empty(), "{wrong:?}");
+    }
+
+    #[test]
+    fn licence_expressions_are_understood() {
+        for good in [
+            "MIT",
+            "GPL-3.0 OR MIT",
+            "MIT/GPL-3.0",
+            "(MIT OR GPL-3.0) AND ISC",
+            "Apache-2.0 WITH LLVM-exception",
+        ] {
+            assert!(is_allowed(good), "{good}");
+        }
+        for bad in
+            ["GPL-3.0", "MIT AND GPL-3.0", "(MIT AND GPL-3.0) OR AGPL-3.0", "MIT AND", "", "( MIT"]
+        {
+            assert!(!is_allowed(bad), "{bad}");
         }
     }
 }

@@ -127,7 +127,7 @@ async fn wait_server(lab: &Lab, client: &Client) -> anyhow::Result<()> {
         }
         Ok(match tokio::time::timeout(Duration::from_secs(2), client.get_text("/readyz")).await {
             Ok(Ok(_)) => Ok(lab.api_url()?),
-            Ok(Err(error)) => Err(format!("{}/readyz ({error})", lab.api_url()?)),
+            Ok(Err(error)) => Err(format!("{:#}", anyhow::Error::from(error))),
             Err(_) => Err(format!("{}/readyz", lab.api_url()?)),
         })
     })
@@ -197,7 +197,7 @@ async fn wait_nodes(lab: &Lab, client: &Client, names: &[String]) -> anyhow::Res
             .await
         {
             Ok(list) => list.items,
-            Err(error) => return Ok(Err(format!("the API server ({error})"))),
+            Err(error) => return Ok(Err(format!("{:#}", anyhow::Error::from(error)))),
         };
         let missing: Vec<String> = names
             .iter()
