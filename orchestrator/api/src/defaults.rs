@@ -74,7 +74,8 @@ fn pod_spec(spec: &mut Value) {
         each(spec, list, container);
     }
     // The deprecated alias and the field follow each other; the field decides.
-    if let Some(account) = text(spec, "serviceAccountName").or_else(|| text(spec, "serviceAccount")) {
+    if let Some(account) = text(spec, "serviceAccountName").or_else(|| text(spec, "serviceAccount"))
+    {
         spec["serviceAccountName"] = json!(account);
         spec["serviceAccount"] = json!(account);
     }
@@ -249,7 +250,8 @@ fn service(object: &mut Value) {
         set_text(spec, "sessionAffinity", "None");
         if spec["sessionAffinity"] == "ClientIP" {
             if spec["sessionAffinityConfig"]["clientIP"]["timeoutSeconds"].is_null() {
-                spec["sessionAffinityConfig"] = json!({ "clientIP": { "timeoutSeconds": CLIENT_IP_SECS } });
+                spec["sessionAffinityConfig"] =
+                    json!({ "clientIP": { "timeoutSeconds": CLIENT_IP_SECS } });
             }
         } else if let Some(map) = spec.as_object_mut() {
             map.shift_remove("sessionAffinityConfig");
@@ -263,7 +265,9 @@ fn service(object: &mut Value) {
         });
         let kind = spec["type"].as_str().unwrap_or_default().to_owned();
         let external_ips = spec["externalIPs"].as_array().is_some_and(|ips| !ips.is_empty());
-        if matches!(kind.as_str(), "NodePort" | "LoadBalancer") || (kind == "ClusterIP" && external_ips) {
+        if matches!(kind.as_str(), "NodePort" | "LoadBalancer")
+            || (kind == "ClusterIP" && external_ips)
+        {
             set_text(spec, "externalTrafficPolicy", "Cluster");
         }
         if matches!(kind.as_str(), "ClusterIP" | "NodePort" | "LoadBalancer") {
@@ -378,11 +382,23 @@ mod tests {
 
     #[test]
     fn objects_of_the_wrong_shape_are_left_for_validation() {
-        for object in [json!(1), json!([]), json!({ "spec": 1 }), json!({ "spec": { "containers": [1, "a", []],
-            "volumes": 3, "template": "x", "ports": ["x"], "strategy": 1, "ingress": [1] }, "metadata": 1 })] {
+        for object in [
+            json!(1),
+            json!([]),
+            json!({ "spec": 1 }),
+            json!({ "spec": { "containers": [1, "a", []],
+            "volumes": 3, "template": "x", "ports": ["x"], "strategy": 1, "ingress": [1] }, "metadata": 1 }),
+        ] {
             for (group, kind) in [
-                ("", "Pod"), ("apps", "Deployment"), ("apps", "ReplicaSet"), ("", "Service"), ("", "Secret"),
-                ("", "Namespace"), ("", "Node"), ("", "Endpoints"), ("discovery.k8s.io", "EndpointSlice"),
+                ("", "Pod"),
+                ("apps", "Deployment"),
+                ("apps", "ReplicaSet"),
+                ("", "Service"),
+                ("", "Secret"),
+                ("", "Namespace"),
+                ("", "Node"),
+                ("", "Endpoints"),
+                ("discovery.k8s.io", "EndpointSlice"),
                 ("networking.k8s.io", "NetworkPolicy"),
             ] {
                 apply(group, kind, &mut object.clone());
@@ -397,9 +413,15 @@ mod tests {
             apply("", "Service", &mut service);
             service["spec"]["sessionAffinityConfig"].clone()
         };
-        assert_eq!(affinity(json!({ "sessionAffinity": "ClientIP" }))["clientIP"]["timeoutSeconds"], 10800);
+        assert_eq!(
+            affinity(json!({ "sessionAffinity": "ClientIP" }))["clientIP"]["timeoutSeconds"],
+            10800
+        );
         let config = json!({ "clientIP": { "timeoutSeconds": 5 } });
-        assert_eq!(affinity(json!({ "sessionAffinity": "ClientIP", "sessionAffinityConfig": config })), config);
+        assert_eq!(
+            affinity(json!({ "sessionAffinity": "ClientIP", "sessionAffinityConfig": config })),
+            config
+        );
         assert_eq!(affinity(json!({ "sessionAffinityConfig": config })), Value::Null);
     }
 

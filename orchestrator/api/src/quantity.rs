@@ -118,7 +118,8 @@ impl Quantity {
     #[must_use]
     pub fn rounded_to_milli(self) -> Self {
         let unit = NANO / 1000;
-        let nano = (self.nano.div_euclid(unit) + i128::from(self.nano.rem_euclid(unit) != 0)) * unit;
+        let nano =
+            (self.nano.div_euclid(unit) + i128::from(self.nano.rem_euclid(unit) != 0)) * unit;
         Self { nano, ..self }
     }
 

@@ -40,7 +40,12 @@ pub fn update(group: &str, kind: &str, new: &Value, old: &Value) -> Vec<FieldErr
             return errors;
         }
         ("apps", "Deployment" | "ReplicaSet") => {
-            immutable("spec.selector", &new["spec"]["selector"], &old["spec"]["selector"], &mut errors);
+            immutable(
+                "spec.selector",
+                &new["spec"]["selector"],
+                &old["spec"]["selector"],
+                &mut errors,
+            );
         }
         ("", "Service") => service::update(new, old, &mut errors),
         ("", "ConfigMap" | "Secret") => config::update(kind, new, old, &mut errors),
@@ -94,7 +99,11 @@ fn one_of(value: &Value, field: &str, allowed: &[&str], errors: &mut Vec<FieldEr
 
 fn at_least(least: i64, value: &Value, field: &str, errors: &mut Vec<FieldError>) {
     if value.as_i64().is_some_and(|number| number < least) {
-        errors.push(FieldError::invalid(field, value, format!("must be greater than or equal to {least}")));
+        errors.push(FieldError::invalid(
+            field,
+            value,
+            format!("must be greater than or equal to {least}"),
+        ));
     }
 }
 
@@ -122,7 +131,11 @@ fn metadata(group: &str, kind: &str, meta: &Value, errors: &mut Vec<FieldError>)
     owners(&meta["ownerReferences"], errors);
     for (index, finalizer) in items(&meta["finalizers"]) {
         if let Err(why) = names::is_qualified_name(finalizer.as_str().unwrap_or_default()) {
-            errors.push(FieldError::invalid(format!("metadata.finalizers[{index}]"), finalizer, why));
+            errors.push(FieldError::invalid(
+                format!("metadata.finalizers[{index}]"),
+                finalizer,
+                why,
+            ));
         }
     }
 }
@@ -206,7 +219,11 @@ fn label_selector(value: &Value, field: &str, errors: &mut Vec<FieldError>) -> O
             "In" | "NotIn" | "Exists" | "DoesNotExist" => {}
             _ => {
                 let detail = "not a valid selector operator";
-                errors.push(FieldError::invalid(format!("{at}.operator"), &expression["operator"], detail));
+                errors.push(FieldError::invalid(
+                    format!("{at}.operator"),
+                    &expression["operator"],
+                    detail,
+                ));
             }
         }
         if let Err(why) = names::is_qualified_name(expression["key"].as_str().unwrap_or_default()) {

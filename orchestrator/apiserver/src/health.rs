@@ -1,6 +1,7 @@
 //! `/healthz`, `/livez`, `/readyz`, `/metrics`.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use http::{Response, StatusCode};
 use orch_client::Body;
@@ -8,10 +9,15 @@ use orch_client::Body;
 use crate::respond;
 use crate::state::Shared;
 
+/// How long etcd may take to answer a check.
+const ETCD_LIMIT: Duration = Duration::from_secs(2);
+
 /// One line per check with `verbose`, `ok` or the failures otherwise.
-pub(crate) fn check(shared: &Shared, path: &str, verbose: bool) -> Response<Body> {
+pub(crate) async fn check(shared: &Shared, path: &str, verbose: bool) -> Response<Body> {
     let mut checks = vec![("ping".to_owned(), true)];
     if path == "/readyz" {
+        let answers = tokio::time::timeout(ETCD_LIMIT, shared.store.healthy()).await;
+        checks.push(("etcd".to_owned(), matches!(answers, Ok(Ok(())))));
         for stored in shared.stored.values() {
             checks.push((format!("cache-{}", stored.resource.plural), stored.cache.is_ready()));
         }
@@ -26,7 +32,12 @@ pub(crate) fn check(shared: &Shared, path: &str, verbose: bool) -> Response<Body
         let _ = if *good {
             writeln!(text, "[+]{name} ok")
         } else {
-            writeln!(text, "[-]{name} failed: still filling from etcd")
+            let why = match name.as_str() {
+                "etcd" => "it does not answer",
+                "not-shutting-down" => "the server is stopping",
+                _ => "still filling from etcd",
+            };
+            writeln!(text, "[-]{name} failed: {why}")
         };
     }
     let verdict = if good { "passed" } else { "failed" };

@@ -291,10 +291,25 @@ fn event(object: &Value, name: Value, now: Timestamp) -> Vec<Value> {
     let first =
         [&object["firstTimestamp"], &object["eventTime"], &object["metadata"]["creationTimestamp"]];
     let first = first.into_iter().find(|time| time.is_string()).unwrap_or(&Value::Null);
-    let last = if object["lastTimestamp"].is_string() { &object["lastTimestamp"] } else { first };
+    let series = &object["series"];
+    let last = if series.is_object() {
+        &series["lastObservedTime"]
+    } else if object["lastTimestamp"].is_string() {
+        &object["lastTimestamp"]
+    } else {
+        first
+    };
+    let count = if series.is_object() { &series["count"] } else { &object["count"] };
+    let count = count.as_i64().filter(|count| *count > 0).unwrap_or(1);
     let kind = target["kind"].as_str().unwrap_or_default().to_lowercase();
-    let source = [object["source"]["component"].as_str(), object["source"]["host"].as_str()];
-    let source: Vec<&str> = source.into_iter().flatten().filter(|part| !part.is_empty()).collect();
+    let pair = |one: &Value, other: &Value| -> Vec<String> {
+        let texts = [one, other].into_iter().filter_map(Value::as_str);
+        texts.filter(|text| !text.is_empty()).map(str::to_owned).collect()
+    };
+    let mut source = pair(&object["source"]["component"], &object["source"]["host"]);
+    if source.is_empty() {
+        source = pair(&object["reportingComponent"], &object["reportingInstance"]);
+    }
     vec![
         json!(age(last, now)),
         object["type"].clone(),
@@ -304,7 +319,7 @@ fn event(object: &Value, name: Value, now: Timestamp) -> Vec<Value> {
         json!(source.join(", ")),
         json!(object["message"].as_str().unwrap_or_default().trim()),
         json!(age(first, now)),
-        json!(object["count"].as_i64().unwrap_or(1).to_string()),
+        json!(count.to_string()),
         name,
     ]
 }

@@ -8,7 +8,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http::StatusCode;
 use orch_api::{ApiError, FieldSelector, Selector};
 use orch_client::Body;
-use orch_store::cache::Meta;
+use orch_store::cache::{Meta, Stale};
 use orch_store::{Revision, StoreError, splice_resource_version};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -134,11 +134,13 @@ async fn wait_for(stored: &Stored, revision: Revision) -> Result<(), ApiError> {
 
 /// Waits until the cache is as new as the store.
 pub(crate) async fn fresh(stored: &Stored) -> Result<(), ApiError> {
-    stored.cache.fresh(FRESH_LIMIT).await.map(|_| ()).map_err(|error| {
-        ApiError::service_unavailable(format!(
-            "the watch cache of {} is behind: {error:?}",
-            stored.resource.plural
-        ))
+    stored.cache.fresh(FRESH_LIMIT).await.map(|_| ()).map_err(|error| match error {
+        Stale::Store(error) => store_error(&error),
+        Stale::Behind { .. } => ApiError::service_unavailable(format!(
+            "etcd does not tell what is newest within {} s; try again when it is up",
+            FRESH_LIMIT.as_secs()
+        )),
+        Stale::Cancelled => ApiError::service_unavailable("the server is stopping"),
     })
 }
 
@@ -278,7 +280,7 @@ async fn find(
             return match at_revision(shared, stored, &scope, Some(&start), limit, token.rv, filter)
                 .await
             {
-                Err(StoreError::Compacted { .. }) => Err(expired_continue(stored, &token.start)),
+                Err(StoreError::Compacted { .. }) => Err(expired_continue(&token.start)),
                 other => other.map_err(|error| store_error(&error)),
             };
         }
@@ -384,15 +386,14 @@ async fn at_revision(
 }
 
 /// 410 with a token that goes on at today's state, for clients that can live with that.
-fn expired_continue(stored: &Stored, start: &str) -> ApiError {
+fn expired_continue(start: &str) -> ApiError {
     let mut error = ApiError::expired(
         "The provided continue parameter is too old to display a consistent list result. You can start a new list \
          without the continue parameter, or use the continue token in this response to retrieve the remainder of the \
          results. Continuing with the provided token results in an inconsistent list - objects that were created, \
          modified, or deleted between the time the first chunk was returned and now may show up in the list.",
     );
-    let _ = stored;
-    error.details = Some(json!({ "continue": Continue::encode(-1, start) }));
+    error.continue_token = Some(Continue::encode(-1, start));
     error
 }
 

@@ -254,10 +254,10 @@ pub(crate) static RESOURCES: &[Resource] = &[
 ];
 
 /// Resources that are other forms of stored ones.
-pub(crate) static VIEWS: &[Resource] = &[Resource {
-    short_names: &["ev"],
-    ..Resource::new(crate::events::GROUP, "events", "event", "Event")
-}];
+///
+/// No short name: `ev` is the stored form's, and kubectl warns of names that two resources have.
+pub(crate) static VIEWS: &[Resource] =
+    &[Resource { ..Resource::new(crate::events::GROUP, "events", "event", "Event") }];
 
 /// All resources that are stored or views of stored ones.
 pub(crate) fn offered() -> impl Iterator<Item = &'static Resource> {

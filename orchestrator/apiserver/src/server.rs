@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Limited};
+use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
@@ -40,12 +40,16 @@ use crate::{discovery, events, read, respond, subresources, watch};
 
 /// Upper bound of a request body, upstream's.
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
+/// Bytes of a body that are read at most, only to be thrown away.
+const DISCARD_LIMIT: usize = 8 * BODY_LIMIT;
 /// How much history the store keeps for resuming watches and paged lists.
 const HISTORY: Duration = Duration::from_secs(300);
 /// How long open requests may go on after the stop.
 const DRAIN: Duration = Duration::from_secs(5);
 /// A TLS handshake that takes longer is given up.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+
+const CUSTOM_RESOURCES: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
 /// What the server is made from.
 pub struct Options {
@@ -292,14 +296,9 @@ async fn from_wire(
     };
     let upgrade = request.extensions_mut().remove::<OnUpgrade>();
     let (parts, body) = request.into_parts();
-    let bytes = match Limited::new(body, BODY_LIMIT).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) if error.is::<http_body_util::LengthLimitError>() => {
-            return respond::error(&ApiError::too_large(BODY_LIMIT));
-        }
-        Err(error) => {
-            return respond::error(&ApiError::bad_request(format!("the body broke off: {error}")));
-        }
+    let bytes = match read_body(body).await {
+        Ok(bytes) => bytes,
+        Err(error) => return respond::error(&error),
     };
     let accepts_gzip = parts
         .headers
@@ -308,6 +307,25 @@ async fn from_wire(
         .is_some_and(|value| value.contains("gzip"));
     let response = handle(shared, &user, Request::from_parts(parts, bytes), upgrade).await;
     crate::compress::large(response, accepts_gzip).await
+}
+
+/// Reads a body. What is beyond the limit is thrown away, so that the client comes to read the answer; a client that
+/// does not stop is cut off.
+async fn read_body(mut body: Incoming) -> Result<Bytes, ApiError> {
+    let mut kept = BytesMut::new();
+    let mut size = 0;
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|error| ApiError::bad_request(format!("the body broke off: {error}")))?;
+        let Ok(data) = frame.into_data() else { continue };
+        size += data.len();
+        if size <= BODY_LIMIT {
+            kept.extend_from_slice(&data);
+        } else if size > DISCARD_LIMIT {
+            break;
+        }
+    }
+    if size > BODY_LIMIT { Err(ApiError::too_large(BODY_LIMIT)) } else { Ok(kept.freeze()) }
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {
@@ -364,8 +382,10 @@ async fn route(
             .await?;
             return Ok(events::answer(answer, info.verb == Verb::Watch).await);
         }
-        return resource(shared, &info, &parts.method, &parts.headers, &query, &body, upgrade)
-            .await;
+        if path != CUSTOM_RESOURCES {
+            return resource(shared, &info, &parts.method, &parts.headers, &query, &body, upgrade)
+                .await;
+        }
     }
     if !auth::path_allowed(user, path) {
         return Err(refusal(
@@ -377,7 +397,7 @@ async fn route(
     if parts.method != Method::GET && parts.method != Method::HEAD {
         return Err(ApiError::method_not_allowed());
     }
-    plain(shared, path, &query, &parts.headers).ok_or_else(ApiError::no_such_path)
+    plain(shared, path, &query, &parts.headers).await.ok_or_else(ApiError::no_such_path)
 }
 
 fn refusal(user: &User, info: &RequestInfo, path: &str) -> ApiError {
@@ -406,7 +426,7 @@ fn refusal(user: &User, info: &RequestInfo, path: &str) -> ApiError {
 }
 
 /// Paths that name no resource.
-fn plain(
+async fn plain(
     shared: &Shared,
     path: &str,
     query: &Query,
@@ -418,7 +438,7 @@ fn plain(
         "/api" | "/apis" => return Some(discovery::root(trimmed, headers, &address)),
         "/version" => return Some(discovery::version()),
         "/healthz" | "/livez" | "/readyz" => {
-            return Some(health::check(shared, trimmed, query.has("verbose")));
+            return Some(health::check(shared, trimmed, query.has("verbose")).await);
         }
         "/metrics" => return Some(health::metrics(shared)),
         "" => {
@@ -436,6 +456,12 @@ fn plain(
             return Some(respond::json(StatusCode::OK, &serde_json::json!({ "paths": paths })));
         }
         _ => {}
+    }
+    if trimmed == CUSTOM_RESOURCES {
+        // kubectl looks here before it says that it knows no such kind; there are none.
+        let list = serde_json::json!({ "kind": "CustomResourceDefinitionList", "apiVersion": "apiextensions.k8s.io/v1",
+                                       "metadata": { "resourceVersion": shared.feed.revision().to_string() }, "items": [] });
+        return Some(respond::json(StatusCode::OK, &list));
     }
     if trimmed == "/openapi/v2" {
         return Some(discovery::openapi_v2(headers));

@@ -26,7 +26,11 @@ pub(super) fn node(object: &Value, errors: &mut Vec<FieldError>) {
         if effect.is_empty() {
             errors.push(FieldError::required(format!("{at}.effect"), ""));
         } else if !EFFECTS.contains(&effect) {
-            errors.push(FieldError::not_supported(format!("{at}.effect"), &taint["effect"], &EFFECTS));
+            errors.push(FieldError::not_supported(
+                format!("{at}.effect"),
+                &taint["effect"],
+                &EFFECTS,
+            ));
         }
         if !seen.insert((taint["key"].to_string(), effect)) {
             let mut duplicate = FieldError::duplicate(at, taint);
@@ -45,7 +49,11 @@ pub(super) fn node(object: &Value, errors: &mut Vec<FieldError>) {
             let field = format!("status.{list}[{name}]");
             match Quantity::parse(quantity.as_str().unwrap_or_default()) {
                 Ok(amount) if amount.is_negative() => {
-                    errors.push(FieldError::invalid(field, quantity, "must be greater than or equal to 0"));
+                    errors.push(FieldError::invalid(
+                        field,
+                        quantity,
+                        "must be greater than or equal to 0",
+                    ));
                 }
                 Ok(_) => {}
                 Err(error) => errors.push(FieldError::invalid(field, quantity, error.to_string())),
@@ -76,7 +84,11 @@ pub(super) fn lease(object: &Value, errors: &mut Vec<FieldError>) {
     let spec = &object["spec"];
     if spec["leaseDurationSeconds"].as_i64().is_some_and(|seconds| seconds <= 0) {
         let field = "spec.leaseDurationSeconds";
-        errors.push(FieldError::invalid(field, &spec["leaseDurationSeconds"], "must be greater than 0"));
+        errors.push(FieldError::invalid(
+            field,
+            &spec["leaseDurationSeconds"],
+            "must be greater than 0",
+        ));
     }
     at_least(0, &spec["leaseTransitions"], "spec.leaseTransitions", errors);
 }

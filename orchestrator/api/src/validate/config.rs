@@ -108,8 +108,12 @@ fn is_config_key(key: &str) -> Result<(), String> {
 /// Checks that a value is base64 (RFC 4648 §4, padded); returns how many bytes it stands for. A value that no client
 /// can decode would stop the caches of all of them.
 fn bytes(value: &Value, field: &str, errors: &mut Vec<FieldError>) -> usize {
-    let text: Vec<u8> =
-        value.as_str().unwrap_or_default().bytes().filter(|b| !matches!(b, b'\r' | b'\n')).collect();
+    let text: Vec<u8> = value
+        .as_str()
+        .unwrap_or_default()
+        .bytes()
+        .filter(|b| !matches!(b, b'\r' | b'\n'))
+        .collect();
     let padding = text.iter().rev().take_while(|b| **b == b'=').count();
     let digits = &text[..text.len() - padding];
     let good = text.len() % 4 == 0

@@ -42,7 +42,11 @@ fn endpoint_ip(value: &Value, field: &str, errors: &mut Vec<FieldError>) {
 }
 
 fn too_many(field: String, limit: usize) -> FieldError {
-    FieldError { field, kind: FieldErrorKind::TooMany, detail: format!("must have at most {limit} items") }
+    FieldError {
+        field,
+        kind: FieldErrorKind::TooMany,
+        detail: format!("must have at most {limit} items"),
+    }
 }
 
 pub(super) fn endpoints(object: &Value, errors: &mut Vec<FieldError>) {
@@ -50,7 +54,10 @@ pub(super) fn endpoints(object: &Value, errors: &mut Vec<FieldError>) {
         let at = format!("subsets[{index}]");
         let any = |list: &str| items(&subset[list]).next().is_some();
         if !any("addresses") && !any("notReadyAddresses") {
-            errors.push(FieldError::required(at.clone(), "must specify `addresses` or `notReadyAddresses`"));
+            errors.push(FieldError::required(
+                at.clone(),
+                "must specify `addresses` or `notReadyAddresses`",
+            ));
         }
         for list in ["addresses", "notReadyAddresses"] {
             for (place, address) in items(&subset[list]) {
@@ -88,7 +95,10 @@ pub(super) fn endpoint_slice(object: &Value, errors: &mut Vec<FieldError>) {
     for (index, endpoint) in items(&object["endpoints"]) {
         let at = format!("endpoints[{index}]");
         match endpoint["addresses"].as_array().map_or(0, Vec::len) {
-            0 => errors.push(FieldError::required(format!("{at}.addresses"), "must contain at least 1 address")),
+            0 => errors.push(FieldError::required(
+                format!("{at}.addresses"),
+                "must contain at least 1 address",
+            )),
             count if count > ADDRESSES_LIMIT => {
                 errors.push(too_many(format!("{at}.addresses"), ADDRESSES_LIMIT));
             }
@@ -139,7 +149,10 @@ fn slice_ports(ports: &Value, errors: &mut Vec<FieldError>) {
             errors.push(FieldError::invalid(format!("ports[{index}].name"), &port["name"], why));
         }
         if !seen.insert(name) {
-            errors.push(FieldError::duplicate(format!("ports[{index}].name"), &Value::String(name.to_owned())));
+            errors.push(FieldError::duplicate(
+                format!("ports[{index}].name"),
+                &Value::String(name.to_owned()),
+            ));
         }
         one_of(&port["protocol"], &format!("ports[{index}].protocol"), &PROTOCOLS, errors);
     }

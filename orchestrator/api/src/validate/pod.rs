@@ -20,15 +20,29 @@ pub(super) fn spec(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
     let field = |name: &str| format!("{path}.{name}");
     let volumes = volume::volumes(spec, &field("volumes"), errors);
     container::containers(spec, path, &volumes, errors);
-    one_of(&spec["restartPolicy"], &field("restartPolicy"), &["Always", "OnFailure", "Never"], errors);
+    one_of(
+        &spec["restartPolicy"],
+        &field("restartPolicy"),
+        &["Always", "OnFailure", "Never"],
+        errors,
+    );
     let dns = ["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"];
     one_of(&spec["dnsPolicy"], &field("dnsPolicy"), &dns, errors);
-    at_least(0, &spec["terminationGracePeriodSeconds"], &field("terminationGracePeriodSeconds"), errors);
+    at_least(
+        0,
+        &spec["terminationGracePeriodSeconds"],
+        &field("terminationGracePeriodSeconds"),
+        errors,
+    );
     if let Some(seconds) = spec["activeDeadlineSeconds"].as_i64()
         && !(1..=i64::from(i32::MAX)).contains(&seconds)
     {
         let detail = format!("must be between 1 and {}, inclusive", i32::MAX);
-        errors.push(FieldError::invalid(field("activeDeadlineSeconds"), &spec["activeDeadlineSeconds"], detail));
+        errors.push(FieldError::invalid(
+            field("activeDeadlineSeconds"),
+            &spec["activeDeadlineSeconds"],
+            detail,
+        ));
     }
     for (name, check) in [
         ("hostname", names::is_dns1123_label as fn(&str) -> Result<(), String>),
@@ -49,7 +63,11 @@ pub(super) fn spec(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
     }
     placement::tolerations(&spec["tolerations"], &field("tolerations"), errors);
     placement::affinity(&spec["affinity"], &field("affinity"), errors);
-    placement::spread(&spec["topologySpreadConstraints"], &field("topologySpreadConstraints"), errors);
+    placement::spread(
+        &spec["topologySpreadConstraints"],
+        &field("topologySpreadConstraints"),
+        errors,
+    );
     host_aliases(spec, path, errors);
     dns_config(spec, path, errors);
     security_context(&spec["securityContext"], &field("securityContext"), errors);
@@ -64,7 +82,10 @@ pub(super) fn spec(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
         }
     }
     if !gates.is_empty() && spec["nodeName"].as_str().is_some_and(|name| !name.is_empty()) {
-        errors.push(FieldError::forbidden(field("nodeName"), "cannot be set until all schedulingGates have been cleared"));
+        errors.push(FieldError::forbidden(
+            field("nodeName"),
+            "cannot be set until all schedulingGates have been cleared",
+        ));
     }
 }
 
@@ -103,17 +124,29 @@ fn dns_config(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
     }
     if servers > NAMESERVERS_LIMIT {
         let detail = format!("must not have more than {NAMESERVERS_LIMIT} nameservers");
-        errors.push(FieldError::invalid(format!("{path}.dnsConfig.nameservers"), &config["nameservers"], detail));
+        errors.push(FieldError::invalid(
+            format!("{path}.dnsConfig.nameservers"),
+            &config["nameservers"],
+            detail,
+        ));
     }
     for (index, server) in items(&config["nameservers"]) {
         if server.as_str().is_none_or(|ip| ip.parse::<IpAddr>().is_err()) {
             let detail = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
-            errors.push(FieldError::invalid(format!("{path}.dnsConfig.nameservers[{index}]"), server, detail));
+            errors.push(FieldError::invalid(
+                format!("{path}.dnsConfig.nameservers[{index}]"),
+                server,
+                detail,
+            ));
         }
     }
     if config["searches"].as_array().is_some_and(|searches| searches.len() > SEARCHES_LIMIT) {
         let detail = format!("must not have more than {SEARCHES_LIMIT} search paths");
-        errors.push(FieldError::invalid(format!("{path}.dnsConfig.searches"), &config["searches"], detail));
+        errors.push(FieldError::invalid(
+            format!("{path}.dnsConfig.searches"),
+            &config["searches"],
+            detail,
+        ));
     }
 }
 
@@ -125,7 +158,12 @@ fn security_context(context: &Value, at: &str, errors: &mut Vec<FieldError>) {
         id(group, &format!("{at}.supplementalGroups[{index}]"), errors);
     }
     let policies = ["Always", "OnRootMismatch"];
-    one_of(&context["fsGroupChangePolicy"], &format!("{at}.fsGroupChangePolicy"), &policies, errors);
+    one_of(
+        &context["fsGroupChangePolicy"],
+        &format!("{at}.fsGroupChangePolicy"),
+        &policies,
+        errors,
+    );
     let mut names_seen = BTreeSet::new();
     for (index, sysctl) in items(&context["sysctls"]) {
         let field = format!("{at}.sysctls[{index}].name");
@@ -194,7 +232,10 @@ pub(super) fn update(new: &Value, old: &Value, errors: &mut Vec<FieldError>) {
             .filter(|(_, gate)| !items(&before["schedulingGates"]).any(|(_, old)| old == *gate))
             .map(|(_, gate)| gate["name"].as_str().unwrap_or_default().to_owned())
             .collect::<Vec<_>>();
-        let detail = format!("only deletion is allowed, but found new scheduling gates {:?}", added.join(", "));
+        let detail = format!(
+            "only deletion is allowed, but found new scheduling gates {:?}",
+            added.join(", ")
+        );
         errors.push(FieldError::forbidden("spec.schedulingGates", detail));
         return;
     }

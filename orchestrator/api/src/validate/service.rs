@@ -44,7 +44,9 @@ pub(super) fn service(object: &Value, old: &Value, errors: &mut Vec<FieldError>)
         errors.push(FieldError::invalid(field, timeout, detail));
     }
     let policy = &spec["externalTrafficPolicy"];
-    if policy.is_string() && policy != &before["externalTrafficPolicy"] && !matches!(kind, "NodePort" | "LoadBalancer")
+    if policy.is_string()
+        && policy != &before["externalTrafficPolicy"]
+        && !matches!(kind, "NodePort" | "LoadBalancer")
     {
         let external_ips = items(&spec["externalIPs"]).next().is_some();
         if !external_ips {
@@ -53,9 +55,10 @@ pub(super) fn service(object: &Value, old: &Value, errors: &mut Vec<FieldError>)
         }
     }
     for (index, ip) in items(&spec["externalIPs"]) {
-        let usable = ip.as_str().and_then(|ip| ip.parse::<IpAddr>().ok()).is_some_and(|ip| {
-            !ip.is_unspecified() && !ip.is_loopback() && !ip.is_multicast()
-        });
+        let usable = ip
+            .as_str()
+            .and_then(|ip| ip.parse::<IpAddr>().ok())
+            .is_some_and(|ip| !ip.is_unspecified() && !ip.is_loopback() && !ip.is_multicast());
         if !usable {
             let detail = "must be a valid IP address that other hosts can reach";
             errors.push(FieldError::invalid(format!("spec.externalIPs[{index}]"), ip, detail));
@@ -91,7 +94,11 @@ fn cluster_ip(spec: &Value, kind: &str, errors: &mut Vec<FieldError>) {
     }
     let list = &spec["clusterIPs"];
     if !ip.is_empty() && list.is_array() && list[0] != spec["clusterIP"] {
-        errors.push(FieldError::invalid("spec.clusterIPs", list, "first value must match `clusterIP`"));
+        errors.push(FieldError::invalid(
+            "spec.clusterIPs",
+            list,
+            "first value must match `clusterIP`",
+        ));
     }
 }
 
@@ -100,7 +107,8 @@ fn ports(spec: &Value, before: &Value, kind: &str, errors: &mut Vec<FieldError>)
     if count == 0 && spec["clusterIP"] != "None" && kind != "ExternalName" {
         errors.push(FieldError::required("spec.ports", ""));
     }
-    let (mut names_seen, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let (mut names_seen, mut numbers, mut node_ports) =
+        (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     for (index, port) in items(&spec["ports"]) {
         let field = |name: &str| format!("spec.ports[{index}].{name}");
         let name = port["name"].as_str().unwrap_or_default();
@@ -149,6 +157,10 @@ pub(super) fn update(new: &Value, old: &Value, errors: &mut Vec<FieldError>) {
     if let (Some(before), Some(after)) = (ip(old), ip(new))
         && before != after
     {
-        errors.push(FieldError::invalid("spec.clusterIPs[0]", &json!(after), "may not change once set"));
+        errors.push(FieldError::invalid(
+            "spec.clusterIPs[0]",
+            &json!(after),
+            "may not change once set",
+        ));
     }
 }

@@ -130,13 +130,22 @@ fn mistakes_in_containers_by_table() {
     for (container, expected) in [
         (json!({ "image": "two words" }), "spec.containers[0].image: Invalid value: \"two words\""),
         (json!({ "image": "Web:v1" }), "the repository name must be lowercase"),
-        (json!({ "ports": [{ "containerPort": 80, "name": "Http" }] }), "ports[0].name: Invalid value: \"Http\""),
+        (
+            json!({ "ports": [{ "containerPort": 80, "name": "Http" }] }),
+            "ports[0].name: Invalid value: \"Http\"",
+        ),
         (
             json!({ "ports": [{ "containerPort": 80, "hostPort": 80 }, { "containerPort": 81, "hostPort": 80 }] }),
             "ports[1].hostPort: Duplicate value: \"TCP//80\"",
         ),
-        (json!({ "env": [{ "name": "A=B" }] }), "env[0].name: Invalid value: \"A=B\": a valid environment variable name"),
-        (json!({ "env": [{ "name": "A", "valueFrom": {} }] }), "env[0].valueFrom: Invalid value: \"\": must specify one of"),
+        (
+            json!({ "env": [{ "name": "A=B" }] }),
+            "env[0].name: Invalid value: \"A=B\": a valid environment variable name",
+        ),
+        (
+            json!({ "env": [{ "name": "A", "valueFrom": {} }] }),
+            "env[0].valueFrom: Invalid value: \"\": must specify one of",
+        ),
         (
             json!({ "env": [{ "name": "A", "valueFrom": { "fieldRef": { "fieldPath": "spec.none" } } }] }),
             "env[0].valueFrom.fieldRef.fieldPath: Unsupported value: \"spec.none\"",
@@ -146,7 +155,10 @@ fn mistakes_in_containers_by_table() {
             "env[0].valueFrom.secretKeyRef.key: Required value",
         ),
         (json!({ "envFrom": [{}] }), "envFrom[0]: Invalid value: \"\": must specify one of"),
-        (json!({ "volumeMounts": [{ "name": "none", "mountPath": "/x" }] }), "volumeMounts[0].name: Not found: \"none\""),
+        (
+            json!({ "volumeMounts": [{ "name": "none", "mountPath": "/x" }] }),
+            "volumeMounts[0].name: Not found: \"none\"",
+        ),
         (
             json!({ "volumeMounts": [{ "name": "data", "mountPath": "/x" }, { "name": "data", "mountPath": "/x" }] }),
             "volumeMounts[1].mountPath: Invalid value: \"/x\": must be unique",
@@ -155,21 +167,51 @@ fn mistakes_in_containers_by_table() {
             json!({ "volumeMounts": [{ "name": "data", "mountPath": "/x", "subPath": "../y" }] }),
             "volumeMounts[0].subPath: Invalid value: \"../y\": must not contain '..'",
         ),
-        (json!({ "resources": { "limits": { "cpu": "lots" } } }), "resources.limits[cpu]: Invalid value: \"lots\": quantities must match"),
-        (json!({ "resources": { "limits": { "cpu": "-1" } } }), "resources.limits[cpu]: Invalid value: \"-1\": must be greater than or equal to 0"),
-        (json!({ "resources": { "limits": { "cpus": "1" } } }), "must be a standard resource for containers"),
-        (json!({ "resources": { "requests": { "a.b/gpu": "1" } } }), "resources.limits: Required value: Limit must be set"),
+        (
+            json!({ "resources": { "limits": { "cpu": "lots" } } }),
+            "resources.limits[cpu]: Invalid value: \"lots\": quantities must match",
+        ),
+        (
+            json!({ "resources": { "limits": { "cpu": "-1" } } }),
+            "resources.limits[cpu]: Invalid value: \"-1\": must be greater than or equal to 0",
+        ),
+        (
+            json!({ "resources": { "limits": { "cpus": "1" } } }),
+            "must be a standard resource for containers",
+        ),
+        (
+            json!({ "resources": { "requests": { "a.b/gpu": "1" } } }),
+            "resources.limits: Required value: Limit must be set",
+        ),
         (json!({ "resources": { "limits": { "a.b/gpu": "1.5" } } }), "must be an integer"),
-        (json!({ "livenessProbe": {} }), "livenessProbe: Required value: must specify a handler type"),
+        (
+            json!({ "livenessProbe": {} }),
+            "livenessProbe: Required value: must specify a handler type",
+        ),
         (
             json!({ "livenessProbe": { "exec": { "command": ["a"] }, "httpGet": { "port": 80 } } }),
             "livenessProbe.httpGet: Forbidden: may not specify more than 1 handler type",
         ),
-        (json!({ "livenessProbe": { "httpGet": { "port": 80 }, "successThreshold": 2 } }), "successThreshold: Invalid value: 2: must be 1"),
-        (json!({ "readinessProbe": { "tcpSocket": { "port": 0 } } }), "readinessProbe.tcpSocket.port: Invalid value: 0"),
-        (json!({ "readinessProbe": { "exec": {} } }), "readinessProbe.exec.command: Required value"),
-        (json!({ "imagePullPolicy": "Sometimes" }), "imagePullPolicy: Unsupported value: \"Sometimes\": supported values: \"Always\", \"IfNotPresent\", \"Never\""),
-        (json!({ "lifecycle": { "preStop": {} } }), "lifecycle.preStop: Required value: must specify a handler type"),
+        (
+            json!({ "livenessProbe": { "httpGet": { "port": 80 }, "successThreshold": 2 } }),
+            "successThreshold: Invalid value: 2: must be 1",
+        ),
+        (
+            json!({ "readinessProbe": { "tcpSocket": { "port": 0 } } }),
+            "readinessProbe.tcpSocket.port: Invalid value: 0",
+        ),
+        (
+            json!({ "readinessProbe": { "exec": {} } }),
+            "readinessProbe.exec.command: Required value",
+        ),
+        (
+            json!({ "imagePullPolicy": "Sometimes" }),
+            "imagePullPolicy: Unsupported value: \"Sometimes\": supported values: \"Always\", \"IfNotPresent\", \"Never\"",
+        ),
+        (
+            json!({ "lifecycle": { "preStop": {} } }),
+            "lifecycle.preStop: Required value: must specify a handler type",
+        ),
     ] {
         let found = found("", "Pod", one_container(container.clone()));
         assert!(found.contains(expected), "{container}\nfound: {found}\nwanted: {expected}");
@@ -206,25 +248,70 @@ fn mistakes_in_pod_specs_by_table() {
     };
     for (spec, expected) in [
         (json!({ "containers": [] }), "spec.containers: Required value"),
-        (json!({ "restartPolicy": "Sometimes" }), "spec.restartPolicy: Unsupported value: \"Sometimes\""),
+        (
+            json!({ "restartPolicy": "Sometimes" }),
+            "spec.restartPolicy: Unsupported value: \"Sometimes\"",
+        ),
         (json!({ "dnsPolicy": "None" }), "spec.dnsConfig: Required value"),
-        (json!({ "activeDeadlineSeconds": 0 }), "spec.activeDeadlineSeconds: Invalid value: 0: must be between 1 and 2147483647"),
-        (json!({ "terminationGracePeriodSeconds": -1 }), "spec.terminationGracePeriodSeconds: Invalid value: -1"),
+        (
+            json!({ "activeDeadlineSeconds": 0 }),
+            "spec.activeDeadlineSeconds: Invalid value: 0: must be between 1 and 2147483647",
+        ),
+        (
+            json!({ "terminationGracePeriodSeconds": -1 }),
+            "spec.terminationGracePeriodSeconds: Invalid value: -1",
+        ),
         (json!({ "hostname": "a.b" }), "spec.hostname: Invalid value: \"a.b\""),
         (json!({ "nodeSelector": { "a b": "c" } }), "spec.nodeSelector: Invalid value: \"a b\""),
         (json!({ "tolerations": [{ "key": "" }] }), "spec.tolerations[0].operator: Invalid value"),
-        (json!({ "tolerations": [{ "key": "k", "operator": "Exists", "value": "v" }] }), "value must be empty when `operator` is 'Exists'"),
-        (json!({ "tolerations": [{ "operator": "Exists", "tolerationSeconds": 3 }] }), "effect must be 'NoExecute' when `tolerationSeconds` is set"),
-        (json!({ "hostAliases": [{ "ip": "1.2.3" }] }), "spec.hostAliases[0].ip: Invalid value: \"1.2.3\""),
-        (json!({ "securityContext": { "runAsUser": -1 } }), "spec.securityContext.runAsUser: Invalid value: -1"),
-        (json!({ "volumes": [{ "name": "v" }, { "name": "v" }] }), "spec.volumes[1].name: Duplicate value: \"v\""),
-        (json!({ "volumes": [{ "name": "v", "emptyDir": {}, "hostPath": { "path": "/x" } }] }), "spec.volumes[0].hostPath: Forbidden: may not specify more than 1 volume type"),
-        (json!({ "volumes": [{ "name": "v", "configMap": {} }] }), "spec.volumes[0].configMap.name: Required value"),
-        (json!({ "volumes": [{ "name": "v", "hostPath": { "path": "/a/../b" } }] }), "must not contain '..'"),
-        (json!({ "volumes": [{ "name": "v", "secret": { "secretName": "s", "defaultMode": 1000 } }] }), "defaultMode: Invalid value: 1000"),
-        (json!({ "volumes": [{ "name": "v", "downwardAPI": { "items": [{ "path": "p" }] } }] }), "one of fieldRef and resourceFieldRef is required"),
-        (json!({ "volumes": [{ "name": "v", "projected": { "sources": [{ "serviceAccountToken": { "path": "t", "expirationSeconds": 5 } }] } }] }), "may not specify a duration less than 10 minutes"),
-        (node_affinity(json!({ "key": "a", "operator": "In" })), "matchExpressions[0].values: Required value: must be specified when `operator` is 'In' or 'NotIn'"),
+        (
+            json!({ "tolerations": [{ "key": "k", "operator": "Exists", "value": "v" }] }),
+            "value must be empty when `operator` is 'Exists'",
+        ),
+        (
+            json!({ "tolerations": [{ "operator": "Exists", "tolerationSeconds": 3 }] }),
+            "effect must be 'NoExecute' when `tolerationSeconds` is set",
+        ),
+        (
+            json!({ "hostAliases": [{ "ip": "1.2.3" }] }),
+            "spec.hostAliases[0].ip: Invalid value: \"1.2.3\"",
+        ),
+        (
+            json!({ "securityContext": { "runAsUser": -1 } }),
+            "spec.securityContext.runAsUser: Invalid value: -1",
+        ),
+        (
+            json!({ "volumes": [{ "name": "v" }, { "name": "v" }] }),
+            "spec.volumes[1].name: Duplicate value: \"v\"",
+        ),
+        (
+            json!({ "volumes": [{ "name": "v", "emptyDir": {}, "hostPath": { "path": "/x" } }] }),
+            "spec.volumes[0].hostPath: Forbidden: may not specify more than 1 volume type",
+        ),
+        (
+            json!({ "volumes": [{ "name": "v", "configMap": {} }] }),
+            "spec.volumes[0].configMap.name: Required value",
+        ),
+        (
+            json!({ "volumes": [{ "name": "v", "hostPath": { "path": "/a/../b" } }] }),
+            "must not contain '..'",
+        ),
+        (
+            json!({ "volumes": [{ "name": "v", "secret": { "secretName": "s", "defaultMode": 1000 } }] }),
+            "defaultMode: Invalid value: 1000",
+        ),
+        (
+            json!({ "volumes": [{ "name": "v", "downwardAPI": { "items": [{ "path": "p" }] } }] }),
+            "one of fieldRef and resourceFieldRef is required",
+        ),
+        (
+            json!({ "volumes": [{ "name": "v", "projected": { "sources": [{ "serviceAccountToken": { "path": "t", "expirationSeconds": 5 } }] } }] }),
+            "may not specify a duration less than 10 minutes",
+        ),
+        (
+            node_affinity(json!({ "key": "a", "operator": "In" })),
+            "matchExpressions[0].values: Required value: must be specified when `operator` is 'In' or 'NotIn'",
+        ),
         (node_affinity(json!({ "key": "a", "operator": "Near" })), "not a valid selector operator"),
         (
             json!({ "affinity": { "podAntiAffinity": { "requiredDuringSchedulingIgnoredDuringExecution": [{ "labelSelector": {} }] } } }),
@@ -238,7 +325,10 @@ fn mistakes_in_pod_specs_by_table() {
             json!({ "initContainers": [{ "name": "i", "image": "a", "livenessProbe": { "tcpSocket": { "port": 1 } } }] }),
             "spec.initContainers[0].livenessProbe: Forbidden: may not be set for init containers without restartPolicy=Always",
         ),
-        (json!({ "initContainers": [{ "name": "a", "image": "a" }] }), "spec.containers[0].name: Duplicate value: \"a\""),
+        (
+            json!({ "initContainers": [{ "name": "a", "image": "a" }] }),
+            "spec.containers[0].name: Duplicate value: \"a\"",
+        ),
     ] {
         let found = found("", "Pod", pod(spec.clone()));
         assert!(found.contains(expected), "{spec}\nfound: {found}\nwanted: {expected}");
@@ -250,37 +340,75 @@ fn changes_of_a_pod_by_table() {
     let forbidden = "pod updates may not change fields other than";
     for (old, new, expected) in [
         (json!({}), json!({ "tolerations": [{ "operator": "Exists" }] }), ""),
-        (json!({ "tolerations": [{ "operator": "Exists" }] }), json!({ "tolerations": [] }), forbidden),
+        (
+            json!({ "tolerations": [{ "operator": "Exists" }] }),
+            json!({ "tolerations": [] }),
+            forbidden,
+        ),
         (json!({}), json!({ "activeDeadlineSeconds": 5 }), ""),
-        (json!({ "activeDeadlineSeconds": 5 }), json!({ "activeDeadlineSeconds": 6 }), "must be less than or equal to previous value"),
+        (
+            json!({ "activeDeadlineSeconds": 5 }),
+            json!({ "activeDeadlineSeconds": 6 }),
+            "must be less than or equal to previous value",
+        ),
         (json!({}), json!({ "terminationGracePeriodSeconds": 5 }), forbidden),
         (json!({}), json!({ "nodeName": "n" }), forbidden),
-        (json!({}), json!({ "containers": [{ "name": "a", "image": "" }] }), "spec.containers[0].image: Required value"),
-        (json!({}), json!({ "containers": [{ "name": "a", "image": "a" }, { "name": "b", "image": "b" }] }), "may not add or remove containers"),
+        (
+            json!({}),
+            json!({ "containers": [{ "name": "a", "image": "" }] }),
+            "spec.containers[0].image: Required value",
+        ),
+        (
+            json!({}),
+            json!({ "containers": [{ "name": "a", "image": "a" }, { "name": "b", "image": "b" }] }),
+            "may not add or remove containers",
+        ),
         (json!({ "schedulingGates": [{ "name": "g" }] }), json!({ "schedulingGates": null }), ""),
         (json!({}), json!({ "schedulingGates": [{ "name": "g" }] }), "only deletion is allowed"),
-        (json!({ "schedulingGates": [{ "name": "g" }] }), json!({ "schedulingGates": [{ "name": "g" }], "nodeSelector": { "a": "b" } }), ""),
+        (
+            json!({ "schedulingGates": [{ "name": "g" }] }),
+            json!({ "schedulingGates": [{ "name": "g" }], "nodeSelector": { "a": "b" } }),
+            "",
+        ),
         (json!({}), json!({ "nodeSelector": { "a": "b" } }), forbidden),
     ] {
         let found = changed("", "Pod", pod(old.clone()), pod(new.clone()));
-        assert!(if expected.is_empty() { found.is_empty() } else { found.contains(expected) }, "{old} -> {new}\n{found}");
+        assert!(
+            if expected.is_empty() { found.is_empty() } else { found.contains(expected) },
+            "{old} -> {new}\n{found}"
+        );
     }
 }
 
 #[test]
 fn mistakes_in_services_by_table() {
     let service = |spec: Value| {
-        with(json!({ "metadata": { "name": "web" }, "spec": { "ports": [{ "port": 80 }] } }), &json!({ "spec": spec }))
+        with(
+            json!({ "metadata": { "name": "web" }, "spec": { "ports": [{ "port": 80 }] } }),
+            &json!({ "spec": spec }),
+        )
     };
     for (spec, expected) in [
         (json!({}), ""),
         (json!({ "clusterIP": "None", "ports": null }), ""),
         (json!({ "type": "Magic" }), "spec.type: Unsupported value: \"Magic\""),
         (json!({ "ports": [] }), "spec.ports: Required value"),
-        (json!({ "ports": [{ "name": "a", "port": 80 }, { "name": "a", "port": 81 }] }), "spec.ports[1].name: Duplicate value: \"a\""),
-        (json!({ "ports": [{ "name": "a", "port": 80 }, { "name": "b", "port": 80 }] }), "spec.ports[1]: Duplicate value"),
-        (json!({ "ports": [{ "port": 80, "targetPort": "Bad_Name" }] }), "spec.ports[0].targetPort: Invalid value"),
-        (json!({ "ports": [{ "port": 80, "nodePort": 30000 }] }), "spec.ports[0].nodePort: Forbidden: may not be used when `type` is 'ClusterIP'"),
+        (
+            json!({ "ports": [{ "name": "a", "port": 80 }, { "name": "a", "port": 81 }] }),
+            "spec.ports[1].name: Duplicate value: \"a\"",
+        ),
+        (
+            json!({ "ports": [{ "name": "a", "port": 80 }, { "name": "b", "port": 80 }] }),
+            "spec.ports[1]: Duplicate value",
+        ),
+        (
+            json!({ "ports": [{ "port": 80, "targetPort": "Bad_Name" }] }),
+            "spec.ports[0].targetPort: Invalid value",
+        ),
+        (
+            json!({ "ports": [{ "port": 80, "nodePort": 30000 }] }),
+            "spec.ports[0].nodePort: Forbidden: may not be used when `type` is 'ClusterIP'",
+        ),
         (json!({ "clusterIP": "10.0.0" }), "spec.clusterIPs[0]: Invalid value: \"10.0.0\""),
         (json!({ "type": "ExternalName" }), "spec.externalName: Required value"),
         (json!({ "type": "ExternalName", "externalName": "example.com." }), ""),
@@ -289,13 +417,20 @@ fn mistakes_in_services_by_table() {
         (json!({ "externalIPs": ["127.0.0.1"] }), "spec.externalIPs[0]: Invalid value"),
     ] {
         let found = found("", "Service", service(spec.clone()));
-        assert!(if expected.is_empty() { found.is_empty() } else { found.contains(expected) }, "{spec}\n{found}");
+        assert!(
+            if expected.is_empty() { found.is_empty() } else { found.contains(expected) },
+            "{spec}\n{found}"
+        );
     }
 
     let ip = |ip: &str| service(json!({ "clusterIP": ip }));
-    assert!(changed("", "Service", ip("10.96.0.7"), ip("10.96.0.8")).contains("may not change once set"));
+    assert!(
+        changed("", "Service", ip("10.96.0.7"), ip("10.96.0.8"))
+            .contains("may not change once set")
+    );
     assert_eq!(changed("", "Service", ip("10.96.0.7"), service(json!({}))), "");
-    let node_port = |kind: &str| service(json!({ "type": kind, "ports": [{ "port": 80, "nodePort": 30080 }] }));
+    let node_port =
+        |kind: &str| service(json!({ "type": kind, "ports": [{ "port": 80, "nodePort": 30080 }] }));
     assert_eq!(changed("", "Service", node_port("NodePort"), node_port("ClusterIP")), "");
 }
 
@@ -305,35 +440,157 @@ fn mistakes_in_other_kinds_by_table() {
     let slice = |kind: &str, address: &str| json!({ "addressType": kind, "endpoints": [{ "addresses": [address] }] });
     let policy = |ingress: Value| json!({ "spec": { "podSelector": {}, "ingress": [ingress] } });
     for (group, kind, over, expected) in [
-        ("", "ConfigMap", json!({ "data": { "a/b": "" } }), "data[a/b]: Invalid value: \"a/b\": a valid config key"),
+        (
+            "",
+            "ConfigMap",
+            json!({ "data": { "a/b": "" } }),
+            "data[a/b]: Invalid value: \"a/b\": a valid config key",
+        ),
         ("", "ConfigMap", json!({ "data": { "..a": "" } }), "must not start with '..'"),
-        ("", "ConfigMap", json!({ "data": { "a": "" }, "binaryData": { "a": "" } }), "duplicate of key present in data[a]"),
-        ("", "ConfigMap", json!({ "data": { "a": "x".repeat(1024 * 1024 + 1) } }), "Too long: may not be more than 1048576 bytes"),
-        ("", "Secret", json!({ "data": { "a": "no base64!" } }), "data[a]: Invalid value: \"<base64>\": illegal base64 data"),
+        (
+            "",
+            "ConfigMap",
+            json!({ "data": { "a": "" }, "binaryData": { "a": "" } }),
+            "duplicate of key present in data[a]",
+        ),
+        (
+            "",
+            "ConfigMap",
+            json!({ "data": { "a": "x".repeat(1024 * 1024 + 1) } }),
+            "Too long: may not be more than 1048576 bytes",
+        ),
+        (
+            "",
+            "Secret",
+            json!({ "data": { "a": "no base64!" } }),
+            "data[a]: Invalid value: \"<base64>\": illegal base64 data",
+        ),
         ("", "Secret", json!({ "data": { "a": "eA==" } }), ""),
-        ("", "Secret", json!({ "type": "kubernetes.io/tls", "data": { "tls.crt": "" } }), "data[tls.key]: Required value"),
-        ("", "Node", json!({ "spec": { "taints": [{ "key": "a", "effect": "Never" }] } }), "spec.taints[0].effect: Unsupported value"),
-        ("", "Node", json!({ "spec": { "taints": [{ "key": "a", "effect": "NoSchedule" }, { "key": "a", "effect": "NoSchedule" }] } }), "taints must be unique by key and effect pair"),
-        ("coordination.k8s.io", "Lease", json!({ "spec": { "leaseDurationSeconds": 0 } }), "must be greater than 0"),
+        (
+            "",
+            "Secret",
+            json!({ "type": "kubernetes.io/tls", "data": { "tls.crt": "" } }),
+            "data[tls.key]: Required value",
+        ),
+        (
+            "",
+            "Node",
+            json!({ "spec": { "taints": [{ "key": "a", "effect": "Never" }] } }),
+            "spec.taints[0].effect: Unsupported value",
+        ),
+        (
+            "",
+            "Node",
+            json!({ "spec": { "taints": [{ "key": "a", "effect": "NoSchedule" }, { "key": "a", "effect": "NoSchedule" }] } }),
+            "taints must be unique by key and effect pair",
+        ),
+        (
+            "coordination.k8s.io",
+            "Lease",
+            json!({ "spec": { "leaseDurationSeconds": 0 } }),
+            "must be greater than 0",
+        ),
         ("discovery.k8s.io", "EndpointSlice", slice("IPv4", "10.0.0.1"), ""),
-        ("discovery.k8s.io", "EndpointSlice", slice("IPv4", "fd00::1"), "endpoints[0].addresses[0]: Invalid value: \"fd00::1\""),
-        ("discovery.k8s.io", "EndpointSlice", slice("IPv4", "127.0.0.1"), "may not be in the loopback range"),
-        ("discovery.k8s.io", "EndpointSlice", json!({ "addressType": "" }), "addressType: Required value"),
-        ("", "Endpoints", json!({ "subsets": [{ "ports": [{ "port": 80 }] }] }), "must specify `addresses` or `notReadyAddresses`"),
-        ("networking.k8s.io", "NetworkPolicy", policy(json!({ "from": [{}] })), "spec.ingress[0].from[0]: Required value: must specify a peer"),
-        ("networking.k8s.io", "NetworkPolicy", policy(json!({ "from": [{ "ipBlock": { "cidr": "10.0.0.0/33" } }] })), "ipBlock.cidr: Invalid value"),
-        ("networking.k8s.io", "NetworkPolicy", policy(json!({ "from": [{ "ipBlock": { "cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"] } }] })), "must be a strict subset of `cidr`: 10.0.0.0/8"),
-        ("networking.k8s.io", "NetworkPolicy", policy(json!({ "from": [{ "ipBlock": { "cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"] } }] })), ""),
-        ("networking.k8s.io", "NetworkPolicy", policy(json!({ "ports": [{ "port": 80, "endPort": 70 }] })), "must be greater than or equal to `port`"),
-        ("networking.k8s.io", "NetworkPolicy", policy(json!({ "ports": [{ "endPort": 70 }] })), "may not be specified when `port` is not specified"),
-        ("", "Event", json!({ "metadata": { "namespace": "a" }, "involvedObject": { "namespace": "b" } }), "does not match event.namespace"),
-        ("", "Event", json!({ "metadata": { "namespace": "default" }, "involvedObject": { "kind": "Node" } }), ""),
-        ("", "ServiceAccount", json!({ "metadata": { "finalizers": ["a b"] } }), "metadata.finalizers[0]: Invalid value"),
-        ("", "ConfigMap", json!({ "metadata": { "annotations": { "a": "x".repeat(256 * 1024) } } }), "metadata.annotations: Too long: may not be more than 262144 bytes"),
-        ("", "ConfigMap", json!({ "metadata": { "ownerReferences": [{ "apiVersion": "v1", "kind": "Pod", "name": "p" }] } }), "metadata.ownerReferences[0].uid: Invalid value: \"\": must not be empty"),
+        (
+            "discovery.k8s.io",
+            "EndpointSlice",
+            slice("IPv4", "fd00::1"),
+            "endpoints[0].addresses[0]: Invalid value: \"fd00::1\"",
+        ),
+        (
+            "discovery.k8s.io",
+            "EndpointSlice",
+            slice("IPv4", "127.0.0.1"),
+            "may not be in the loopback range",
+        ),
+        (
+            "discovery.k8s.io",
+            "EndpointSlice",
+            json!({ "addressType": "" }),
+            "addressType: Required value",
+        ),
+        (
+            "",
+            "Endpoints",
+            json!({ "subsets": [{ "ports": [{ "port": 80 }] }] }),
+            "must specify `addresses` or `notReadyAddresses`",
+        ),
+        (
+            "networking.k8s.io",
+            "NetworkPolicy",
+            policy(json!({ "from": [{}] })),
+            "spec.ingress[0].from[0]: Required value: must specify a peer",
+        ),
+        (
+            "networking.k8s.io",
+            "NetworkPolicy",
+            policy(json!({ "from": [{ "ipBlock": { "cidr": "10.0.0.0/33" } }] })),
+            "ipBlock.cidr: Invalid value",
+        ),
+        (
+            "networking.k8s.io",
+            "NetworkPolicy",
+            policy(
+                json!({ "from": [{ "ipBlock": { "cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"] } }] }),
+            ),
+            "must be a strict subset of `cidr`: 10.0.0.0/8",
+        ),
+        (
+            "networking.k8s.io",
+            "NetworkPolicy",
+            policy(
+                json!({ "from": [{ "ipBlock": { "cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"] } }] }),
+            ),
+            "",
+        ),
+        (
+            "networking.k8s.io",
+            "NetworkPolicy",
+            policy(json!({ "ports": [{ "port": 80, "endPort": 70 }] })),
+            "must be greater than or equal to `port`",
+        ),
+        (
+            "networking.k8s.io",
+            "NetworkPolicy",
+            policy(json!({ "ports": [{ "endPort": 70 }] })),
+            "may not be specified when `port` is not specified",
+        ),
+        (
+            "",
+            "Event",
+            json!({ "metadata": { "namespace": "a" }, "involvedObject": { "namespace": "b" } }),
+            "does not match event.namespace",
+        ),
+        (
+            "",
+            "Event",
+            json!({ "metadata": { "namespace": "default" }, "involvedObject": { "kind": "Node" } }),
+            "",
+        ),
+        (
+            "",
+            "ServiceAccount",
+            json!({ "metadata": { "finalizers": ["a b"] } }),
+            "metadata.finalizers[0]: Invalid value",
+        ),
+        (
+            "",
+            "ConfigMap",
+            json!({ "metadata": { "annotations": { "a": "x".repeat(256 * 1024) } } }),
+            "metadata.annotations: Too long: may not be more than 262144 bytes",
+        ),
+        (
+            "",
+            "ConfigMap",
+            json!({ "metadata": { "ownerReferences": [{ "apiVersion": "v1", "kind": "Pod", "name": "p" }] } }),
+            "metadata.ownerReferences[0].uid: Invalid value: \"\": must not be empty",
+        ),
     ] {
         let found = found(group, kind, named(over));
-        assert!(if expected.is_empty() { found.is_empty() } else { found.contains(expected) }, "{kind}: {expected}\n{found}");
+        assert!(
+            if expected.is_empty() { found.is_empty() } else { found.contains(expected) },
+            "{kind}: {expected}\n{found}"
+        );
     }
 }
 
@@ -341,13 +598,27 @@ fn mistakes_in_other_kinds_by_table() {
 fn immutable_things_stay() {
     let map = |value: &str, immutable: bool| json!({ "metadata": { "name": "x" }, "data": { "a": value }, "immutable": immutable });
     assert_eq!(changed("", "ConfigMap", map("1", false), map("2", true)), "");
-    assert!(changed("", "ConfigMap", map("1", true), map("2", true)).contains("data: Forbidden: field is immutable when `immutable` is set"));
-    assert!(changed("", "ConfigMap", map("1", true), map("1", false)).contains("immutable: Forbidden"));
+    assert!(
+        changed("", "ConfigMap", map("1", true), map("2", true))
+            .contains("data: Forbidden: field is immutable when `immutable` is set")
+    );
+    assert!(
+        changed("", "ConfigMap", map("1", true), map("1", false)).contains("immutable: Forbidden")
+    );
     let secret = |kind: &str| json!({ "metadata": { "name": "x" }, "type": kind });
-    assert!(changed("", "Secret", secret("a/b"), secret("a/c")).contains("type: Invalid value: \"a/c\": field is immutable"));
+    assert!(
+        changed("", "Secret", secret("a/b"), secret("a/c"))
+            .contains("type: Invalid value: \"a/c\": field is immutable")
+    );
     let node = |cidr: &str| json!({ "metadata": { "name": "x" }, "spec": { "podCIDRs": [cidr] } });
-    assert!(changed("", "Node", node("10.1.0.0/24"), node("10.2.0.0/24")).contains("may not change podCIDR"));
-    assert_eq!(changed("", "Node", json!({ "metadata": { "name": "x" } }), node("10.2.0.0/24")), "");
+    assert!(
+        changed("", "Node", node("10.1.0.0/24"), node("10.2.0.0/24"))
+            .contains("may not change podCIDR")
+    );
+    assert_eq!(
+        changed("", "Node", json!({ "metadata": { "name": "x" } }), node("10.2.0.0/24")),
+        ""
+    );
 }
 
 #[test]
@@ -359,37 +630,77 @@ fn mistakes_in_deployments_by_table() {
         } });
         with(base, &json!({ "spec": spec }))
     };
-    let rolling = |unavailable: Value, surge: Value| {
-        json!({ "strategy": { "rollingUpdate": { "maxUnavailable": unavailable, "maxSurge": surge } } })
-    };
+    let rolling = |unavailable: Value, surge: Value| json!({ "strategy": { "rollingUpdate": { "maxUnavailable": unavailable, "maxSurge": surge } } });
     for (spec, expected) in [
         (json!({}), ""),
-        (json!({ "replicas": -1 }), "spec.replicas: Invalid value: -1: must be greater than or equal to 0"),
+        (
+            json!({ "replicas": -1 }),
+            "spec.replicas: Invalid value: -1: must be greater than or equal to 0",
+        ),
         (json!({ "selector": null }), "spec.selector: Required value"),
-        (json!({ "selector": { "matchLabels": null } }), "empty selector is invalid for deployment"),
-        (json!({ "selector": { "matchExpressions": [{ "key": "a", "operator": "In" }] } }), "spec.selector.matchExpressions[0].values: Required value"),
+        (
+            json!({ "selector": { "matchLabels": null } }),
+            "empty selector is invalid for deployment",
+        ),
+        (
+            json!({ "selector": { "matchExpressions": [{ "key": "a", "operator": "In" }] } }),
+            "spec.selector.matchExpressions[0].values: Required value",
+        ),
         (rolling(json!(0), json!("0%")), "may not be 0 when `maxSurge` is 0"),
         (rolling(json!("101%"), json!(1)), "must not be greater than 100%"),
         (rolling(json!("many"), json!(1)), "must be an integer or percentage"),
         (rolling(json!(-1), json!(1)), "must be greater than or equal to 0"),
-        (json!({ "strategy": { "type": "Never" } }), "spec.strategy.type: Unsupported value: \"Never\""),
-        (json!({ "strategy": { "type": "Recreate", "rollingUpdate": {} } }), "may not be specified when strategy `type` is 'Recreate'"),
+        (
+            json!({ "strategy": { "type": "Never" } }),
+            "spec.strategy.type: Unsupported value: \"Never\"",
+        ),
+        (
+            json!({ "strategy": { "type": "Recreate", "rollingUpdate": {} } }),
+            "may not be specified when strategy `type` is 'Recreate'",
+        ),
         (json!({ "minReadySeconds": 600 }), "must be greater than minReadySeconds"),
-        (json!({ "template": { "spec": { "restartPolicy": "Never" } } }), "spec.template.spec.restartPolicy: Unsupported value: \"Never\": supported values: \"Always\""),
-        (json!({ "template": { "spec": { "containers": null } } }), "spec.template.spec.containers: Required value"),
+        (
+            json!({ "template": { "spec": { "restartPolicy": "Never" } } }),
+            "spec.template.spec.restartPolicy: Unsupported value: \"Never\": supported values: \"Always\"",
+        ),
+        (
+            json!({ "template": { "spec": { "containers": null } } }),
+            "spec.template.spec.containers: Required value",
+        ),
     ] {
         let found = found("apps", "Deployment", deployment(spec.clone()));
-        assert!(if expected.is_empty() { found.is_empty() } else { found.contains(expected) }, "{spec}\n{found}");
+        assert!(
+            if expected.is_empty() { found.is_empty() } else { found.contains(expected) },
+            "{spec}\n{found}"
+        );
     }
 }
 
 #[test]
 fn no_shape_of_input_makes_validation_panic() {
-    let shapes = [json!(null), json!(1), json!("x"), json!([]), json!([1, "a", null, {}]), json!({}), json!({ "a": [1] })];
+    let shapes = [
+        json!(null),
+        json!(1),
+        json!("x"),
+        json!([]),
+        json!([1, "a", null, {}]),
+        json!({}),
+        json!({ "a": [1] }),
+    ];
     for (group, kind) in [
-        ("", "Pod"), ("apps", "Deployment"), ("apps", "ReplicaSet"), ("", "Service"), ("", "ConfigMap"), ("", "Secret"),
-        ("", "Node"), ("", "Event"), ("", "Endpoints"), ("discovery.k8s.io", "EndpointSlice"),
-        ("coordination.k8s.io", "Lease"), ("networking.k8s.io", "NetworkPolicy"), ("", "Namespace"),
+        ("", "Pod"),
+        ("apps", "Deployment"),
+        ("apps", "ReplicaSet"),
+        ("", "Service"),
+        ("", "ConfigMap"),
+        ("", "Secret"),
+        ("", "Node"),
+        ("", "Event"),
+        ("", "Endpoints"),
+        ("discovery.k8s.io", "EndpointSlice"),
+        ("coordination.k8s.io", "Lease"),
+        ("networking.k8s.io", "NetworkPolicy"),
+        ("", "Namespace"),
     ] {
         for shape in &shapes {
             for object in [
@@ -397,8 +708,10 @@ fn no_shape_of_input_makes_validation_panic() {
                 json!({ "metadata": shape, "spec": shape, "data": shape, "subsets": shape, "endpoints": shape, "ports": shape }),
                 json!({ "spec": { "containers": shape, "volumes": shape, "template": { "spec": shape }, "ports": shape,
                     "selector": shape, "strategy": shape, "affinity": shape, "ingress": shape, "taints": shape } }),
-                pod(json!({ "containers": [{ "env": shape, "ports": shape, "resources": shape, "livenessProbe": shape,
-                    "volumeMounts": shape, "lifecycle": shape, "envFrom": shape }] })),
+                pod(
+                    json!({ "containers": [{ "env": shape, "ports": shape, "resources": shape, "livenessProbe": shape,
+                    "volumeMounts": shape, "lifecycle": shape, "envFrom": shape }] }),
+                ),
             ] {
                 let mut object = object;
                 crate::defaults::apply(group, kind, &mut object);

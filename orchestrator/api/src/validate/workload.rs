@@ -48,7 +48,11 @@ fn common(spec: &Value, errors: &mut Vec<FieldError>) {
     super::pod::spec(&template["spec"], "spec.template.spec", errors);
     let restart = &template["spec"]["restartPolicy"];
     if matches!(restart.as_str(), Some("Never" | "OnFailure")) {
-        errors.push(FieldError::not_supported("spec.template.spec.restartPolicy", restart, &["Always"]));
+        errors.push(FieldError::not_supported(
+            "spec.template.spec.restartPolicy",
+            restart,
+            &["Always"],
+        ));
     }
     if !template["spec"]["activeDeadlineSeconds"].is_null() {
         let detail = "activeDeadlineSeconds in ReplicaSet is not Supported";
@@ -75,9 +79,16 @@ fn strategy(strategy: &Value, errors: &mut Vec<FieldError>) {
                 errors.push(FieldError::invalid(field, &rolling["maxUnavailable"], detail));
             }
             let share = rolling["maxUnavailable"].as_str().and_then(|text| text.strip_suffix('%'));
-            if share.and_then(|digits| digits.parse::<u32>().ok()).is_some_and(|percent| percent > 100) {
+            if share
+                .and_then(|digits| digits.parse::<u32>().ok())
+                .is_some_and(|percent| percent > 100)
+            {
                 let field = format!("{at}.rollingUpdate.maxUnavailable");
-                errors.push(FieldError::invalid(field, &rolling["maxUnavailable"], "must not be greater than 100%"));
+                errors.push(FieldError::invalid(
+                    field,
+                    &rolling["maxUnavailable"],
+                    "must not be greater than 100%",
+                ));
             }
         }
         Some("Recreate") => {
@@ -88,7 +99,11 @@ fn strategy(strategy: &Value, errors: &mut Vec<FieldError>) {
         }
         _ => {
             let allowed = ["Recreate", "RollingUpdate"];
-            errors.push(FieldError::not_supported(format!("{at}.type"), &strategy["type"], &allowed));
+            errors.push(FieldError::not_supported(
+                format!("{at}.type"),
+                &strategy["type"],
+                &allowed,
+            ));
         }
     }
 }

@@ -7,11 +7,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::{Stream, StreamExt as _};
+use http_body_util::BodyExt as _;
 use orch_apiserver::{ApiServer, Options};
 use orch_client::{Client, ClientConfig};
 use orch_pki::ClusterPki;
 use orch_store::managed::{self, Managed};
-use orch_store::{EtcdConfig, EtcdStore};
+use orch_store::{EtcdConfig, EtcdStore, Store as _};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -70,12 +73,7 @@ impl Cluster {
 
     /// Starts the server again after [`stop_server`](Self::stop_server).
     pub async fn start_server(&mut self) {
-        let store = EtcdStore::connect(EtcdConfig {
-            endpoints: self.etcd.client_urls.clone(),
-            ..EtcdConfig::default()
-        })
-        .await
-        .expect("store");
+        let store = self.store().await;
         let read = |name: &str| self.pki.read(name).expect("a file of the PKI");
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let options = Options {
@@ -142,6 +140,22 @@ impl Cluster {
         self.pki.ensure_admin_kubeconfig(&self.url()).expect("kubeconfig")
     }
 
+    /// Forgets all history of etcd.
+    pub async fn compact(&self) {
+        let store = self.store().await;
+        let now = store.revision().await.expect("etcd answers");
+        store.compact(now).await.expect("compaction");
+    }
+
+    async fn store(&self) -> EtcdStore {
+        EtcdStore::connect(EtcdConfig {
+            endpoints: self.etcd.client_urls.clone(),
+            ..EtcdConfig::default()
+        })
+        .await
+        .expect("store")
+    }
+
     fn etcd_signal(&self, signal: nix::sys::signal::Signal) {
         let pid = managed::pid(&self.etcd.data_dir).expect("etcd runs");
         let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a PID"));
@@ -199,4 +213,83 @@ pub async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
         assert!(tokio::time::Instant::now() < end, "never came true: {what}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// The answer to a request: code and JSON.
+pub async fn call(
+    client: &Client,
+    method: &str,
+    path: &str,
+    content_type: &str,
+    body: impl Into<bytes::Bytes>,
+) -> (u16, Value) {
+    let request = http::Request::builder()
+        .method(method)
+        .uri(path)
+        .header("content-type", content_type)
+        .header("accept", "application/json")
+        .body(body.into())
+        .expect("a request");
+    let response = client.stream(request).await.expect("an answer");
+    let code = response.status().as_u16();
+    let body = response.into_body().collect().await.expect("a body").to_bytes();
+    (code, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+pub async fn get(client: &Client, path: &str) -> (u16, Value) {
+    call(client, "GET", path, "application/json", "").await
+}
+
+pub async fn post(client: &Client, path: &str, body: &Value) -> (u16, Value) {
+    call(client, "POST", path, "application/json", body.to_string()).await
+}
+
+pub async fn put(client: &Client, path: &str, body: &Value) -> (u16, Value) {
+    call(client, "PUT", path, "application/json", body.to_string()).await
+}
+
+pub async fn merge(client: &Client, path: &str, body: &Value) -> (u16, Value) {
+    call(client, "PATCH", path, "application/merge-patch+json", body.to_string()).await
+}
+
+pub async fn delete(client: &Client, path: &str, body: &Value) -> (u16, Value) {
+    call(client, "DELETE", path, "application/json", body.to_string()).await
+}
+
+/// A watch: its lines as JSON.
+pub struct Watch(std::pin::Pin<Box<dyn Stream<Item = Value> + Send>>);
+
+impl Watch {
+    pub async fn open(client: &Client, path: &str) -> Self {
+        let request = http::Request::get(path).body(bytes::Bytes::new()).expect("a request");
+        let response = client.stream_ok(request).await.expect("a watch");
+        Self(Box::pin(orch_client::lines(response.into_body()).filter_map(async |line| {
+            line.ok().map(|line| serde_json::from_slice(&line).expect("JSON"))
+        })))
+    }
+
+    /// The next line; `None` when the watch has ended.
+    pub async fn next(&mut self) -> Option<Value> {
+        tokio::time::timeout(LIMIT, self.0.next()).await.expect("an event in time")
+    }
+
+    /// Type, name and resource version of the next event.
+    pub async fn event(&mut self) -> (String, String, i64) {
+        let line = self.next().await.expect("the watch goes on");
+        let meta = &line["object"]["metadata"];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let version = text(&meta["resourceVersion"]).parse().expect("a resource version");
+        (text(&line["type"]), text(&meta["name"]), version)
+    }
+}
+
+pub fn config_map(name: &str, data: &Value) -> Value {
+    json!({ "metadata": { "name": name }, "data": data })
+}
+
+pub fn version(object: &Value) -> i64 {
+    object["metadata"]["resourceVersion"]
+        .as_str()
+        .and_then(|version| version.parse().ok())
+        .expect("a resource version")
 }

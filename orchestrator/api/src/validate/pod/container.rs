@@ -35,7 +35,8 @@ pub(super) fn containers(
             if list == "initContainers" && !sidecar {
                 for handler in ["lifecycle", "livenessProbe", "readinessProbe", "startupProbe"] {
                     if !item[handler].is_null() {
-                        let detail = "may not be set for init containers without restartPolicy=Always";
+                        let detail =
+                            "may not be set for init containers without restartPolicy=Always";
                         errors.push(FieldError::forbidden(format!("{at}.{handler}"), detail));
                     }
                 }
@@ -43,17 +44,33 @@ pub(super) fn containers(
             container(item, &at, volumes, errors);
             // One-shot init containers are gone when the others start.
             let together = list == "containers" || sidecar;
-            ports(item, &at, spec["hostNetwork"] == true, together.then_some(&mut host_ports), errors);
+            ports(
+                item,
+                &at,
+                spec["hostNetwork"] == true,
+                together.then_some(&mut host_ports),
+                errors,
+            );
         }
     }
 }
 
-fn container(container: &Value, at: &str, volumes: &BTreeSet<String>, errors: &mut Vec<FieldError>) {
+fn container(
+    container: &Value,
+    at: &str,
+    volumes: &BTreeSet<String>,
+    errors: &mut Vec<FieldError>,
+) {
     image(container, at, errors);
     let policies = ["Always", "IfNotPresent", "Never"];
     one_of(&container["imagePullPolicy"], &format!("{at}.imagePullPolicy"), &policies, errors);
     let policies = ["FallbackToLogsOnError", "File"];
-    one_of(&container["terminationMessagePolicy"], &format!("{at}.terminationMessagePolicy"), &policies, errors);
+    one_of(
+        &container["terminationMessagePolicy"],
+        &format!("{at}.terminationMessagePolicy"),
+        &policies,
+        errors,
+    );
     environment(container, at, errors);
     mounts(container, at, volumes, errors);
     resources(&container["resources"], &format!("{at}.resources"), errors);
@@ -65,7 +82,12 @@ fn container(container: &Value, at: &str, volumes: &BTreeSet<String>, errors: &m
     for hook in ["postStart", "preStop"] {
         let hook_at = format!("{at}.lifecycle.{hook}");
         if container["lifecycle"][hook].is_object() {
-            handler(&container["lifecycle"][hook], &["exec", "httpGet", "sleep", "tcpSocket"], &hook_at, errors);
+            handler(
+                &container["lifecycle"][hook],
+                &["exec", "httpGet", "sleep", "tcpSocket"],
+                &hook_at,
+                errors,
+            );
         }
     }
     let context = &container["securityContext"];
@@ -95,14 +117,16 @@ pub(super) fn image(container: &Value, at: &str, errors: &mut Vec<FieldError>) {
 /// The grammar of image references (distribution, `reference`): `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`.
 fn image_reference(image: &str) -> Result<(), &'static str> {
     const FORM: &str = "invalid image reference, must look like [HOST[:PORT]/]NAME[:TAG][@DIGEST]";
-    let (rest, digest) = image.split_once('@').map_or((image, None), |(rest, digest)| (rest, Some(digest)));
+    let (rest, digest) =
+        image.split_once('@').map_or((image, None), |(rest, digest)| (rest, Some(digest)));
     if let Some(digest) = digest {
         let (algorithm, hash) = digest.split_once(':').ok_or(FORM)?;
         if algorithm.is_empty() || hash.len() < 32 || !hash.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err("invalid image reference, the digest must look like sha256:HEX");
         }
     }
-    let (path, name) = rest.rsplit_once('/').map_or((None, rest), |(path, name)| (Some(path), name));
+    let (path, name) =
+        rest.rsplit_once('/').map_or((None, rest), |(path, name)| (Some(path), name));
     let (name, tag) = name.split_once(':').map_or((name, None), |(name, tag)| (name, Some(tag)));
     if let Some(tag) = tag {
         let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
@@ -110,12 +134,16 @@ fn image_reference(image: &str) -> Result<(), &'static str> {
             && tag.bytes().next().is_some_and(word)
             && tag.bytes().all(|b| word(b) || b == b'.' || b == b'-');
         if !good {
-            return Err("invalid image reference, a tag has at most 128 of [A-Za-z0-9_.-] and starts with [A-Za-z0-9_]");
+            return Err(
+                "invalid image reference, a tag has at most 128 of [A-Za-z0-9_.-] and starts with [A-Za-z0-9_]",
+            );
         }
     }
     let mut parts: Vec<&str> = path.map_or_else(Vec::new, |path| path.split('/').collect());
     // The first part is a host if it looks like one, and may then have capitals and a port.
-    if parts.first().is_some_and(|first| first.contains(['.', ':']) || *first == "localhost" || has_capital(first)) {
+    if parts.first().is_some_and(|first| {
+        first.contains(['.', ':']) || *first == "localhost" || has_capital(first)
+    }) {
         let host = parts.remove(0);
         let good = !host.is_empty()
             && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-:[]".contains(&b));
@@ -168,11 +196,17 @@ fn ports(
         port_number(&port["hostPort"], &field("hostPort"), errors);
         if host_network && port["hostPort"] != port["containerPort"] {
             let detail = "must match `hostPort` when `hostNetwork` is true";
-            errors.push(FieldError::invalid(field("containerPort"), &port["containerPort"], detail));
+            errors.push(FieldError::invalid(
+                field("containerPort"),
+                &port["containerPort"],
+                detail,
+            ));
         }
         if let Some(taken) = &mut host_ports {
-            let (protocol, ip) =
-                (port["protocol"].as_str().unwrap_or("TCP"), port["hostIP"].as_str().unwrap_or_default());
+            let (protocol, ip) = (
+                port["protocol"].as_str().unwrap_or("TCP"),
+                port["hostIP"].as_str().unwrap_or_default(),
+            );
             let text = format!("{protocol}/{ip}/{}", port["hostPort"]);
             if !taken.insert(text.clone()) {
                 errors.push(FieldError::duplicate(field("hostPort"), &json!(text)));
@@ -246,7 +280,8 @@ fn environment(container: &Value, at: &str, errors: &mut Vec<FieldError>) {
         }
         let source = &env["valueFrom"];
         let source_at = format!("{at}.valueFrom");
-        let kinds = ["configMapKeyRef", "fieldRef", "fileKeyRef", "resourceFieldRef", "secretKeyRef"];
+        let kinds =
+            ["configMapKeyRef", "fieldRef", "fileKeyRef", "resourceFieldRef", "secretKeyRef"];
         let set = kinds.iter().filter(|kind| !source[**kind].is_null()).count();
         if env["value"].as_str().is_some_and(|value| !value.is_empty()) {
             let detail = "may not be specified when `value` is not empty";
@@ -268,13 +303,20 @@ fn environment(container: &Value, at: &str, errors: &mut Vec<FieldError>) {
             field_ref(&source["fieldRef"], &format!("{source_at}.fieldRef"), &ENV_FIELDS, errors);
         }
         if !source["resourceFieldRef"].is_null() {
-            required_text(&source["resourceFieldRef"], "resource", &format!("{source_at}.resourceFieldRef"), errors);
+            required_text(
+                &source["resourceFieldRef"],
+                "resource",
+                &format!("{source_at}.resourceFieldRef"),
+                errors,
+            );
         }
     }
     for (index, source) in items(&container["envFrom"]) {
         let at = format!("{at}.envFrom[{index}]");
-        let set: Vec<&str> =
-            ["configMapRef", "secretRef"].into_iter().filter(|kind| !source[*kind].is_null()).collect();
+        let set: Vec<&str> = ["configMapRef", "secretRef"]
+            .into_iter()
+            .filter(|kind| !source[*kind].is_null())
+            .collect();
         match set.as_slice() {
             [] => errors.push(FieldError::invalid(
                 at,
@@ -298,7 +340,12 @@ pub(super) fn required_text(object: &Value, key: &str, at: &str, errors: &mut Ve
 }
 
 /// A reference to a field of the pod; labels and annotations by key are always allowed.
-pub(super) fn field_ref(reference: &Value, at: &str, allowed: &[&str], errors: &mut Vec<FieldError>) {
+pub(super) fn field_ref(
+    reference: &Value,
+    at: &str,
+    allowed: &[&str],
+    errors: &mut Vec<FieldError>,
+) {
     let path = reference["fieldPath"].as_str().unwrap_or_default();
     if path.is_empty() {
         errors.push(FieldError::required(format!("{at}.fieldPath"), ""));
@@ -308,7 +355,11 @@ pub(super) fn field_ref(reference: &Value, at: &str, allowed: &[&str], errors: &
         .iter()
         .any(|prefix| path.strip_prefix(prefix).is_some_and(|rest| rest.ends_with("']")));
     if !subscripted && !allowed.contains(&path) {
-        errors.push(FieldError::not_supported(format!("{at}.fieldPath"), &reference["fieldPath"], allowed));
+        errors.push(FieldError::not_supported(
+            format!("{at}.fieldPath"),
+            &reference["fieldPath"],
+            allowed,
+        ));
     }
 }
 
@@ -326,7 +377,11 @@ fn mounts(container: &Value, at: &str, volumes: &BTreeSet<String>, errors: &mut 
         if target.is_empty() {
             errors.push(FieldError::required(format!("{at}.mountPath"), ""));
         } else if !targets.insert(target) {
-            errors.push(FieldError::invalid(format!("{at}.mountPath"), &mount["mountPath"], "must be unique"));
+            errors.push(FieldError::invalid(
+                format!("{at}.mountPath"),
+                &mount["mountPath"],
+                "must be unique",
+            ));
         }
         for field in ["subPath", "subPathExpr"] {
             if let Some(path) = mount[field].as_str().filter(|path| !path.is_empty()) {
@@ -336,7 +391,11 @@ fn mounts(container: &Value, at: &str, volumes: &BTreeSet<String>, errors: &mut 
         let set = |field: &str| mount[field].as_str().is_some_and(|path| !path.is_empty());
         if set("subPath") && set("subPathExpr") {
             let detail = "subPathExpr and subPath are mutually exclusive";
-            errors.push(FieldError::invalid(format!("{at}.subPathExpr"), &mount["subPathExpr"], detail));
+            errors.push(FieldError::invalid(
+                format!("{at}.subPathExpr"),
+                &mount["subPathExpr"],
+                detail,
+            ));
         }
         let modes = ["Bidirectional", "HostToContainer", "None"];
         one_of(&mount["mountPropagation"], &format!("{at}.mountPropagation"), &modes, errors);
@@ -345,7 +404,9 @@ fn mounts(container: &Value, at: &str, volumes: &BTreeSet<String>, errors: &mut 
 
 /// Resources every node knows; others carry a domain.
 fn is_known_resource(name: &str) -> bool {
-    matches!(name, "cpu" | "memory" | "ephemeral-storage") || name.starts_with("hugepages-") || name.contains('/')
+    matches!(name, "cpu" | "memory" | "ephemeral-storage")
+        || name.starts_with("hugepages-")
+        || name.contains('/')
 }
 
 fn resources(resources: &Value, at: &str, errors: &mut Vec<FieldError>) {
@@ -368,7 +429,11 @@ fn resources(resources: &Value, at: &str, errors: &mut Vec<FieldError>) {
                 }
             };
             if amount.is_negative() {
-                errors.push(FieldError::invalid(field, quantity, "must be greater than or equal to 0"));
+                errors.push(FieldError::invalid(
+                    field,
+                    quantity,
+                    "must be greater than or equal to 0",
+                ));
                 continue;
             }
             let whole = name.contains('/') || name.starts_with("hugepages-");
@@ -383,12 +448,17 @@ fn resources(resources: &Value, at: &str, errors: &mut Vec<FieldError>) {
             let limit = &resources["limits"][name];
             match parse(limit) {
                 Ok(limit_amount) if whole && limit_amount != amount => {
-                    let detail = format!("must be equal to {name} limit of {}", limit.as_str().unwrap_or_default());
+                    let detail = format!(
+                        "must be equal to {name} limit of {}",
+                        limit.as_str().unwrap_or_default()
+                    );
                     errors.push(FieldError::invalid(format!("{at}.requests"), quantity, detail));
                 }
                 Ok(limit_amount) if amount > limit_amount => {
-                    let detail =
-                        format!("must be less than or equal to {name} limit of {}", limit.as_str().unwrap_or_default());
+                    let detail = format!(
+                        "must be less than or equal to {name} limit of {}",
+                        limit.as_str().unwrap_or_default()
+                    );
                     errors.push(FieldError::invalid(format!("{at}.requests"), quantity, detail));
                 }
                 Err(_) if whole && limit.is_null() => {
@@ -403,18 +473,37 @@ fn resources(resources: &Value, at: &str, errors: &mut Vec<FieldError>) {
 
 fn probe(probe: &Value, kind: &str, at: &str, errors: &mut Vec<FieldError>) {
     handler(probe, &["exec", "httpGet", "tcpSocket", "grpc"], at, errors);
-    for name in ["initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"] {
+    for name in [
+        "initialDelaySeconds",
+        "timeoutSeconds",
+        "periodSeconds",
+        "successThreshold",
+        "failureThreshold",
+    ] {
         at_least(0, &probe[name], &format!("{at}.{name}"), errors);
     }
-    at_least(1, &probe["terminationGracePeriodSeconds"], &format!("{at}.terminationGracePeriodSeconds"), errors);
+    at_least(
+        1,
+        &probe["terminationGracePeriodSeconds"],
+        &format!("{at}.terminationGracePeriodSeconds"),
+        errors,
+    );
     if kind == "readinessProbe" {
         if !probe["terminationGracePeriodSeconds"].is_null() {
             let detail = "must not be set for readinessProbes";
             let field = format!("{at}.terminationGracePeriodSeconds");
-            errors.push(FieldError::invalid(field, &probe["terminationGracePeriodSeconds"], detail));
+            errors.push(FieldError::invalid(
+                field,
+                &probe["terminationGracePeriodSeconds"],
+                detail,
+            ));
         }
     } else if probe["successThreshold"].as_i64().unwrap_or(1) != 1 {
-        errors.push(FieldError::invalid(format!("{at}.successThreshold"), &probe["successThreshold"], "must be 1"));
+        errors.push(FieldError::invalid(
+            format!("{at}.successThreshold"),
+            &probe["successThreshold"],
+            "must be 1",
+        ));
     }
 }
 
@@ -425,9 +514,13 @@ fn handler(object: &Value, kinds: &[&str], at: &str, errors: &mut Vec<FieldError
         errors.push(FieldError::required(at, "must specify a handler type"));
     }
     for kind in set {
-        errors.push(FieldError::forbidden(format!("{at}.{kind}"), "may not specify more than 1 handler type"));
+        errors.push(FieldError::forbidden(
+            format!("{at}.{kind}"),
+            "may not specify more than 1 handler type",
+        ));
     }
-    if object["exec"].is_object() && object["exec"]["command"].as_array().is_none_or(Vec::is_empty) {
+    if object["exec"].is_object() && object["exec"]["command"].as_array().is_none_or(Vec::is_empty)
+    {
         errors.push(FieldError::required(format!("{at}.exec.command"), ""));
     }
     let http = &object["httpGet"];
@@ -463,7 +556,19 @@ mod tests {
         ] {
             assert_eq!(image_reference(good), Ok(()), "{good}");
         }
-        for bad in ["two words", "Web", "team/Web:v1", "web:", "web:a b", "/web", "web/", "a//b", "web@sha256", "web:v1:v2", "-web"] {
+        for bad in [
+            "two words",
+            "Web",
+            "team/Web:v1",
+            "web:",
+            "web:a b",
+            "/web",
+            "web/",
+            "a//b",
+            "web@sha256",
+            "web:v1:v2",
+            "-web",
+        ] {
             assert!(image_reference(bad).is_err(), "{bad}");
         }
     }

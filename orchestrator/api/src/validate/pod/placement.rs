@@ -21,7 +21,11 @@ pub(super) fn tolerations(list: &Value, at: &str, errors: &mut Vec<FieldError>) 
         let effect = toleration["effect"].as_str().unwrap_or_default();
         if key.is_empty() && operator != "Exists" {
             let detail = "operator must be Exists when `key` is empty, which means \"match all values and all keys\"";
-            errors.push(FieldError::invalid(format!("{at}.operator"), &toleration["operator"], detail));
+            errors.push(FieldError::invalid(
+                format!("{at}.operator"),
+                &toleration["operator"],
+                detail,
+            ));
         }
         if !toleration["tolerationSeconds"].is_null() && effect != "NoExecute" {
             let detail = "effect must be 'NoExecute' when `tolerationSeconds` is set";
@@ -29,8 +33,14 @@ pub(super) fn tolerations(list: &Value, at: &str, errors: &mut Vec<FieldError>) 
         }
         match operator {
             "" | "Equal" => {
-                if let Err(why) = names::is_label_value(toleration["value"].as_str().unwrap_or_default()) {
-                    errors.push(FieldError::invalid(format!("{at}.operator"), &toleration["value"], why));
+                if let Err(why) =
+                    names::is_label_value(toleration["value"].as_str().unwrap_or_default())
+                {
+                    errors.push(FieldError::invalid(
+                        format!("{at}.operator"),
+                        &toleration["value"],
+                        why,
+                    ));
                 }
             }
             "Exists" => {
@@ -41,7 +51,11 @@ pub(super) fn tolerations(list: &Value, at: &str, errors: &mut Vec<FieldError>) 
             }
             _ => {
                 let field = format!("{at}.operator");
-                errors.push(FieldError::not_supported(field, &toleration["operator"], &["Equal", "Exists"]));
+                errors.push(FieldError::not_supported(
+                    field,
+                    &toleration["operator"],
+                    &["Equal", "Exists"],
+                ));
             }
         }
         if !effect.is_empty() {
@@ -60,7 +74,10 @@ pub(super) fn affinity(affinity: &Value, at: &str, errors: &mut Vec<FieldError>)
         let terms_at = format!("{node_at}.{required}.nodeSelectorTerms");
         let terms = &node[required]["nodeSelectorTerms"];
         if items(terms).next().is_none() {
-            errors.push(FieldError::required(terms_at.clone(), "must have at least one node selector term"));
+            errors.push(FieldError::required(
+                terms_at.clone(),
+                "must have at least one node selector term",
+            ));
         }
         for (index, term) in items(terms) {
             node_term(term, &format!("{terms_at}[{index}]"), errors);
@@ -85,7 +102,11 @@ pub(super) fn affinity(affinity: &Value, at: &str, errors: &mut Vec<FieldError>)
 
 fn weight(term: &Value, at: &str, errors: &mut Vec<FieldError>) {
     if !term["weight"].as_i64().is_some_and(|weight| (1..=100).contains(&weight)) {
-        errors.push(FieldError::invalid(format!("{at}.weight"), &term["weight"], "must be in the range 1-100"));
+        errors.push(FieldError::invalid(
+            format!("{at}.weight"),
+            &term["weight"],
+            "must be in the range 1-100",
+        ));
     }
 }
 
@@ -109,10 +130,15 @@ fn node_term(term: &Value, at: &str, errors: &mut Vec<FieldError>) {
             "In" | "NotIn" | "Exists" | "DoesNotExist" | "Gt" | "Lt" => {}
             _ => {
                 let detail = "not a valid selector operator";
-                errors.push(FieldError::invalid(format!("{at}.operator"), &requirement["operator"], detail));
+                errors.push(FieldError::invalid(
+                    format!("{at}.operator"),
+                    &requirement["operator"],
+                    detail,
+                ));
             }
         }
-        if let Err(why) = names::is_qualified_name(requirement["key"].as_str().unwrap_or_default()) {
+        if let Err(why) = names::is_qualified_name(requirement["key"].as_str().unwrap_or_default())
+        {
             errors.push(FieldError::invalid(format!("{at}.key"), &requirement["key"], why));
         }
     }
@@ -120,9 +146,14 @@ fn node_term(term: &Value, at: &str, errors: &mut Vec<FieldError>) {
         let at = format!("{at}.matchFields[{index}]");
         if !matches!(requirement["operator"].as_str(), Some("In" | "NotIn")) {
             let detail = "not a valid selector operator";
-            errors.push(FieldError::invalid(format!("{at}.operator"), &requirement["operator"], detail));
+            errors.push(FieldError::invalid(
+                format!("{at}.operator"),
+                &requirement["operator"],
+                detail,
+            ));
         } else if requirement["values"].as_array().map_or(0, Vec::len) != 1 {
-            let detail = "must be only one value when `operator` is 'In' or 'NotIn' for node field selector";
+            let detail =
+                "must be only one value when `operator` is 'In' or 'NotIn' for node field selector";
             errors.push(FieldError::required(format!("{at}.values"), detail));
         }
         if requirement["key"] != "metadata.name" {
@@ -160,21 +191,38 @@ pub(super) fn spread(list: &Value, at: &str, errors: &mut Vec<FieldError>) {
     for (index, constraint) in items(list) {
         let at = format!("{at}[{index}]");
         if constraint["maxSkew"].as_i64().unwrap_or(0) <= 0 {
-            errors.push(FieldError::invalid(format!("{at}.maxSkew"), &constraint["maxSkew"], "must be greater than zero"));
+            errors.push(FieldError::invalid(
+                format!("{at}.maxSkew"),
+                &constraint["maxSkew"],
+                "must be greater than zero",
+            ));
         }
         topology_key(constraint, &at, "can not be empty", errors);
-        if !constraint["whenUnsatisfiable"].as_str().is_some_and(|action| actions.contains(&action)) {
+        if !constraint["whenUnsatisfiable"].as_str().is_some_and(|action| actions.contains(&action))
+        {
             let field = format!("{at}.whenUnsatisfiable");
-            errors.push(FieldError::not_supported(field, &constraint["whenUnsatisfiable"], &actions));
+            errors.push(FieldError::not_supported(
+                field,
+                &constraint["whenUnsatisfiable"],
+                &actions,
+            ));
         }
         if !constraint["minDomains"].is_null() {
             if constraint["minDomains"].as_i64().unwrap_or(0) <= 0 {
                 let field = format!("{at}.minDomains");
-                errors.push(FieldError::invalid(field, &constraint["minDomains"], "must be greater than zero"));
+                errors.push(FieldError::invalid(
+                    field,
+                    &constraint["minDomains"],
+                    "must be greater than zero",
+                ));
             }
             if constraint["whenUnsatisfiable"] != "DoNotSchedule" {
                 let detail = "can only use minDomains if whenUnsatisfiable=DoNotSchedule, not ScheduleAnyway";
-                errors.push(FieldError::invalid(format!("{at}.minDomains"), &constraint["minDomains"], detail));
+                errors.push(FieldError::invalid(
+                    format!("{at}.minDomains"),
+                    &constraint["minDomains"],
+                    detail,
+                ));
             }
         }
         for field in ["nodeAffinityPolicy", "nodeTaintsPolicy"] {

@@ -10,10 +10,23 @@ use crate::status::FieldError;
 use crate::{Quantity, names};
 
 /// Fields of a pod that a file can be made of.
-const FILE_FIELDS: [&str; 5] =
-    ["metadata.annotations", "metadata.labels", "metadata.name", "metadata.namespace", "metadata.uid"];
-const HOST_PATH_TYPES: [&str; 8] =
-    ["", "BlockDevice", "CharDevice", "Directory", "DirectoryOrCreate", "File", "FileOrCreate", "Socket"];
+const FILE_FIELDS: [&str; 5] = [
+    "metadata.annotations",
+    "metadata.labels",
+    "metadata.name",
+    "metadata.namespace",
+    "metadata.uid",
+];
+const HOST_PATH_TYPES: [&str; 8] = [
+    "",
+    "BlockDevice",
+    "CharDevice",
+    "Directory",
+    "DirectoryOrCreate",
+    "File",
+    "FileOrCreate",
+    "Socket",
+];
 /// A ServiceAccount token lives at least ten minutes.
 const TOKEN_SECS_LEAST: i64 = 600;
 
@@ -31,12 +44,16 @@ pub(super) fn volumes(spec: &Value, at: &str, errors: &mut Vec<FieldError>) -> B
         if !name.is_empty() && !seen.insert(name.to_owned()) {
             errors.push(FieldError::duplicate(format!("{at}.name"), &volume["name"]));
         }
-        let mut sources = volume.as_object().into_iter().flatten().filter(|(key, _)| *key != "name");
+        let mut sources =
+            volume.as_object().into_iter().flatten().filter(|(key, _)| *key != "name");
         if let Some((kind, body)) = sources.next() {
             source(kind, body, &format!("{at}.{kind}"), errors);
         }
         for (kind, _) in sources {
-            errors.push(FieldError::forbidden(format!("{at}.{kind}"), "may not specify more than 1 volume type"));
+            errors.push(FieldError::forbidden(
+                format!("{at}.{kind}"),
+                "may not specify more than 1 volume type",
+            ));
         }
     }
     seen
@@ -56,7 +73,11 @@ fn source(kind: &str, body: &Value, at: &str, errors: &mut Vec<FieldError>) {
         "hostPath" => {
             required_text(body, "path", at, errors);
             if body["path"].as_str().is_some_and(|path| path.split('/').any(|part| part == "..")) {
-                errors.push(FieldError::invalid(format!("{at}.path"), &body["path"], "must not contain '..'"));
+                errors.push(FieldError::invalid(
+                    format!("{at}.path"),
+                    &body["path"],
+                    "must not contain '..'",
+                ));
             }
             one_of(&body["type"], &format!("{at}.type"), &HOST_PATH_TYPES, errors);
         }
@@ -69,7 +90,11 @@ fn source(kind: &str, body: &Value, at: &str, errors: &mut Vec<FieldError>) {
                         "SizeLimit field must be a valid resource quantity",
                     )),
                     Err(error) => {
-                        errors.push(FieldError::invalid(format!("{at}.sizeLimit"), limit, error.to_string()));
+                        errors.push(FieldError::invalid(
+                            format!("{at}.sizeLimit"),
+                            limit,
+                            error.to_string(),
+                        ));
                     }
                 }
             }
@@ -135,14 +160,19 @@ fn downward_items(body: &Value, at: &str, errors: &mut Vec<FieldError>) {
         let at = format!("{at}.items[{index}]");
         file(item, &at, errors);
         match (item["fieldRef"].is_null(), item["resourceFieldRef"].is_null()) {
-            (false, true) => field_ref(&item["fieldRef"], &format!("{at}.fieldRef"), &FILE_FIELDS, errors),
+            (false, true) => {
+                field_ref(&item["fieldRef"], &format!("{at}.fieldRef"), &FILE_FIELDS, errors)
+            }
             (true, false) => {
                 let at = format!("{at}.resourceFieldRef");
                 required_text(&item["resourceFieldRef"], "containerName", &at, errors);
                 required_text(&item["resourceFieldRef"], "resource", &at, errors);
             }
             (true, true) => {
-                errors.push(FieldError::required(at, "one of fieldRef and resourceFieldRef is required"));
+                errors.push(FieldError::required(
+                    at,
+                    "one of fieldRef and resourceFieldRef is required",
+                ));
             }
             (false, false) => {
                 let detail = "fieldRef and resourceFieldRef can not be specified simultaneously";
@@ -159,7 +189,10 @@ fn projected(body: &Value, at: &str, errors: &mut Vec<FieldError>) {
         let mut kinds = part.as_object().into_iter().flatten();
         let first = kinds.next();
         for (kind, _) in kinds {
-            errors.push(FieldError::forbidden(format!("{at}.{kind}"), "may not specify more than 1 volume type"));
+            errors.push(FieldError::forbidden(
+                format!("{at}.{kind}"),
+                "may not specify more than 1 volume type",
+            ));
         }
         let Some((kind, source)) = first else {
             continue;
@@ -172,7 +205,10 @@ fn projected(body: &Value, at: &str, errors: &mut Vec<FieldError>) {
             }
             "downwardAPI" => downward_items(source, &at, errors),
             "serviceAccountToken" => {
-                if source["expirationSeconds"].as_i64().is_some_and(|seconds| seconds < TOKEN_SECS_LEAST) {
+                if source["expirationSeconds"]
+                    .as_i64()
+                    .is_some_and(|seconds| seconds < TOKEN_SECS_LEAST)
+                {
                     errors.push(FieldError::invalid(
                         format!("{at}.expirationSeconds"),
                         &source["expirationSeconds"],
