@@ -101,6 +101,7 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         identity,
         paths: paths.clone(),
     };
+    overlay.withdraw_stale_configuration();
     spawn(&mut parts, "overlay", overlay.run(network_known.clone(), status.clone(), stop.clone()));
     let follower = Follower {
         services: services.clone(),

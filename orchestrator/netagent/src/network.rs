@@ -171,7 +171,7 @@ impl NetworkConfig {
         let size = 1_u32 << (32 - subnet_len);
         let first = network.network().to_bits();
         let check = |name: &'static str, address: Ipv4Addr| {
-            if !network.contains(address) || address.to_bits() % size != 0 {
+            if !network.contains(address) || !address.to_bits().is_multiple_of(size) {
                 return Err(field(
                     name,
                     format!("{address} must be the base of a /{subnet_len} inside {network}"),

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RData, RecordType};
 use orch_config::Paths;
-use orch_netagent::files::SubnetEnv;
+use orch_netagent::files::{SubnetEnv, write_atomic};
 use orch_netagent::status::NetStatus;
 use orch_netagent::{EtcdConfig, Options, run};
 use serde_json::{Value, json};
@@ -131,6 +131,15 @@ impl World {
             });
         });
         node.agent = Some(Agent { kill, stop, thread });
+    }
+
+    fn restart_etcd(&mut self) {
+        // It starts in the namespace of the thread that starts it.
+        let mut etcd = std::mem::replace(&mut self.etcd, Etcd::none());
+        self.etcd = self.server.within(move || {
+            etcd.resume();
+            etcd
+        });
     }
 
     /// Starts both and attaches a pod to each.
@@ -553,12 +562,7 @@ fn a_killed_agent_leaves_no_gap_and_comes_back_while_etcd_and_the_api_server_are
     eventually("services follow without etcd", || {
         (answers(&first, CLUSTER_IP, 12).len() == 1).then_some(())
     });
-    // It starts in the namespace of the thread that starts it.
-    let mut etcd = std::mem::replace(&mut world.etcd, Etcd::none());
-    world.etcd = world.server.within(move || {
-        etcd.resume();
-        etcd
-    });
+    world.restart_etcd();
     eventually("etcd is back", || (world.nodes[0].status().etcd == "healthy").then_some(()));
     assert_eq!(world.nodes[0].env().subnet, subnet);
     for traffic in traffic {
@@ -566,6 +570,48 @@ fn a_killed_agent_leaves_no_gap_and_comes_back_while_etcd_and_the_api_server_are
         assert!(count > 50, "{count} requests");
         assert_eq!(failures, Vec::<String>::new(), "of {count}");
     }
+}
+
+#[test]
+fn names_are_late_while_the_agent_starts_again_but_never_denied() {
+    let mut world = World::new();
+    world.start(0);
+    let pod = world.nodes[0].attach(2);
+    let name = "web.default.svc.cluster.local.";
+    eventually("DNS answers", || resolve(&pod, name, false).ok());
+    world.nodes[0].kill();
+    for from in [&pod, &world.nodes[0].netns] {
+        let error = resolve(from, name, false).expect_err("nobody is there").kind();
+        assert_eq!(error, std::io::ErrorKind::WouldBlock, "silence, not a refusal");
+    }
+    world.start(0);
+    let answer = eventually("DNS answers", || resolve(&pod, name, false).ok());
+    assert_eq!(addresses(&answer), ["10.96.3.4"], "the first answer is the right one");
+}
+
+#[test]
+fn after_a_reboot_pods_wait_for_the_overlay_and_the_node_has_its_subnet_again() {
+    let mut world = World::new();
+    let paths = world.nodes[0].paths();
+    let conflist = paths.cni_conf_dir().join("10-orch.conflist");
+    let former = SubnetEnv {
+        network: "10.244.0.0/16".parse().expect("CIDR"),
+        subnet: "10.244.77.0/24".parse().expect("CIDR"),
+        mtu: 1450,
+    };
+    write_atomic(&paths.subnet_env(), former.render().as_bytes()).expect("written");
+    write_atomic(&conflist, b"{}").expect("written");
+    world.etcd.stop();
+    world.start(0);
+    eventually("the configuration is withdrawn", || (!conflist.exists()).then_some(()));
+    eventually("it says what it waits for", || {
+        world.nodes[0].status().etcd.contains("etcd").then_some(())
+    });
+    assert!(!conflist.exists());
+    world.restart_etcd();
+    eventually("the configuration is back", || conflist.exists().then_some(()));
+    assert_eq!(world.nodes[0].env(), former);
+    assert!(world.nodes[0].netns.ip("-br link").contains("vxlan-orch"));
 }
 
 #[test]

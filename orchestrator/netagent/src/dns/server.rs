@@ -104,7 +104,7 @@ impl Server {
                 debug!(%client, "a datagram that is no query");
                 continue;
             };
-            if let Some(response) = self.from_zone(&query) {
+            if let Some(response) = self.answer_from_zone(&query) {
                 send(&socket, client, &response, &query).await;
                 continue;
             }
@@ -113,7 +113,7 @@ impl Server {
             tokio::spawn(async move {
                 tokio::select! {
                     () = stop.cancelled() => {}
-                    response = server.from_outside(&query) => send(&socket, client, &response, &query).await,
+                    response = server.answer_from_outside(&query) => send(&socket, client, &response, &query).await,
                 }
                 drop(permit);
             });
@@ -161,9 +161,9 @@ impl Server {
             };
             read?;
             let query = Message::from_vec(&buffer).map_err(std::io::Error::other)?;
-            let response = match self.from_zone(&query) {
+            let response = match self.answer_from_zone(&query) {
                 Some(response) => response,
-                None => self.from_outside(&query).await,
+                None => self.answer_from_outside(&query).await,
             };
             let bytes = encode(&response, &query, true)
                 .ok_or_else(|| std::io::Error::other("an answer too long"))?;
@@ -175,7 +175,7 @@ impl Server {
     }
 
     /// The answer, if the zone alone gives it.
-    fn from_zone(&self, query: &Message) -> Option<Message> {
+    fn answer_from_zone(&self, query: &Message) -> Option<Message> {
         let zone = self.zone.borrow().clone();
         match answer(query, &self.domain, zone.as_deref()) {
             Outcome::Done(mut response) => {
@@ -190,7 +190,7 @@ impl Server {
     }
 
     /// The answer with the help of the resolvers outside.
-    async fn from_outside(&self, query: &Message) -> Message {
+    async fn answer_from_outside(&self, query: &Message) -> Message {
         let zone = self.zone.borrow().clone();
         let (mut response, name) = match answer(query, &self.domain, zone.as_deref()) {
             Outcome::Done(response) => return response,

@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::{Namespace, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use orch_reconcile::Informer;
 use tokio::sync::watch;
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -20,6 +20,9 @@ use crate::chain;
 
 /// Changes within this time are one new zone.
 const GATHER: Duration = Duration::from_millis(20);
+/// The server starts without the cluster's names after this time: names outside are better than none. Less than a stub
+/// resolver's 5 s.
+const ZONE_WAIT: Duration = Duration::from_secs(3);
 /// How often the address is looked after.
 const ADDRESS_CHECK: Duration = Duration::from_secs(10);
 
@@ -63,6 +66,12 @@ pub(crate) async fn serve(ip: Ipv4Addr, server: Server, cancel: CancellationToke
     let mut complained = false;
     // A server without its address could only fail.
     hold_address(ip, &mut complained).await;
+    // Clients ask again when they hear nothing, but believe a failure.
+    let mut zone = server.zone.clone();
+    tokio::select! {
+        () = cancel.cancelled() => return,
+        _ = timeout(ZONE_WAIT, zone.wait_for(Option::is_some)) => {}
+    }
     let mut check = interval(ADDRESS_CHECK);
     check.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut serving = std::pin::pin!(server.run(cancel));

@@ -23,7 +23,7 @@ pub struct Identity {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Choice {
     /// This key is ours: keep it.
-    Keep(Lease),
+    Keep(Box<Lease>),
     /// Create the key of this free subnet.
     Take(Ipv4Network),
     /// Every subnet has an owner.
@@ -63,7 +63,7 @@ pub fn choose(
         .filter(|lease| config.allows(lease.key.v4) && me.owns(lease, former))
         .max_by_key(|lease| (former == Some(lease.key.v4), std::cmp::Reverse(lease.key)));
     if let Some(lease) = own {
-        return Choice::Keep(lease.clone());
+        return Choice::Keep(Box::new(lease.clone()));
     }
     // Leases of another length (an older configuration) may cover part of a candidate.
     let odd: Vec<Ipv4Network> =

@@ -179,7 +179,7 @@ impl Keeper {
             let (key, taken) = match choice {
                 Choice::Keep(lease) if lease.value.as_ref() == Some(&value) => {
                     if lease.etcd_lease == 0 || registry.keep_alive(lease.etcd_lease).await? {
-                        return Ok(Some(lease));
+                        return Ok(Some(*lease));
                     }
                     // The lease went away between list and renewal, and the key with it.
                     continue;
@@ -302,7 +302,7 @@ fn apply(leases: &mut Leases, changes: Vec<Change>) -> bool {
             Change::Put(lease) => {
                 let same = |before: &Lease| before.value == lease.value && before.key == lease.key;
                 let differs = !leases.get(&lease.key.v4).is_some_and(same);
-                leases.insert(lease.key.v4, lease);
+                leases.insert(lease.key.v4, *lease);
                 differs
             }
             Change::Delete(subnet) => leases.remove(&subnet).is_some(),

@@ -84,7 +84,7 @@ pub enum RegistryError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Change {
     /// A lease was made or changed.
-    Put(Lease),
+    Put(Box<Lease>),
     /// A lease is gone.
     Delete(Ipv4Network),
 }
@@ -336,7 +336,9 @@ impl SubnetWatch {
         let changes = message.events().iter().filter_map(|event| {
             let kv = event.kv()?;
             match event.event_type() {
-                EventType::Put => decode(&self.prefix, kv).map(Change::Put),
+                EventType::Put => {
+                    decode(&self.prefix, kv).map(|lease| Change::Put(Box::new(lease)))
+                }
                 EventType::Delete => {
                     subnet_of(&self.prefix, kv.key()).map(|key| Change::Delete(key.v4))
                 }

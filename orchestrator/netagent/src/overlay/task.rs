@@ -58,6 +58,25 @@ enum Error {
 }
 
 impl Overlay {
+    /// Takes the CNI configuration of a former boot away: it says that pods may start, but the overlay is gone. Where
+    /// the overlay still stands, only this agent was away, and nobody has to wait.
+    pub(crate) fn withdraw_stale_configuration(&self) {
+        let stands = Netlink::open()
+            .and_then(|netlink| netlink.link(&self.device_name))
+            .is_ok_and(|link| link.is_some());
+        if stands {
+            return;
+        }
+        let file = self.paths.cni_conf_dir().join(CONFLIST);
+        match std::fs::remove_file(&file) {
+            Ok(()) => info!(file = %file.display(), "pods wait until the overlay is up again"),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                warn!(file = %file.display(), %error, "the CNI configuration of a former boot stays")
+            }
+        }
+    }
+
     /// Keeps the overlay right until cancelled. It stays as it is when the agent ends.
     pub(crate) async fn run(
         self,

@@ -221,7 +221,8 @@ fn endpoints(
             let serving = conditions.and_then(|conditions| conditions.serving).unwrap_or(ready);
             let terminating =
                 conditions.and_then(|conditions| conditions.terminating).unwrap_or(false);
-            if !ready && !(serving && terminating) {
+            let leaving_but_serving = serving && terminating;
+            if !ready && !leaving_but_serving {
                 continue;
             }
             let local = endpoint.node_name.as_deref() == Some(node_name);

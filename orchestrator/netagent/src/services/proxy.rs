@@ -178,8 +178,8 @@ impl Follower {
             let (back, outcome) = match tokio::task::spawn_blocking(work).await {
                 Ok(done) => done,
                 Err(error) => {
-                    error!(%error, "the service proxy panicked; it writes the whole table anew");
-                    (Proxy::default(), Ok(Looked::default()))
+                    error!(%error, "the service proxy panicked");
+                    return;
                 }
             };
             proxy = back;

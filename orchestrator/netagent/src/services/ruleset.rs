@@ -86,7 +86,10 @@ fn fixed_chains(table: &mut Table, networks: &Networks) {
             "filter",
             Hook::Prerouting,
             -300,
-            rules(&["iifname != \"lo\" ip daddr 127.0.0.0/8 counter drop"]),
+            rules(&[
+                "iifname != \"lo\" ip daddr 127.0.0.0/8 counter drop",
+                "iifname != \"lo\" ip saddr 127.0.0.0/8 counter drop",
+            ]),
         ),
     );
     table
@@ -138,9 +141,16 @@ fn fixed_chains(table: &mut Table, networks: &Networks) {
             [invalid("saddr"), invalid("daddr"), no_endpoint.clone()],
         ),
     );
+    // While the agent starts again nobody listens there. Told so, resolvers give up at once; not told, they ask again.
+    let silence = format!("ip saddr {dns_ip} icmp type destination-unreachable counter drop");
     table.chain(
         "output-filter",
-        Chain::base("filter", Hook::Output, 0, [format!("ip daddr {dns_ip} accept"), no_endpoint]),
+        Chain::base(
+            "filter",
+            Hook::Output,
+            0,
+            [silence, format!("ip daddr {dns_ip} accept"), no_endpoint],
+        ),
     );
     table.chain(
         "input",
