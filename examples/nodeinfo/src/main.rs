@@ -180,3 +180,39 @@ fn resolve(name: &str) -> std::io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the server answers to bytes of one connection.
+    fn answers(request: &str) -> String {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("bind");
+        let address = listener.local_addr().expect("address");
+        let server = std::thread::spawn(move || answer_all(listener.accept().expect("accept").0));
+        let mut client = TcpStream::connect(address).expect("connect");
+        client.write_all(request.as_bytes()).expect("send");
+        client.shutdown(std::net::Shutdown::Write).expect("end");
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).expect("read");
+        server.join().expect("no panic").expect("no error");
+        answer
+    }
+
+    #[test]
+    fn requests_of_one_connection_are_answered_in_turn() {
+        let answer = answers(
+            "GET / HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n",
+        );
+        assert_eq!(answer.matches("HTTP/1.1 200 OK").count(), 2, "{answer}");
+        assert!(answer.contains(&format!("Container Hostname: {}", hostname())), "{answer}");
+        assert!(answer.ends_with("Connection: close\r\n\r\nok\n"), "{answer}");
+    }
+
+    #[test]
+    fn bytes_are_as_many_as_asked_for_and_not_too_many() {
+        assert_eq!(body("/bytes/1000").1.len(), 1000);
+        assert_eq!(body("/bytes/99999999999").0, "404 Not Found");
+        assert_eq!(body("/other").0, "404 Not Found");
+    }
+}

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use orch_config::Paths;
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::info;
+
+use crate::parts::Parts;
 
 /// Flags of `orchestrator agent`.
 #[derive(clap::Args)]
@@ -103,44 +104,8 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
         }
     };
     info!(node = flags.node_name, ip = %flags.node_ip, "agent starts");
-    let mut parts = JoinSet::new();
-    let (stop_network, stop_kubelet) = (stop.clone(), stop.clone());
-    parts.spawn(async move {
-        (
-            "network agent",
-            orch_netagent::run(network, stop_network).await.map_err(anyhow::Error::from),
-        )
-    });
-    parts.spawn(async move {
-        ("kubelet", orch_kubelet::run(kubelet, stop_kubelet).await.map_err(anyhow::Error::from))
-    });
-    join(parts, stop).await
-}
-
-/// Waits for all parts of a daemon. The first one that ends ends the others: half a daemon is worse than a
-/// restarted one.
-pub(crate) async fn join(
-    mut parts: JoinSet<(&'static str, anyhow::Result<()>)>,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
-    let mut first = Ok(());
-    while let Some(ended) = parts.join_next().await {
-        let outcome = match ended {
-            Ok((part, Ok(()))) if stop.is_cancelled() => {
-                info!(part, "stopped");
-                continue;
-            }
-            Ok((part, Ok(()))) => Err(anyhow::anyhow!("the {part} ended on its own")),
-            Ok((part, Err(error))) => Err(error.context(format!("the {part} failed"))),
-            Err(error) => Err(anyhow::anyhow!("a part panicked: {error}")),
-        };
-        stop.cancel();
-        if let Err(error) = outcome {
-            error!("{error:#}");
-            if first.is_ok() {
-                first = Err(error);
-            }
-        }
-    }
-    first
+    let mut parts = Parts::new(stop.clone());
+    parts.spawn("network agent", orch_netagent::run(network, stop.clone()));
+    parts.spawn("kubelet", orch_kubelet::run(kubelet, stop));
+    parts.join().await
 }

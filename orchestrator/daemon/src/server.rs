@@ -13,6 +13,8 @@ use orch_store::{EtcdConfig, EtcdStore};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use crate::parts::Parts;
+
 /// How long the server waits for etcd between two words about it.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 
@@ -78,22 +80,12 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
     let client = |user: &str| server.client(user, &["system:masters"]);
     let (controller_client, scheduler_client) =
         (client("system:kube-controller-manager"), client("system:kube-scheduler"));
-    let mut parts = tokio::task::JoinSet::new();
-    let (cancel_controllers, cancel_scheduler) = (stop.clone(), stop.clone());
-    parts.spawn(async move {
-        let done = orch_controllers::run(controller_client, controllers, cancel_controllers).await;
-        ("controllers", done.map_err(anyhow::Error::from))
-    });
-    parts.spawn(async move {
-        let options = orch_scheduler::Options::default();
-        let done = orch_scheduler::run(scheduler_client, options, cancel_scheduler).await;
-        ("scheduler", done.map_err(anyhow::Error::from))
-    });
-    let serving = stop.clone();
-    parts.spawn(
-        async move { ("API server", server.serve(serving).await.map_err(anyhow::Error::from)) },
-    );
-    crate::agent::join(parts, stop).await
+    let mut parts = Parts::new(stop.clone());
+    parts.spawn("controllers", orch_controllers::run(controller_client, controllers, stop.clone()));
+    let scheduler = orch_scheduler::Options::default();
+    parts.spawn("scheduler", orch_scheduler::run(scheduler_client, scheduler, stop.clone()));
+    parts.spawn("API server", server.serve(stop));
+    parts.join().await
 }
 
 fn open_pki(flags: &Flags, paths: &Paths) -> anyhow::Result<ClusterPki> {

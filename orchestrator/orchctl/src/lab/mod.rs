@@ -2,7 +2,7 @@
 //!
 //! This file reads the command line and prints. [`layout`] says where a lab keeps its things, [`fleet`] brings hosts
 //! up and down, [`net`] makes namespaces and links, [`engine`] runs the containers' engine, [`demo`] shows the
-//! example and [`bench`] measures.
+//! example and [`mod@bench`] measures.
 
 mod bench;
 mod demo;
@@ -33,7 +33,7 @@ pub(crate) enum Command {
         /// Network that joins the nodes; two labs on one machine need different ones
         #[arg(long, value_name = "CIDR", default_value = layout::DEFAULT_UNDERLAY)]
         underlay: Ipv4Network,
-        /// Upstream's failure timers (a dead node is noticed after 40 s, its pods move after 5 min) instead of the
+        /// Upstream's failure timers (a dead node is noticed after 50 s, its pods move after 5 min) instead of the
         /// lab's short ones
         #[arg(long)]
         default_timings: bool,

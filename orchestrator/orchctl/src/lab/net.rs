@@ -92,7 +92,7 @@ pub(crate) fn ensure_anchored_host(lab: &Lab, node: &str, anchor_pid: i64) -> an
 }
 
 fn ensure_leg(lab: &Lab, host: &str, netns: &NetNs) -> anyhow::Result<()> {
-    let underlay = NetNs::open(&lab.netns(UNDERLAY))?;
+    let underlay = NetNs::open(lab.netns(UNDERLAY))?;
     let address = network(lab.address(host)?, lab.config.underlay)?;
     attach(lab, &underlay, netns, host, UPLINK, address, Some(lab.address("host")?))
 }
@@ -148,7 +148,7 @@ fn attach(
 /// Cuts a host off from the underlay, or joins it again.
 pub(crate) fn set_partitioned(lab: &Lab, host: &str, partitioned: bool) -> anyhow::Result<()> {
     lab.address(host)?;
-    let underlay = Netlink::open_in(&NetNs::open(&lab.netns(UNDERLAY))?)?;
+    let underlay = Netlink::open_in(&NetNs::open(lab.netns(UNDERLAY))?)?;
     let port = underlay.link(&port_name(host))?.with_context(|| format!("{host} is down"))?;
     if partitioned {
         underlay.set_down(port.index)?
@@ -161,7 +161,7 @@ pub(crate) fn set_partitioned(lab: &Lab, host: &str, partitioned: bool) -> anyho
 /// Removes a host's namespace and its leg.
 pub(crate) fn remove_host(lab: &Lab, host: &str) -> anyhow::Result<()> {
     unpin(&lab.netns(host))?;
-    let underlay = Netlink::open_in(&NetNs::open(&lab.netns(UNDERLAY))?)?;
+    let underlay = Netlink::open_in(&NetNs::open(lab.netns(UNDERLAY))?)?;
     if let Some(port) = underlay.link(&port_name(host))? {
         underlay.delete_link(port.index)?;
     }
