@@ -1,1 +1,374 @@
-//! cni-bridge
+//! The `bridge` plugin: joins a pod to a bridge of the host with a veth pair.
+//!
+//! Drop-in for the reference plugin of the same name: same configuration, same result. What is different:
+//!
+//! * The host's end has a name that follows from network, container and interface ([`host_veth_name`]), and gets an
+//!   alias ([`host_veth_alias`]) as the very last step of ADD. So DEL and GC find everything without the pod's
+//!   namespace, and what an ADD left that was killed half-way is known as such, and cleared away by the next one.
+//! * A failed ADD leaves nothing: what was made goes again when its guard is dropped.
+//! * Masquerade is a rule per subnet, not per pod (`masquerade.rs`), and `nftables` is the only way to it.
+//! * GC removes the links of attachments that are gone, and with the last one the rules of the network.
+//!
+//! Deciding is in `plan.rs` (pure), touching in `host.rs` and `pod.rs`. Start reading at [`Plugin::add`] below.
+
+mod check;
+mod conf;
+mod host;
+mod kernel;
+mod lease;
+mod masquerade;
+mod name;
+mod plan;
+mod pod;
+mod spoof;
+
+use std::collections::BTreeSet;
+use std::env;
+use std::net::IpAddr;
+use std::path::Path;
+use std::process::ExitCode;
+
+use cni_netlink::{Link, LinkKind, NetNs, Netlink};
+use cni_skel::{AddRequest, CheckRequest, DelRequest, GcRequest, Plugin, StatusRequest};
+use cni_spec::{AddResult, Error, Interface, IpConfig, code};
+
+use crate::conf::Settings;
+use crate::kernel::netlink_error;
+use crate::lease::{Ipam, Lease};
+
+pub use crate::conf::{Args, IpamConf, MacArg, NetConf, TrunkRange};
+pub use crate::name::{host_veth_alias, host_veth_name};
+
+/// Keys of `CNI_ARGS` that may come without `IgnoreUnknown=1`: ours, and that of host-local.
+const KNOWN_ARGS: &[&str] = &["MAC", "IP"];
+/// Where programs are looked for when `PATH` is not set.
+const DEFAULT_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The plugin.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Bridge;
+
+/// The plugin as a process.
+#[must_use]
+pub fn main() -> ExitCode {
+    cni_skel::main(&Bridge)
+}
+
+impl Plugin for Bridge {
+    type Conf = NetConf;
+
+    fn name(&self) -> &'static str {
+        "bridge"
+    }
+
+    fn about(&self) -> &'static str {
+        "joins a container to a bridge of the host with a veth pair"
+    }
+
+    fn add(&self, req: AddRequest<NetConf>) -> Result<AddResult, Error> {
+        req.args.only(KNOWN_ARGS)?;
+        let settings = req.conf.settings(&req.args)?;
+        let netns = open_container(&req.netns)?;
+        let ipam = Ipam::new(settings.ipam.as_deref(), &req.env, &req.raw);
+        let netlink = Netlink::open().map_err(netlink_error)?;
+
+        let bridge = host::ensure_bridge(&netlink, &settings)?;
+        let veth = HostVeth::create(&netlink, &bridge, &settings, &netns, &req, &ipam)?;
+        let made = Made { veth, lease: ipam.add()? };
+        let given = plan::complete_lease(
+            made.lease.result().clone(),
+            settings.gateway,
+            settings.default_gateway,
+        )?;
+
+        let port = made.veth.link.clone();
+        host::set_up_port(&netlink, &port, &settings)?;
+        let pod = pod::set_up(&netns, &req.ifname, &settings, &given)?;
+        if settings.check_spoofing {
+            spoof::guard(&port.name, pod.mac)?;
+        }
+        set_up_gateway(&netlink, &bridge, &settings, &given)?;
+        if settings.masquerade {
+            masquerade::ensure(&req.name, &plan::subnets(&given.ips))?;
+        }
+        if !settings.keep_down {
+            host::wait_for_port(&netlink, &port)?;
+            pod::announce_addresses(&netns, &pod, &given)?;
+        }
+
+        made.keep(&host_veth_alias(&req.name, &req.attachment()))?;
+        Ok(result(
+            req.prev_result.unwrap_or_default(),
+            &settings,
+            [&bridge, &port, &pod],
+            &req.env.netns,
+            given,
+        ))
+    }
+
+    fn del(&self, req: DelRequest<NetConf>) -> Result<(), Error> {
+        let mut failures = Vec::new();
+        let name = host_veth_name(&req.name, &req.attachment());
+        // The link goes before the lease: an address that is free must not be on a pod any more.
+        failures.extend(detach(&req, &name).err());
+        if req.conf.macspoofchk {
+            failures.extend(spoof::release(&[name]).err());
+        }
+        let plugin = Some(req.conf.ipam.plugin.as_str()).filter(|plugin| !plugin.is_empty());
+        failures.extend(Ipam::new(plugin, &req.env, &req.raw).del().err());
+        Error::join(failures).map_or(Ok(()), Err)
+    }
+
+    fn check(&self, req: CheckRequest<NetConf>) -> Result<(), Error> {
+        let settings = req.conf.settings(&req.args)?;
+        Ipam::new(settings.ipam.as_deref(), &req.env, &req.raw).check()?;
+        check::check(&req, &settings)
+    }
+
+    fn gc(&self, req: GcRequest<NetConf>) -> Result<(), Error> {
+        let mut failures = Vec::new();
+        let mut stale = Vec::new();
+        match stale_ports(&req) {
+            Ok((netlink, links)) => {
+                for link in links {
+                    match netlink.delete_link(link.index) {
+                        Ok(()) => stale.push(link.name),
+                        Err(error) => failures.push(netlink_error(error)),
+                    }
+                }
+            }
+            Err(error) => failures.push(error),
+        }
+        if req.conf.macspoofchk {
+            failures.extend(spoof::release(&stale).err());
+        }
+        if req.conf.ip_masq && req.valid.is_empty() {
+            failures.extend(masquerade::remove(&req.name).err());
+        }
+        let plugin = Some(req.conf.ipam.plugin.as_str()).filter(|plugin| !plugin.is_empty());
+        failures.extend(Ipam::new(plugin, &req.env, &req.raw).gc().err());
+        Error::join(failures).map_or(Ok(()), Err)
+    }
+
+    fn status(&self, req: StatusRequest<NetConf>) -> Result<(), Error> {
+        let settings = req.conf.settings(&cni_spec::CniArgs::default())?;
+        let unavailable = |msg: String| Error::new(code::NOT_AVAILABLE, msg);
+        let netlink = Netlink::open().map_err(|error| unavailable(error.to_string()))?;
+        let bridge = netlink
+            .link(settings.bridge.as_str())
+            .map_err(|error| unavailable(error.to_string()))?;
+        if bridge.is_some_and(|link| !matches!(link.kind, LinkKind::Bridge { .. })) {
+            return Err(unavailable(format!(
+                "the link {} is there and is not a bridge",
+                settings.bridge
+            )));
+        }
+        if (settings.masquerade || settings.check_spoofing) && !has_program("nft") {
+            return Err(unavailable(
+                "the program `nft` is missing: install the package nftables".to_owned(),
+            ));
+        }
+        Ipam::new(settings.ipam.as_deref(), &req.env, &req.raw).status()
+    }
+}
+
+fn open_container(path: &Path) -> Result<NetNs, Error> {
+    NetNs::open(path).map_err(|error| {
+        let code = if error.is_not_found() { code::UNKNOWN_CONTAINER } else { code::INVALID_NETNS };
+        Error::from_chain(code, &error).context("CNI_NETNS")
+    })
+}
+
+/// What a failed ADD has to undo. The link goes first: an address that is free must not be on a pod any more.
+struct Made<'a> {
+    veth: HostVeth<'a>,
+    lease: Lease<'a>,
+}
+
+impl Made<'_> {
+    /// ADD has succeeded.
+    fn keep(self, alias: &str) -> Result<(), Error> {
+        let Self { veth, lease } = self;
+        veth.finish(alias)?;
+        lease.keep();
+        Ok(())
+    }
+}
+
+/// The host's end of the pair; with it goes the pod's. Dropped without [`finish`](Self::finish) it is removed.
+struct HostVeth<'a> {
+    netlink: &'a Netlink,
+    link: Link,
+    check_spoofing: bool,
+    finished: bool,
+}
+
+impl<'a> HostVeth<'a> {
+    /// Makes the pair. A half that an ADD of the same attachment left when it was killed is cleared away first, with
+    /// its lease.
+    fn create(
+        netlink: &'a Netlink,
+        bridge: &Link,
+        settings: &Settings,
+        netns: &NetNs,
+        req: &AddRequest<NetConf>,
+        ipam: &Ipam<'_>,
+    ) -> Result<Self, Error> {
+        let name = host_veth_name(&req.name, &req.attachment());
+        let create = || host::create_veth(netlink, bridge, settings, &name, netns, &req.ifname);
+        let taken = |what: String| Error::new(code::ALREADY_ATTACHED, what);
+        let made = match create() {
+            Err(error) if error.is_exists() => match netlink.link(&name).map_err(netlink_error)? {
+                Some(link) if !link.alias.as_deref().is_some_and(name::is_whole) => {
+                    netlink.delete_link(link.index).map_err(netlink_error)?;
+                    ipam.del()?;
+                    create()
+                }
+                Some(_) => {
+                    return Err(taken(format!(
+                        "{} is attached to network {} already",
+                        req.attachment(),
+                        req.name
+                    )));
+                }
+                None => Err(error),
+            },
+            made => made,
+        };
+        let link = made.map_err(|error| match error.is_exists() {
+            true => taken(format!("the container has an interface {} already", req.ifname)),
+            false => netlink_error(error),
+        })?;
+        let veth = Self { netlink, link, check_spoofing: settings.check_spoofing, finished: false };
+        let alias = name::half_alias(&req.name, &req.attachment());
+        netlink.set_alias(veth.link.index, &alias).map_err(netlink_error)?;
+        Ok(veth)
+    }
+
+    /// Says whose it is, and that it is whole.
+    fn finish(mut self, alias: &str) -> Result<(), Error> {
+        self.netlink.set_alias(self.link.index, alias).map_err(netlink_error)?;
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for HostVeth<'_> {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        if let Err(error) = self.netlink.delete_link(self.link.index) {
+            eprintln!("bridge: undo a failed ADD: {error}");
+        }
+        if self.check_spoofing
+            && let Err(error) = spoof::release(std::slice::from_ref(&self.link.name))
+        {
+            eprintln!("bridge: undo a failed ADD: {error}");
+        }
+    }
+}
+
+fn set_up_gateway(
+    netlink: &Netlink,
+    bridge: &Link,
+    settings: &Settings,
+    given: &AddResult,
+) -> Result<(), Error> {
+    if !settings.gateway || given.ips.is_empty() {
+        return Ok(());
+    }
+    let link =
+        host::ensure_gateways(netlink, bridge, settings, &plan::gateway_addresses(&given.ips))?;
+    // A pod that had the address before and went without DEL may still be in the host's memory.
+    Ok(host::forget_neighbours(netlink, link, &addresses(&given.ips))?)
+}
+
+fn addresses(ips: &[IpConfig]) -> Vec<IpAddr> {
+    ips.iter().map(|ip| ip.address.ip()).collect()
+}
+
+/// Pure: what ADD answers, behind what the chain had made before.
+fn result(
+    prev: AddResult,
+    settings: &Settings,
+    links: [&Link; 3],
+    sandbox: &str,
+    given: AddResult,
+) -> AddResult {
+    let mut result = prev;
+    let pod_index = result.interfaces.len() + 2;
+    let sandboxes = ["", "", sandbox];
+    result.interfaces.extend(links.into_iter().zip(sandboxes).map(|(link, sandbox)| Interface {
+        name: link.name.clone(),
+        mac: name::mac_text(link.mac),
+        mtu: Some(link.mtu),
+        sandbox: sandbox.to_owned(),
+        ..Interface::default()
+    }));
+    result
+        .ips
+        .extend(given.ips.into_iter().map(|ip| IpConfig { interface: Some(pod_index), ..ip }));
+    result.routes.extend(given.routes);
+    for dns in [given.dns, settings.dns.clone()] {
+        if !dns.is_empty() {
+            result.dns = dns;
+        }
+    }
+    for (key, value) in given.extra {
+        result.extra.entry(key).or_insert(value);
+    }
+    result
+}
+
+/// Removes the pair, from whichever end there is.
+fn detach(req: &DelRequest<NetConf>, name: &str) -> Result<(), Error> {
+    let netlink = Netlink::open().map_err(netlink_error)?;
+    match netlink.link(name).map_err(netlink_error)? {
+        Some(link) => netlink.delete_link(link.index).map_err(netlink_error)?,
+        None => {
+            if let Some(path) = &req.netns {
+                match NetNs::open(path) {
+                    Ok(netns) => pod::remove(&netns, &req.ifname)?,
+                    // The namespace is gone, and the pair with it.
+                    Err(error) if error.is_not_found() => {}
+                    Err(error) => return Err(netlink_error(error)),
+                }
+            }
+        }
+    }
+    let Some(prev) = &req.prev_result else { return Ok(()) };
+    let gateway = match req.conf.vlan {
+        0 => req.conf.bridge.clone(),
+        vlan => format!("{}.{vlan}", req.conf.bridge),
+    };
+    match netlink.link(&gateway).map_err(netlink_error)? {
+        Some(link) => Ok(host::forget_neighbours(&netlink, link.index, &addresses(&prev.ips))?),
+        None => Ok(()),
+    }
+}
+
+/// Ports of the bridge that belong to no valid attachment of this network. Their alias says whose they are; a half is
+/// among them, since no ADD works on it: GC does not run beside one (CNI spec 1.1.0 §2, GC).
+fn stale_ports(req: &GcRequest<NetConf>) -> Result<(Netlink, Vec<Link>), Error> {
+    let netlink = Netlink::open().map_err(netlink_error)?;
+    let valid: BTreeSet<String> =
+        req.valid.iter().map(|attachment| host_veth_name(&req.name, attachment)).collect();
+    let mut ports = match netlink.link(&req.conf.bridge).map_err(netlink_error)? {
+        Some(bridge) => netlink.ports(bridge.index).map_err(netlink_error)?,
+        None => Vec::new(),
+    };
+    ports.retain(|port| {
+        port.alias.as_deref().is_some_and(|alias| name::is_alias_of(alias, &req.name))
+            && !valid.contains(&port.name)
+    });
+    Ok((netlink, ports))
+}
+
+fn has_program(name: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
+    env::split_paths(&path).any(|dir| dir.join(name).is_file())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+//! The host's side: bridge, port, gateway.
+
+use std::fs;
+use std::net::IpAddr;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use cni_netlink::{AddressOptions, Bridge, Link, Neighbour, NetNs, Netlink, PortVlan, VethPair};
+use cni_spec::{Error, IfName};
+use ipnetwork::IpNetwork;
+
+use crate::conf::{DEFAULT_VLAN, Settings};
+use crate::kernel::{KernelError, netlink_error, set_sysctl};
+use crate::name::{bridge_mac, gateway_port_name};
+use crate::plan::{AddressStep, BridgeStep, WantBridge, plan_bridge, plan_gateways};
+
+/// How often the bridge is looked at again when another plugin made it, or took it away, in between.
+const BRIDGE_TRIES: u32 = 5;
+/// How long a port may take to forward. The kernel lets it as soon as it sees that both ends are up, which takes
+/// less than a millisecond, or up to a second when many links change at once.
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(3);
+
+fn want_bridge(settings: &Settings) -> WantBridge {
+    let name = settings.bridge.as_str();
+    // Identity of this boot and this namespace; without /proc there is none, and bridges of one name look alike.
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let netns = fs::metadata("/proc/thread-self/ns/net").map_or(0, |meta| meta.ino());
+    let bridge = Bridge {
+        name: name.to_owned(),
+        mtu: settings.mtu,
+        mac: Some(bridge_mac(name, &format!("{boot}{netns}"))),
+        vlan_filtering: !settings.vlans.is_empty(),
+        up: true,
+    };
+    WantBridge { bridge, promiscuous: settings.promiscuous }
+}
+
+/// Makes the bridge right and returns it.
+pub(crate) fn ensure_bridge(netlink: &Netlink, settings: &Settings) -> Result<Link, Error> {
+    let want = want_bridge(settings);
+    let name = &want.bridge.name;
+    for _ in 0..BRIDGE_TRIES {
+        let seen = netlink.link(name).map_err(netlink_error)?;
+        let steps = plan_bridge(seen.as_ref(), &want)?;
+        match (seen, steps.as_slice()) {
+            (Some(seen), []) => return Ok(seen),
+            (seen, steps) => {
+                match apply_bridge(netlink, seen.map(|seen| seen.index), name, steps) {
+                    // Another ADD was first, or a bridge vanished under us: look again.
+                    Err(KernelError::Netlink(error))
+                        if error.is_exists() || error.is_not_found() => {}
+                    done => done?,
+                }
+            }
+        }
+    }
+    Err(KernelError::Vanished(name.clone()).into())
+}
+
+fn apply_bridge(
+    netlink: &Netlink,
+    seen: Option<u32>,
+    name: &str,
+    steps: &[BridgeStep],
+) -> Result<(), KernelError> {
+    let mut index = seen;
+    for step in steps {
+        if let BridgeStep::Create(bridge) = step {
+            index = Some(netlink.create_bridge(bridge)?.index);
+            // Addresses of the bridge are ours to give, not a neighbour router's.
+            set_sysctl(&format!("net/ipv6/conf/{name}/accept_ra"), "0")?;
+            continue;
+        }
+        let index = index.ok_or_else(|| KernelError::Vanished(name.to_owned()))?;
+        match step {
+            BridgeStep::Create(_) => {}
+            BridgeStep::SetMtu(mtu) => netlink.set_mtu(index, *mtu)?,
+            BridgeStep::SetPromiscuous => netlink.set_promiscuous(index, true)?,
+            BridgeStep::SetVlanFiltering => netlink.set_vlan_filtering(index, true)?,
+            BridgeStep::SetUp => netlink.set_up(index)?,
+        }
+    }
+    Ok(())
+}
+
+/// Makes the pair that joins the pod to the bridge, in one message; returns the host's end. `EEXIST` is for the caller
+/// to understand.
+pub(crate) fn create_veth(
+    netlink: &Netlink,
+    bridge: &Link,
+    settings: &Settings,
+    name: &str,
+    netns: &NetNs,
+    ifname: &IfName,
+) -> Result<Link, cni_netlink::NetlinkError> {
+    netlink.create_veth(&VethPair {
+        name: name.to_owned(),
+        peer_name: ifname.to_string(),
+        peer_netns: Some(netns.as_fd()),
+        master: Some(bridge.index),
+        mtu: settings.mtu,
+        peer_mac: settings.mac,
+        mac: None,
+        up: true,
+    })
+}
+
+/// Hairpin mode, isolation and VLANs of the pod's port.
+pub(crate) fn set_up_port(
+    netlink: &Netlink,
+    port: &Link,
+    settings: &Settings,
+) -> Result<(), KernelError> {
+    if settings.hairpin || settings.isolated {
+        netlink.set_port(port.index, settings.hairpin, settings.isolated)?;
+    }
+    set_vlans(netlink, port.index, &settings.vlans, settings.drop_default_vlan)
+}
+
+fn set_vlans(
+    netlink: &Netlink,
+    port: u32,
+    vlans: &[PortVlan],
+    drop_default: bool,
+) -> Result<(), KernelError> {
+    for vlan in vlans {
+        netlink.add_vlan(port, *vlan)?;
+    }
+    if drop_default {
+        netlink.delete_vlan(port, DEFAULT_VLAN)?;
+    }
+    Ok(())
+}
+
+/// Gives the bridge the gateways' addresses and lets the host forward; returns the index of the link that has them.
+pub(crate) fn ensure_gateways(
+    netlink: &Netlink,
+    bridge: &Link,
+    settings: &Settings,
+    gateways: &[IpNetwork],
+) -> Result<u32, Error> {
+    let link = match &settings.gateway_vlan {
+        Some((vlan, name)) => ensure_vlan_gateway(netlink, bridge, settings, *vlan, name)?,
+        None => bridge.index,
+    };
+    let seen = netlink.addresses(link).map_err(netlink_error)?;
+    for step in plan_gateways(&bridge.name, &seen, gateways, settings.force_address)? {
+        let result = match step {
+            AddressStep::Delete(address) => netlink.delete_address(link, address),
+            AddressStep::Add(address) => {
+                let options = AddressOptions { nodad: true, ..AddressOptions::default() };
+                netlink.add_address(link, address, &options)
+            }
+        };
+        match result {
+            // Another ADD was first.
+            Err(error) if error.is_exists() => {}
+            other => other.map_err(netlink_error)?,
+        }
+    }
+    if gateways.iter().any(IpNetwork::is_ipv4) {
+        set_sysctl("net/ipv4/ip_forward", "1")?;
+    }
+    if gateways.iter().any(IpNetwork::is_ipv6) {
+        set_sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    }
+    Ok(link)
+}
+
+/// The gateway of a VLAN stands behind a port of the bridge, as a pod does: the bridge's own address would be outside
+/// of the VLAN.
+fn ensure_vlan_gateway(
+    netlink: &Netlink,
+    bridge: &Link,
+    settings: &Settings,
+    vlan: u16,
+    name: &IfName,
+) -> Result<u32, KernelError> {
+    let port = gateway_port_name(&bridge.name, vlan);
+    let made = netlink.create_veth(&VethPair {
+        name: port.clone(),
+        peer_name: name.to_string(),
+        master: Some(bridge.index),
+        mtu: settings.mtu,
+        up: true,
+        ..VethPair::default()
+    });
+    let port = match made {
+        Err(error) if error.is_exists() => {
+            netlink.link(&port)?.ok_or_else(|| KernelError::Vanished(port.clone()))?
+        }
+        other => other?,
+    };
+    set_vlans(netlink, port.index, &[PortVlan::access(vlan)], settings.drop_default_vlan)?;
+    let gateway =
+        netlink.link(name.as_str())?.ok_or_else(|| KernelError::Vanished(name.to_string()))?;
+    if !gateway.up {
+        netlink.set_up(gateway.index)?;
+    }
+    Ok(gateway.index)
+}
+
+/// The link that has the gateways' addresses, or `None` if it is gone.
+pub(crate) fn gateway_link(
+    netlink: &Netlink,
+    settings: &Settings,
+) -> Result<Option<Link>, KernelError> {
+    let name =
+        settings.gateway_vlan.as_ref().map_or(settings.bridge.as_str(), |(_, name)| name.as_str());
+    Ok(netlink.link(name)?)
+}
+
+/// Makes the host forget the MACs of addresses: the next pod with one of them has another.
+pub(crate) fn forget_neighbours(
+    netlink: &Netlink,
+    link: u32,
+    ips: &[IpAddr],
+) -> Result<(), KernelError> {
+    for ip in ips {
+        netlink.delete_neighbour(&Neighbour { link, ip: *ip, mac: [0; 6], permanent: false })?;
+    }
+    Ok(())
+}
+
+/// Waits until the bridge passes frames of a port. A pod that starts to talk before that loses its first packets.
+pub(crate) fn wait_for_port(netlink: &Netlink, port: &Link) -> Result<(), KernelError> {
+    let deadline = Instant::now() + FORWARD_TIMEOUT;
+    let mut pause = Duration::from_micros(500);
+    loop {
+        let now =
+            netlink.link_at(port.index)?.ok_or_else(|| KernelError::Vanished(port.name.clone()))?;
+        if now.port.is_some_and(|port| port.forwarding) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(KernelError::Blocked(port.name.clone()));
+        }
+        sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+}

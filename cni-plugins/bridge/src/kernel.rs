@@ -1,0 +1,56 @@
+//! What can go wrong between us and the kernel, and the few files of `/proc/sys` that are set.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use cni_netlink::NetlinkError;
+use cni_spec::{Error, code};
+
+/// Why the kernel does not hold what is wanted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum KernelError {
+    /// A netlink request failed.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// A file of `/proc/sys` could not be written.
+    #[error("write {} to {}", value, path.display())]
+    Sysctl { path: PathBuf, value: String, source: io::Error },
+    /// A link that was just there is gone.
+    #[error("the link {0} vanished while it was set up")]
+    Vanished(String),
+    /// The bridge lets nothing through.
+    #[error("the port {0} of the bridge does not forward")]
+    Blocked(String),
+}
+
+impl From<KernelError> for Error {
+    fn from(error: KernelError) -> Self {
+        let code = match &error {
+            KernelError::Netlink(cause) if cause.is_transient() => code::TRY_AGAIN,
+            _ => code::INTERNAL,
+        };
+        Self::from_chain(code, &error)
+    }
+}
+
+/// As a CNI error.
+pub(crate) fn netlink_error(error: NetlinkError) -> Error {
+    KernelError::from(error).into()
+}
+
+/// Sets a switch below `/proc/sys`, in the namespace of the calling thread. A file that is not there belongs to a
+/// protocol that this kernel does not have.
+pub(crate) fn set_sysctl(key: &str, value: &str) -> Result<(), KernelError> {
+    let path = PathBuf::from("/proc/sys").join(key);
+    match fs::read_to_string(&path) {
+        Ok(now) if now.trim() == value => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        _ => {}
+    }
+    fs::write(&path, value).map_err(|source| KernelError::Sysctl {
+        path,
+        value: value.to_owned(),
+        source,
+    })
+}

@@ -1,0 +1,145 @@
+//! Names that are worked out instead of kept: whoever knows an attachment finds its host interface, after a crash, a
+//! reboot of the agent, or the end of the namespace.
+
+use cni_netlink::MacBytes;
+use cni_spec::{AttachmentId, NetworkName};
+
+const PREFIX: &str = "veth";
+const GATEWAY_PREFIX: &str = "vgw";
+/// Hexadecimal digits after the prefix; together the 15 bytes of an interface name.
+const DIGITS: usize = 11;
+/// Begins the alias of an attachment that is whole …
+const WHOLE: &str = "cni:";
+/// … and of one that ADD is at work on, or was when it was killed.
+const HALF: &str = "cni-half:";
+
+/// FNV-1a (64 bit) over parts that are kept apart. Written out because the value has to stay the same in every build:
+/// the standard library's hasher promises nothing.
+fn hash(parts: &[&[u8]]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for part in parts {
+        // 0xff is in no UTF-8 text, so ("a", "bc") and ("ab", "c") differ.
+        for byte in part.iter().chain(&[0xff]) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+    hash
+}
+
+/// Name of the host's end of an attachment: `veth` and a hash of network, container and interface.
+#[must_use]
+pub fn host_veth_name(network: &NetworkName, attachment: &AttachmentId) -> String {
+    link_name(
+        PREFIX,
+        &[network.as_str(), attachment.container_id.as_str(), attachment.ifname.as_str()],
+    )
+}
+
+/// Name of the port behind which the gateway of a VLAN stands.
+pub(crate) fn gateway_port_name(bridge: &str, vlan: u16) -> String {
+    link_name(GATEWAY_PREFIX, &[bridge, &vlan.to_string()])
+}
+
+fn link_name(prefix: &str, parts: &[&str]) -> String {
+    let parts: Vec<&[u8]> = parts.iter().map(|part| part.as_bytes()).collect();
+    // The lower bits of FNV are the better mixed ones.
+    format!("{prefix}{:0DIGITS$x}", hash(&parts) & ((1 << (4 * DIGITS)) - 1))
+}
+
+/// Alias of the host's end, set when ADD is done: it says whose the interface is, and that it is whole.
+#[must_use]
+pub fn host_veth_alias(network: &NetworkName, attachment: &AttachmentId) -> String {
+    alias(WHOLE, network, attachment)
+}
+
+/// Alias of the host's end until then.
+pub(crate) fn half_alias(network: &NetworkName, attachment: &AttachmentId) -> String {
+    alias(HALF, network, attachment)
+}
+
+fn alias(prefix: &str, network: &NetworkName, attachment: &AttachmentId) -> String {
+    // Cut at the kernel's 255 bytes; names and IDs are ASCII. The longest possible ones do not fit together, and the
+    // network, which GC asks for, stands first.
+    let mut alias = format!("{prefix}{network}/{attachment}");
+    alias.truncate(255);
+    alias
+}
+
+/// Whether ADD of this interface was done.
+pub(crate) fn is_whole(alias: &str) -> bool {
+    alias.starts_with(WHOLE)
+}
+
+/// Whether an interface, whole or half, is one of this network's.
+pub(crate) fn is_alias_of(alias: &str, network: &NetworkName) -> bool {
+    let rest = alias.strip_prefix(WHOLE).or_else(|| alias.strip_prefix(HALF));
+    rest.and_then(|rest| rest.split_once('/')).is_some_and(|(name, _)| name == network.as_str())
+}
+
+/// MAC of a bridge: the same one whenever it is made again on this boot of this host, so that pods find their gateway
+/// where they knew it. `host` keeps hosts, and namespaces that play hosts, apart.
+pub(crate) fn bridge_mac(bridge: &str, host: &str) -> MacBytes {
+    let bytes = hash(&[bridge.as_bytes(), host.as_bytes()]).to_be_bytes();
+    // Locally administered, for one interface.
+    [(bytes[2] & 0xfc) | 2, bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]]
+}
+
+/// `aa:bb:cc:dd:ee:ff`
+pub(crate) fn mac_text(mac: MacBytes) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// A short name for a text, for objects of nftables.
+pub(crate) fn short(text: &str) -> String {
+    format!("{:016x}", hash(&[text.as_bytes()]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attachment(id: &str, ifname: &str) -> AttachmentId {
+        AttachmentId {
+            container_id: id.parse().expect("good"),
+            ifname: ifname.parse().expect("good"),
+        }
+    }
+
+    #[test]
+    fn the_name_of_the_host_veth_never_changes() {
+        let network = "net".parse().expect("good");
+        // A changed value would orphan every interface of a node at the upgrade.
+        assert_eq!(host_veth_name(&network, &attachment("c1", "eth0")), "veth3b17bf5d534");
+        assert_ne!(
+            host_veth_name(&network, &attachment("c1e", "th0")),
+            host_veth_name(&network, &attachment("c1", "eth0"))
+        );
+    }
+
+    #[test]
+    fn an_alias_belongs_to_its_network_alone() {
+        let network: NetworkName = "net".parse().expect("good");
+        let alias = host_veth_alias(&network, &attachment("c1", "eth0"));
+        assert_eq!(alias, "cni:net/c1/eth0");
+        assert!(is_alias_of(&alias, &network) && is_whole(&alias));
+        let half = half_alias(&network, &attachment("c1", "eth0"));
+        assert!(is_alias_of(&half, &network) && !is_whole(&half));
+        assert!(
+            !is_alias_of(&alias, &"ne".parse().expect("good")) && !is_alias_of("uplink", &network)
+        );
+        let long = host_veth_alias(
+            &"n".repeat(200).parse().expect("good"),
+            &attachment(&"c".repeat(200), "eth0"),
+        );
+        assert_eq!(long.len(), 255);
+    }
+
+    #[test]
+    fn the_mac_of_a_bridge_is_local_and_follows_what_it_stands_for() {
+        let mac = bridge_mac("cni0", "boot");
+        assert_eq!(mac[0] & 3, 2);
+        assert_eq!(mac, bridge_mac("cni0", "boot"));
+        assert_ne!(mac, bridge_mac("cni1", "boot"));
+        assert_ne!(mac, bridge_mac("cni0", "other boot"));
+    }
+}
