@@ -16,6 +16,7 @@ mod decode;
 mod discovery;
 mod events;
 mod health;
+mod managed;
 mod printers;
 mod proxy;
 mod read;

@@ -13,13 +13,13 @@ use crate::request::Query;
 use crate::resources::Resource;
 use crate::state::{Shared, Stored};
 use crate::strategy::{self, Part};
-use crate::{admission, decode, respond};
+use crate::{admission, decode, managed, respond};
 
 /// How often a patch is tried on a newer object before the client is told of the conflict.
 const PATCH_TRIES: usize = 5;
 /// How often a made-up name is tried.
 const NAME_TRIES: usize = 8;
-const PATCH_TYPES: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json";
+const PATCH_TYPES: &str = "application/apply-patch+yaml, application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json";
 
 /// The parts of a write request that handlers need.
 pub(crate) struct Call<'a> {
@@ -123,11 +123,22 @@ impl Call<'_> {
         )?;
         let mut warnings = decoded.warnings;
         warnings.extend(admission::warnings(resource));
+        self.create_object(&decoded.object, None, &warnings).await
+    }
+
+    /// Stores a new object; `owners` are its managed fields.
+    async fn create_object(
+        &self,
+        given: &Value,
+        owners: Option<&Value>,
+        warnings: &[String],
+    ) -> Result<Response<Body>, ApiError> {
+        let resource = self.resource();
         let dry_run = self.dry_run()?;
         let mut tries = 0;
         loop {
             tries += 1;
-            let mut object = decoded.object.clone();
+            let mut object = given.clone();
             strategy::prepare_create(resource, self.namespace, &mut object)?;
             defaults::apply(resource.group, resource.kind, &mut object);
             admission::create(self.shared, resource, &mut object).await?;
@@ -145,9 +156,12 @@ impl Call<'_> {
             if !errors.is_empty() {
                 return Err(self.invalid(&name, &errors));
             }
+            if let Some(owners) = owners {
+                object["metadata"]["managedFields"] = owners.clone();
+            }
             let bytes = encode(&object)?;
             if dry_run {
-                return Ok(answer(StatusCode::CREATED, bytes, None, &warnings));
+                return Ok(answer(StatusCode::CREATED, bytes, None, warnings));
             }
             match self
                 .shared
@@ -157,11 +171,10 @@ impl Call<'_> {
             {
                 Ok(revision) => {
                     self.settle(revision).await;
-                    return Ok(answer(StatusCode::CREATED, bytes, Some(revision), &warnings));
+                    return Ok(answer(StatusCode::CREATED, bytes, Some(revision), warnings));
                 }
                 Err(StoreError::AlreadyExists) => {
-                    let generated =
-                        decoded.object["metadata"]["name"].as_str().is_none_or(str::is_empty);
+                    let generated = given["metadata"]["name"].as_str().is_none_or(str::is_empty);
                     if !generated || tries == NAME_TRIES {
                         return Err(ApiError::already_exists(
                             resource.group,
@@ -234,12 +247,24 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// Checks and stores a change of `current`.
+    /// Checks and stores a change of `current` that is no apply.
     pub(crate) async fn store_change(
         &self,
         part: Part,
         current: Current,
+        object: Value,
+        warnings: Vec<String>,
+    ) -> Result<Done, Change> {
+        let requested = object["metadata"]["managedFields"].clone();
+        self.store_owned(part, current, object, Owners::After { requested }, warnings).await
+    }
+
+    async fn store_owned(
+        &self,
+        part: Part,
+        current: Current,
         mut object: Value,
+        owners: Owners,
         warnings: Vec<String>,
     ) -> Result<Done, Change> {
         let resource = self.resource();
@@ -270,9 +295,28 @@ impl Call<'_> {
                 return Err(self.invalid(self.name, &errors).into());
             }
         }
-        let bytes = encode(&object)?;
+        let owners = match owners {
+            Owners::Given(owners) => Some(owners),
+            Owners::After { requested } => {
+                let manager = managed::manager(self.headers, self.query)?;
+                let writer = managed::Writer { resource, part, manager };
+                writer.update(&current.object, &object, &requested)?
+            }
+        };
+        match (owners, object["metadata"].as_object_mut()) {
+            (Some(owners), Some(meta)) => {
+                meta.insert("managedFields".to_owned(), owners);
+            }
+            (None, Some(meta)) => {
+                meta.shift_remove("managedFields");
+            }
+            (_, None) => {}
+        }
         let released = strategy::is_released(&object);
-        if (bytes == current.bytes && !released) || self.dry_run()? {
+        // As values: the order of fields is no difference.
+        let same = object == current.object;
+        let bytes = if same { current.bytes.clone() } else { encode(&object)? };
+        if (same && !released) || self.dry_run()? {
             return Ok(Done { object, revision: current.revision, bytes, warnings });
         }
         let outcome = if released {
@@ -290,9 +334,84 @@ impl Call<'_> {
         }
     }
 
+    /// PATCH with an applied configuration.
+    async fn apply(&self, part: Part) -> Result<Response<Body>, ApiError> {
+        let resource = self.resource();
+        let Some(manager) = self.query.get("fieldManager") else {
+            let error =
+                orch_api::FieldError::required("fieldManager", "is required for apply patch");
+            return Err(ApiError::invalid("meta.k8s.io", "PatchOptions", "", &[error]));
+        };
+        let force = self.query.flag("force");
+        let manager = manager.to_owned();
+        managed::manager(self.headers, self.query)?;
+        // JSON is YAML too.
+        let mut headers = self.headers.clone();
+        let yaml = http::HeaderValue::from_static("application/yaml");
+        headers.insert(http::header::CONTENT_TYPE, yaml);
+        let (group, version) = (resource.group, resource.version);
+        let mut decoded =
+            decode::object(&headers, self.query, self.body, group, version, resource.kind)?;
+        let meta = &mut decoded.object["metadata"];
+        if meta["managedFields"].as_array().is_some_and(|list| !list.is_empty()) {
+            return Err(ApiError::bad_request("metadata.managedFields must be nil"));
+        }
+        let named = meta["name"].as_str().unwrap_or_default();
+        if !named.is_empty() && named != self.name {
+            return Err(ApiError::bad_request(format!(
+                "the name of the object ({named}) does not match the name on the URL ({})",
+                self.name
+            )));
+        }
+        if !meta.is_object() {
+            *meta = json!({});
+        }
+        meta["name"] = json!(self.name);
+        if resource.namespaced {
+            meta["namespace"] = json!(self.namespace);
+        }
+        decoded.warnings.extend(admission::warnings(resource));
+        let writer = managed::Writer { resource, part, manager };
+        for _ in 0..PATCH_TRIES {
+            let current = match self.current().await {
+                Err(error) if error.code == 404 && part == Part::Main => {
+                    let owners = writer.first(&decoded.object)?;
+                    let made =
+                        self.create_object(&decoded.object, Some(&owners), &decoded.warnings).await;
+                    match made {
+                        // Somebody was quicker: it is a change now.
+                        Err(error) if error.reason == "AlreadyExists" => continue,
+                        made => return made,
+                    }
+                }
+                current => current?,
+            };
+            self.check_version(&decoded.object, &current)?;
+            let mut config = decoded.object.clone();
+            if part == Part::Status {
+                config["metadata"] = json!({});
+                if let Some(map) = config.as_object_mut() {
+                    map.retain(|key, _| matches!(key.as_str(), "metadata" | "status"));
+                }
+            }
+            let mut object = writer.apply(&current.object, &config, force)?;
+            let owners = object["metadata"]["managedFields"].take();
+            let warnings = decoded.warnings.clone();
+            match self.store_owned(part, current, object, Owners::Given(owners), warnings).await {
+                Err(Change::Conflict) => {}
+                Err(Change::Refused(error)) => return Err(error),
+                Ok(done) => return Ok(done.answer()),
+            }
+        }
+        Err(ApiError::modified(resource.group, resource.plural, self.name))
+    }
+
     /// PATCH: applied to the newest object, again when that changed meanwhile.
     pub(crate) async fn patch(&self, part: Part) -> Result<Response<Body>, ApiError> {
         let resource = self.resource();
+        if decode::media_type(self.headers) == "application/apply-patch+yaml" {
+            return self.apply(part).await;
+        }
         let patch = Patch::parse(self.headers, self.body)?;
         for _ in 0..PATCH_TRIES {
             let current = self.current().await?;
@@ -424,6 +543,14 @@ impl Call<'_> {
     }
 }
 
+/// Where the managed fields of a changed object come from.
+enum Owners {
+    /// They are worked out from the change; `requested` is what the client sent.
+    After { requested: Value },
+    /// An apply has worked them out.
+    Given(Value),
+}
+
 /// Why a change was not stored.
 pub(crate) enum Change {
     /// The object changed meanwhile.
@@ -467,11 +594,6 @@ impl Patch {
                 .map_err(|error| ApiError::bad_request(format!("error decoding patch: {error}"))),
             "application/merge-patch+json" => value().map(Self::Merge),
             "application/strategic-merge-patch+json" => value().map(Self::Strategic),
-            "application/apply-patch+yaml" => {
-                let mut error = ApiError::unsupported_media_type(PATCH_TYPES);
-                error.message = "server-side apply is not supported by this server yet; use client-side apply (leave out --server-side)".to_owned();
-                Err(error)
-            }
             _ => Err(ApiError::unsupported_media_type(PATCH_TYPES)),
         }
     }

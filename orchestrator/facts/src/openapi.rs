@@ -271,6 +271,7 @@ fn operation(resource: &ResourceDescription, name: &str, action: &str, method: &
         operation["requestBody"] = if method == "patch" {
             let patch = schema(&format!("{META}.Patch"));
             json!({ "content": {
+                "application/apply-patch+yaml": patch,
                 "application/json-patch+json": patch,
                 "application/merge-patch+json": patch,
                 "application/strategic-merge-patch+json": patch,
