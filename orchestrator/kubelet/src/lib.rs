@@ -19,7 +19,6 @@ mod pod;
 mod probe;
 mod references;
 mod server;
-mod shim;
 mod source;
 mod volume;
 

@@ -5,8 +5,9 @@ pub(crate) mod netns;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use crate::shim::cni::{Attachment, Cni};
 use async_trait::async_trait;
+use cni_invoke::{Attachment, Cni};
+use cni_spec::{AttachmentId, ContainerId, IfName};
 use orch_api::k8s_openapi::api::core::v1::Pod;
 use orch_config::Paths;
 use serde_json::{Map, Value, json};
@@ -122,6 +123,12 @@ fn attachment(place: &Place) -> Attachment {
     }
 }
 
+fn attachment_id(sandbox: &str) -> Result<AttachmentId, String> {
+    let container_id = ContainerId::new(sandbox).map_err(|error| error.to_string())?;
+    let ifname = IfName::new(IFNAME).map_err(|error| error.to_string())?;
+    Ok(AttachmentId { container_id, ifname })
+}
+
 #[async_trait]
 impl PodNetwork for CniNetwork {
     async fn ready(&self) -> Result<(), String> {
@@ -197,8 +204,16 @@ impl PodNetwork for CniNetwork {
         .await
     }
 
-    async fn collect(&self, _valid: Vec<String>) -> Result<(), String> {
-        Ok(())
+    async fn collect(&self, valid: Vec<String>) -> Result<(), String> {
+        let cni = self.cni();
+        blocking(move || {
+            let list = cni.load().map_err(|error| error.to_string())?;
+            // One that is left out would lose its address: rather none is freed.
+            let valid: Vec<AttachmentId> =
+                valid.iter().map(|id| attachment_id(id)).collect::<Result<_, _>>()?;
+            cni.gc(&list, &valid).map_err(|error| error.to_string())
+        })
+        .await
     }
 
     fn netns_path(&self, sandbox: &str) -> PathBuf {
@@ -207,6 +222,10 @@ impl PodNetwork for CniNetwork {
 
     async fn pinned(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.paths.netns_dir()).into_iter().flatten().flatten();
-        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        // What is not named after a container was put there by somebody else.
+        names
+            .filter(|name| name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit()))
+            .collect()
     }
 }

@@ -8,13 +8,14 @@ pub(crate) mod machine;
 pub(crate) mod status;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use orch_api::k8s_openapi::api::core::v1::Node;
 use orch_client::{Api, Error, Patch};
 use serde_json::{Value, json};
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::context::Context;
 use crate::node::status::Health;
@@ -28,6 +29,7 @@ const MAX_IMAGES: usize = 50;
 /// A request that is dropped may or may not have reached the server; the next run looks again.
 pub(crate) async fn run(cx: Arc<Context>) {
     let mut reported: Option<(Instant, bool)> = None;
+    let mut failing = false;
     let mut check = tokio::time::interval(cx.options.status_check);
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     // Until the node is Ready for the first time, people wait for it.
@@ -41,14 +43,23 @@ pub(crate) async fn run(cx: Arc<Context>) {
         }
         let overdue = reported.is_none_or(|(at, _)| at.elapsed() >= cx.options.status_report);
         match sync(&cx, overdue).await {
-            Ok(Some(ready)) => reported = Some((Instant::now(), ready)),
-            Ok(None) => {}
-            Err(error) => warn!(%error, "node status not written"),
+            Ok(written) => {
+                failing = false;
+                reported = written.map(|ready| (Instant::now(), ready)).or(reported);
+            }
+            // Once is enough for a person to act on; it is tried again twice a second.
+            Err(error) if failing => debug!(%error, "node status not written"),
+            Err(error) => {
+                failing = true;
+                warn!(%error, "node status not written");
+            }
         }
     }
 }
 
-const EAGER: std::time::Duration = std::time::Duration::from_millis(500);
+const EAGER: Duration = Duration::from_millis(500);
+/// An engine that takes longer to say what it is counts as away.
+const ENGINE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Looks, and writes what changed, or everything when it is `overdue`. Returns whether the node is Ready if something
 /// was written.
@@ -106,14 +117,18 @@ fn missing_labels(current: &Node, wanted: &Node) -> Option<Value> {
 }
 
 async fn health(cx: &Context) -> Health {
-    let engine = match cx.runtime().info().await {
-        Ok(info) => {
-            let mut images = cx.runtime().images().await.unwrap_or_default();
-            images.sort_by_key(|image| std::cmp::Reverse(image.size_bytes));
-            images.truncate(MAX_IMAGES);
-            Ok((info, images))
-        }
-        Err(error) => Err(error.to_string()),
+    let look = async {
+        let info = cx.runtime().info().await?;
+        let mut images = cx.runtime().images().await.unwrap_or_default();
+        images.sort_by_key(|image| std::cmp::Reverse(image.size_bytes));
+        images.truncate(MAX_IMAGES);
+        Ok((info, images))
+    };
+    let engine = match tokio::time::timeout(ENGINE_LIMIT, look).await {
+        Ok(outcome) => outcome.map_err(|error: orch_cri::Error| error.to_string()),
+        Err(_) => Err(format!(
+            "the container engine gave no answer within {ENGINE_LIMIT:?}; look at its log"
+        )),
     };
     let root = match &engine {
         Ok((info, _)) => info.data_root.clone(),

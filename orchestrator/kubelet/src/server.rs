@@ -5,9 +5,9 @@
 
 mod logs;
 mod path;
-mod stream;
+pub(crate) mod stream;
 pub(crate) mod tls;
-mod websocket;
+pub(crate) mod websocket;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;

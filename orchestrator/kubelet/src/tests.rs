@@ -84,12 +84,12 @@ impl Transport for FakeApi {
         let answer = |code: u16, value: Value| {
             let mut response = Response::new(full_body(Bytes::from(value.to_string())));
             *response.status_mut() = http::StatusCode::from_u16(code).expect("a code");
-            Ok(response)
+            response
         };
         let mut pod = self.pod.lock();
         if path.contains("/pods/web") {
             let Some(current) = pod.as_mut() else {
-                return answer(404, json!({ "code": 404, "reason": "NotFound" }));
+                return Ok(answer(404, json!({ "code": 404, "reason": "NotFound" })));
             };
             match *request.method() {
                 Method::PATCH => {
@@ -106,24 +106,24 @@ impl Transport for FakeApi {
                         .and_then(|text| text.parse().ok())
                         .unwrap_or(0);
                     current["metadata"]["resourceVersion"] = json!((version + 1).to_string());
-                    return answer(200, current.clone());
+                    return Ok(answer(200, current.clone()));
                 }
                 Method::DELETE => {
                     *pod = None;
-                    return answer(200, json!({}));
+                    return Ok(answer(200, json!({})));
                 }
-                _ => return answer(200, current.clone()),
+                _ => return Ok(answer(200, current.clone())),
             }
         }
         if path.ends_with("/services") {
-            return answer(200, json!({ "items": [] }));
+            return Ok(answer(200, json!({ "items": [] })));
         }
         if let Some((_, object)) =
             self.objects.lock().iter().find(|(known, _)| path.ends_with(known.as_str()))
         {
-            return answer(200, object.clone());
+            return Ok(answer(200, object.clone()));
         }
-        answer(404, json!({ "code": 404, "reason": "NotFound", "message": "not found" }))
+        Ok(answer(404, json!({ "code": 404, "reason": "NotFound", "message": "not found" })))
     }
 }
 
@@ -246,6 +246,8 @@ fn web() -> Value {
     json!({ "containers": [{ "name": "a", "image": "web:1", "imagePullPolicy": "IfNotPresent" }] })
 }
 
+mod docker;
+
 #[tokio::test]
 async fn a_pod_becomes_ready_with_an_address() {
     let world = World::new(web());
@@ -265,6 +267,25 @@ async fn a_restarted_agent_leaves_the_containers_alone() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(world.containers("a").await, before);
     assert!(world.is_ready());
+}
+
+#[tokio::test]
+async fn a_restarted_agent_keeps_a_ready_pod_ready_until_its_probe_says_otherwise() {
+    let mut spec = web();
+    spec["containers"][0]["readinessProbe"] =
+        json!({ "exec": { "command": ["check"] }, "periodSeconds": 1, "failureThreshold": 2 });
+    let mut world = World::new(spec);
+    eventually("ready", async || world.is_ready()).await;
+    world.stop_agent().await;
+    let pod = world.api.pod.lock().clone().expect("the pod");
+    world
+        .wanted
+        .send_replace(Wanted::Exists(Arc::new(serde_json::from_value(pod).expect("a pod"))));
+    world.runtime.set_exec_exit_code(1);
+    world.start_agent();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(world.is_ready(), "one failure is not two");
+    eventually("not ready", async || !world.is_ready()).await;
 }
 
 #[tokio::test]

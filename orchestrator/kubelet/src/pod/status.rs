@@ -102,7 +102,7 @@ fn phase(
     let mut pending_init = false;
     for (container, status) in api::init_containers(pod).zip(init) {
         if api::is_sidecar(container) {
-            pending_init |= status.started != Some(true) && apps.iter().all(|app| never_ran(app));
+            pending_init |= status.started != Some(true) && apps.iter().all(never_ran);
             continue;
         }
         match status.state.as_ref().and_then(|state| state.terminated.as_ref()) {

@@ -49,9 +49,15 @@ pub(crate) enum Error {
     #[error(transparent)]
     Engine(#[from] orch_cri::Error),
     #[error(transparent)]
-    Api(#[from] orch_client::Error),
+    Api(Box<orch_client::Error>),
     #[error("{0}")]
     Other(String),
+}
+
+impl From<orch_client::Error> for Error {
+    fn from(error: orch_client::Error) -> Self {
+        Self::Api(Box::new(error))
+    }
 }
 
 /// What follows a step.

@@ -16,7 +16,7 @@ use hyper_util::rt::TokioIo;
 use orch_cri::{Error, ExecSpec, Output};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -45,14 +45,15 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
 /// What the streams belong to.
 #[derive(Debug)]
-pub(super) enum Session {
+pub(crate) enum Session {
     /// A new command in this container.
     Exec(String, ExecSpec),
     /// This container's own process; whether it has a terminal.
     Attach(String, ExecSpec, bool),
 }
 
-type Socket = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
+type Sink<S> = SplitSink<WebSocketStream<S>, Message>;
+type Source<S> = SplitStream<WebSocketStream<S>>;
 
 /// Answers with 101 and runs the session beside the connection.
 pub(super) fn answer(
@@ -83,7 +84,13 @@ pub(super) fn answer(
     answer
 }
 
-async fn run(cx: &Arc<Context>, socket: Socket, protocol: Protocol, session: Session) {
+/// Runs a session to its end.
+pub(crate) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
+    cx: &Arc<Context>,
+    socket: WebSocketStream<S>,
+    protocol: Protocol,
+    session: Session,
+) {
     let (mut sink, mut messages) = socket.split();
     let Ok(outcome) = transfer(cx, &mut sink, &mut messages, protocol, session).await else {
         return;
@@ -114,10 +121,10 @@ struct Gone;
 /// The command's exit code, or why there is none.
 type Outcome = Result<i64, Error>;
 
-async fn transfer(
+async fn transfer<S: AsyncRead + AsyncWrite + Unpin>(
     cx: &Arc<Context>,
-    sink: &mut SplitSink<Socket, Message>,
-    messages: &mut SplitStream<Socket>,
+    sink: &mut Sink<S>,
+    messages: &mut Source<S>,
     protocol: Protocol,
     session: Session,
 ) -> Result<Outcome, Gone> {
@@ -170,8 +177,8 @@ async fn transfer(
     Ok(crate::exec::exit_code(runtime, &id).await)
 }
 
-async fn send_output(
-    sink: &mut SplitSink<Socket, Message>,
+async fn send_output<S: AsyncRead + AsyncWrite + Unpin>(
+    sink: &mut Sink<S>,
     streams: &ExecSpec,
     piece: Output,
 ) -> Result<(), tokio_tungstenite::tungstenite::Error> {
@@ -203,10 +210,10 @@ struct Size {
 }
 
 /// Carries stdin and terminal sizes to the command, until the connection ends.
-async fn receive(
+async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
     cx: &Arc<Context>,
-    messages: &mut SplitStream<Socket>,
-    mut input: Option<std::pin::Pin<Box<dyn tokio::io::AsyncWrite + Send>>>,
+    messages: &mut Source<S>,
+    mut input: Option<std::pin::Pin<Box<dyn AsyncWrite + Send>>>,
     protocol: Protocol,
     id: &str,
     tty: bool,

@@ -8,7 +8,7 @@ use crate::server::{Body, text};
 
 /// Framing of the channels (reference/orchestrator.md §1.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Protocol {
+pub(crate) enum Protocol {
     /// With half-close: `ff`, channel.
     V5,
     /// Ends with a Status on channel 3.
