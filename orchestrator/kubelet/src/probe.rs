@@ -14,11 +14,12 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::debug;
 
 use crate::api;
 use crate::context::Context;
 use crate::pod::observe::Observed;
-use crate::probe::handler::Target;
+use crate::probe::handler::{Miss, Target};
 
 /// A container that has run for less is at its start.
 const NEW_FOR: Duration = Duration::from_secs(2);
@@ -276,9 +277,13 @@ impl Task {
             .await
             {
                 Ok(outcome) => outcome,
-                Err(_) => Err(format!("no answer within {} s", timeout.as_secs())),
+                Err(_) => Err(Miss::Failed(format!("no answer within {} s", timeout.as_secs()))),
             };
-            if let Err(why) = &outcome {
+            if let Err(Miss::Unasked(why)) = &outcome {
+                debug!(container = self.target.container_id, why, "probe not tried");
+                continue;
+            }
+            if let Err(Miss::Failed(why)) = &outcome {
                 let message = format!("{} probe failed: {why}", self.kind.name());
                 self.cx.events.container(
                     &self.pod,

@@ -409,14 +409,21 @@ async fn a_finished_job_pod_succeeds_and_frees_its_address() {
 
 #[tokio::test]
 async fn pods_are_left_alone_while_the_engine_is_away() {
-    let world = World::new(web());
+    let mut spec = web();
+    spec["containers"][0]["livenessProbe"] =
+        json!({ "exec": { "command": ["check"] }, "periodSeconds": 1, "failureThreshold": 1 });
+    let world = World::new(spec);
     eventually("ready", async || world.is_ready()).await;
     world.runtime.set_down(true);
     world.wake.notify_one();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    // Longer than the probe's period.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
     assert!(world.is_ready(), "nothing is concluded from silence");
     world.runtime.set_down(false);
-    assert_eq!(world.containers("a").await.len(), 1);
+    world.wake.notify_one();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let containers = world.containers("a").await;
+    assert!(containers.len() == 1 && containers[0].is_running());
 }
 
 #[tokio::test]

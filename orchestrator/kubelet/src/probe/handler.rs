@@ -28,25 +28,50 @@ pub(crate) struct Target {
     pub(crate) ip: Option<IpAddr>,
 }
 
-/// Tries a probe once; the error is for an event.
-pub(crate) async fn check(cx: &Arc<Context>, target: &Target, probe: &Probe) -> Result<(), String> {
+/// Why a try did not pass. The text is for an event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Miss {
+    /// The container said no, or nothing.
+    Failed(String),
+    /// It could not be asked, because the engine is away: that says nothing about the container.
+    Unasked(String),
+}
+
+impl From<String> for Miss {
+    fn from(why: String) -> Self {
+        Self::Failed(why)
+    }
+}
+
+impl Miss {
+    fn into_text(self) -> String {
+        match self {
+            Self::Failed(why) | Self::Unasked(why) => why,
+        }
+    }
+}
+
+/// Tries a probe once.
+pub(crate) async fn check(cx: &Arc<Context>, target: &Target, probe: &Probe) -> Result<(), Miss> {
     if let Some(exec) = &probe.exec {
         return command(cx.runtime(), target, exec.command.clone().unwrap_or_default()).await;
     }
     if let Some(get) = &probe.http_get {
-        return http_get(target, get, "kube-probe/1.36").await;
+        return Ok(http_get(target, get, "kube-probe/1.36").await?);
     }
     if let Some(tcp) = &probe.tcp_socket {
         let port = port(&target.container, &tcp.port)?;
         let host = host(target, tcp.host.as_deref())?;
-        return connect(&host, port).await.map(drop);
+        connect(&host, port).await?;
+        return Ok(());
     }
     if let Some(grpc) = &probe.grpc {
         let host = host(target, None)?;
         let port = u16::try_from(grpc.port).map_err(|_| format!("{} is no port", grpc.port))?;
-        return grpc_health(&host, port, grpc.service.as_deref().unwrap_or_default()).await;
+        let service = grpc.service.as_deref().unwrap_or_default();
+        return Ok(grpc_health(&host, port, service).await?);
     }
-    Err("the probe names nothing to do".to_owned())
+    Err(Miss::Failed("the probe names nothing to do".to_owned()))
 }
 
 /// Runs a life-cycle hook.
@@ -56,7 +81,8 @@ pub(crate) async fn hook(
     hook: &LifecycleHandler,
 ) -> Result<(), String> {
     if let Some(exec) = &hook.exec {
-        return command(cx.runtime(), target, exec.command.clone().unwrap_or_default()).await;
+        let words = exec.command.clone().unwrap_or_default();
+        return command(cx.runtime(), target, words).await.map_err(Miss::into_text);
     }
     if let Some(get) = &hook.http_get {
         return http_get(target, get, "kube-lifecycle/1.36").await;
@@ -75,31 +101,26 @@ pub(crate) async fn hook(
     Ok(())
 }
 
-async fn command(
-    runtime: &dyn Runtime,
-    target: &Target,
-    command: Vec<String>,
-) -> Result<(), String> {
+async fn command(runtime: &dyn Runtime, target: &Target, command: Vec<String>) -> Result<(), Miss> {
+    let unasked = |error: orch_cri::Error| Miss::Unasked(error.to_string());
     let spec = ExecSpec { command, stdout: true, stderr: true, ..ExecSpec::default() };
-    let mut session =
-        runtime.exec(&target.container_id, &spec).await.map_err(|error| error.to_string())?;
+    let mut session = runtime.exec(&target.container_id, &spec).await.map_err(unasked)?;
     let mut said = Vec::new();
     while let Some(piece) = session.output.next().await {
-        let piece = piece.map_err(|error| error.to_string())?.into_bytes();
+        let piece = piece.map_err(unasked)?.into_bytes();
         let room = MAX_QUOTE.saturating_sub(said.len());
         said.extend_from_slice(&piece[..piece.len().min(room)]);
     }
-    let code =
-        crate::exec::exit_code(runtime, &session.id).await.map_err(|error| error.to_string())?;
+    let code = crate::exec::exit_code(runtime, &session.id).await.map_err(unasked)?;
     if code == 0 {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&said);
     let said = said.trim();
     if said.is_empty() {
-        Err(format!("the command ended with {code}"))
+        Err(Miss::Failed(format!("the command ended with {code}")))
     } else {
-        Err(said.to_owned())
+        Err(Miss::Failed(said.to_owned()))
     }
 }
 
