@@ -62,7 +62,7 @@ impl Parts {
                     () = self.stop.cancelled() => continue,
                 }
             };
-            let outcome = match ended {
+            let failure = match ended {
                 None => return first,
                 Some(Ok((part, outcome))) => {
                     self.running.remove(part);
@@ -71,18 +71,16 @@ impl Parts {
                             info!(part, "stopped");
                             continue;
                         }
-                        Ok(()) => Err(anyhow::anyhow!("the {part} ended on its own")),
-                        Err(error) => Err(error.context(format!("the {part} failed"))),
+                        Ok(()) => anyhow::anyhow!("the {part} ended on its own"),
+                        Err(error) => error.context(format!("the {part} failed")),
                     }
                 }
-                Some(Err(error)) => Err(anyhow::anyhow!("a part panicked: {error}")),
+                Some(Err(error)) => anyhow::anyhow!("a part panicked: {error}"),
             };
             self.stop.cancel();
-            if let Err(error) = outcome {
-                error!("{error:#}");
-                if first.is_ok() {
-                    first = Err(error);
-                }
+            error!("{failure:#}");
+            if first.is_ok() {
+                first = Err(failure);
             }
         }
     }
