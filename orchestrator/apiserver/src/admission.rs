@@ -116,7 +116,8 @@ fn mount_token(pod: &mut Value) {
     let volume = names::generate_name("kube-api-access-");
     let mut used = false;
     for list in ["initContainers", "containers"] {
-        for container in pod["spec"][list].as_array_mut().into_iter().flatten() {
+        let containers = pod["spec"].get_mut(list).and_then(Value::as_array_mut);
+        for container in containers.into_iter().flatten() {
             let mounted = container["volumeMounts"]
                 .as_array()
                 .is_some_and(|mounts| mounts.iter().any(|mount| mount["mountPath"] == TOKEN_PATH));
@@ -179,6 +180,7 @@ mod tests {
             "volumeMounts": [{ "name": "own", "mountPath": TOKEN_PATH }] }] } });
         mount_token(&mut pod);
         assert_eq!(pod["spec"]["volumes"].as_array().map(Vec::len), Some(1));
+        assert!(pod["spec"].get("initContainers").is_none(), "nothing else is added");
         assert_eq!(pod["spec"]["containers"][0]["volumeMounts"][0]["mountPath"], TOKEN_PATH);
         assert_eq!(pod["spec"]["containers"][1]["volumeMounts"].as_array().map(Vec::len), Some(1));
     }

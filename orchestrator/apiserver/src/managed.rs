@@ -6,7 +6,7 @@
 //! left in its annotation is found with `kubectl-client-side-apply`, so that kubectl can take it over.
 
 use http::{HeaderMap, header};
-use orch_api::ApiError;
+use orch_api::{ApiError, defaults};
 use orch_facts::ownership::{self, FieldSet};
 use orch_facts::{TypeId, facts};
 use serde_json::{Value, json};
@@ -235,7 +235,9 @@ impl Writer<'_> {
             applied["metadata"]["annotations"][LAST_APPLIED] = annotation.clone();
             let fields = whole.strip(ownership::fields_of(facts(), id, &applied));
             let fields = fields.intersection(&rest);
-            rest = rest.difference(&fields);
+            // Defaults of what was applied go with it: nobody owns them.
+            defaults::apply(self.resource.group, self.resource.kind, &mut applied);
+            rest = rest.difference(&ownership::fields_of(facts(), id, &applied));
             entries.push(entry("kubectl-client-side-apply", fields));
         }
         entries.push(entry(BEFORE_FIRST_APPLY, rest));

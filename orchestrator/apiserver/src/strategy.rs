@@ -197,6 +197,18 @@ pub(crate) fn prepare_update(resource: &Resource, part: Part, old: &Value, new: 
     }
 }
 
+/// Removes fields that are null: nobody can tell them from absent ones, and clients send both.
+pub(crate) fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.retain(|_, value| !value.is_null());
+            map.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(list) => list.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
+}
+
 /// Whether nothing keeps an object whose deletion was asked for.
 pub(crate) fn is_released(object: &Value) -> bool {
     let empty = |list: &Value| list.as_array().is_none_or(Vec::is_empty);

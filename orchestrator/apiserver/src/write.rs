@@ -142,6 +142,9 @@ impl Call<'_> {
             strategy::prepare_create(resource, self.namespace, &mut object)?;
             defaults::apply(resource.group, resource.kind, &mut object);
             admission::create(self.shared, resource, &mut object).await?;
+            // Admission's own additions have defaults too.
+            defaults::apply(resource.group, resource.kind, &mut object);
+            strategy::drop_nulls(&mut object);
             let name = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
             let mut errors = validate::create(resource.group, resource.kind, &object);
             // Addresses and ports are given out one at a time.
@@ -276,6 +279,7 @@ impl Call<'_> {
         };
         if part == Part::Main {
             defaults::apply(resource.group, resource.kind, &mut object);
+            strategy::drop_nulls(&mut object);
             // The spec may differ only by a default that is written now: that is no change of the generation.
             if object["spec"] == current.object["spec"]
                 && resource.generation
@@ -295,6 +299,7 @@ impl Call<'_> {
                 return Err(self.invalid(self.name, &errors).into());
             }
         }
+        strategy::drop_nulls(&mut object);
         let owners = match owners {
             Owners::Given(owners) => Some(owners),
             Owners::After { requested } => {

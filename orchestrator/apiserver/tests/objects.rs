@@ -254,6 +254,19 @@ async fn a_pod_is_given_what_it_needs_bound_once_and_ended_in_grace() {
         (&json!("Pending"), &json!("BestEffort"))
     );
 
+    let one = format!("{PODS}/p");
+    let labels = json!({ "metadata": { "labels": { "a": "b" } } });
+    let (code, labelled) = merge(client, &one, &labels).await;
+    assert_eq!(code, 200, "{labelled}");
+    assert_eq!(labelled["metadata"]["generation"], 1, "the spec is the same");
+    let image = json!({ "spec": { "containers": [{ "name": "c", "image": "x:2" }] } });
+    let kind = "application/strategic-merge-patch+json";
+    let (code, changed) = call(client, "PATCH", &one, kind, image.to_string()).await;
+    assert_eq!((code, &changed["spec"]["containers"][0]["image"]), (200, &json!("x:2")));
+    let (code, status) =
+        merge(client, &one, &json!({ "spec": { "restartPolicy": "Never" } })).await;
+    assert_eq!((code, causes(&status)), (422, vec!["spec"]));
+
     let binding = json!({ "target": { "kind": "Node", "name": "n1" } });
     let bind = format!("{PODS}/p/binding");
     assert_eq!(post(client, &bind, &binding).await.0, 201);
@@ -301,6 +314,96 @@ async fn strangers_and_agents_may_what_the_rules_say() {
     assert_eq!(get(&agent, "/api/v1/pods").await.0, 200);
     assert_eq!(get(&agent, "/api/v1/secrets").await.0, 403);
     assert_eq!(post(&agent, MAPS, &config_map("a", &json!({}))).await.0, 403);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_anything_keeps_what_was_stored() {
+    let cluster = Cluster::start().await;
+    let client = &cluster.client();
+    let path = |kind: &str| format!("/api/v1/namespaces/default/{kind}");
+    let accounts = path("serviceaccounts");
+    post(client, &accounts, &json!({ "metadata": { "name": "default" } })).await;
+    let pod = json!({ "metadata": { "name": "x" }, "spec": { "containers": [{ "name": "c", "image": "x" }] } });
+    let service = json!({ "metadata": { "name": "x" }, "spec": { "type": "NodePort", "ports": [{ "port": 80 }] } });
+    let policy = json!({ "metadata": { "name": "x" }, "spec": { "podSelector": {} } });
+    let lease = json!({ "metadata": { "name": "x" }, "spec": { "holderIdentity": "a" } });
+    let slice = json!({ "metadata": { "name": "x" }, "addressType": "IPv4", "endpoints": [{ "addresses": ["10.0.0.1"] }] });
+    let mut replica_set = deployment("x");
+    replica_set["spec"]["replicas"] = json!(2);
+    for (path, object) in [
+        (path("pods"), pod),
+        (path("services"), service),
+        (path("configmaps"), config_map("x", &json!({ "a": "b" }))),
+        (path("secrets"), json!({ "metadata": { "name": "x" }, "stringData": { "a": "b" } })),
+        (
+            path("endpoints"),
+            json!({ "metadata": { "name": "x" }, "subsets": [{ "addresses": [{ "ip": "10.0.0.1" }] }] }),
+        ),
+        ("/api/v1/nodes".to_owned(), json!({ "metadata": { "name": "x" } })),
+        ("/api/v1/namespaces".to_owned(), json!({ "metadata": { "name": "x" } })),
+        (DEPLOYMENTS.to_owned(), deployment("x")),
+        ("/apis/apps/v1/namespaces/default/replicasets".to_owned(), replica_set),
+        ("/apis/networking.k8s.io/v1/namespaces/default/networkpolicies".to_owned(), policy),
+        ("/apis/coordination.k8s.io/v1/namespaces/default/leases".to_owned(), lease),
+        ("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices".to_owned(), slice),
+    ] {
+        let (code, made) = post(client, &path, &object).await;
+        assert_eq!(code, 201, "{path} {made}");
+        let one = format!("{path}/x");
+        let (code, same) = put(client, &one, &made).await;
+        assert_eq!((code, version(&same)), (200, version(&made)), "{path}: the same is no change");
+        let (code, noted) =
+            merge(client, &one, &json!({ "metadata": { "annotations": { "l": "1" } } })).await;
+        assert_eq!(code, 200, "{path} {noted}");
+        let mut expected = made.clone();
+        expected["metadata"]["annotations"] = json!({ "l": "1" });
+        expected["metadata"]["resourceVersion"] = noted["metadata"]["resourceVersion"].clone();
+        assert_eq!(noted, expected, "{path}");
+        let (code, table) = table(client, &one).await;
+        assert_eq!((code, &table["kind"]), (200, &json!("Table")), "{path}");
+        assert_eq!(delete(client, &one, &json!({})).await.0, 200, "{path}");
+    }
+}
+
+async fn table(client: &orch_client::Client, path: &str) -> (u16, Value) {
+    let request = http::Request::get(path)
+        .header("accept", "application/json;as=Table;v=v1;g=meta.k8s.io")
+        .body(bytes::Bytes::new())
+        .expect("a request");
+    let response = client.stream(request).await.expect("an answer");
+    let code = response.status().as_u16();
+    let body = http_body_util::BodyExt::collect(response.into_body()).await.expect("a body");
+    (code, serde_json::from_slice(&body.to_bytes()).expect("JSON"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn applied_fields_have_owners() {
+    let cluster = Cluster::start().await;
+    let client = &cluster.client();
+    let one = format!("{DEPLOYMENTS}/web");
+    let apply = async |manager: &str, force: bool, object: &Value| {
+        let path = format!("{one}?fieldManager={manager}&force={force}");
+        call(client, "PATCH", &path, "application/apply-patch+yaml", object.to_string()).await
+    };
+    let mut config = deployment("web");
+    config["apiVersion"] = json!("apps/v1");
+    config["kind"] = json!("Deployment");
+    assert_eq!(apply("one", false, &config).await.0, 201);
+    let (code, first) = apply("one", false, &config).await;
+    assert_eq!(code, 200);
+    let (_, second) = apply("one", false, &config).await;
+    assert_eq!(version(&first), version(&second), "the same once more is no change");
+    merge(client, &format!("{one}?fieldManager=hand"), &json!({ "spec": { "replicas": 4 } })).await;
+    config["spec"]["replicas"] = json!(2);
+    let (code, status) = apply("one", false, &config).await;
+    assert_eq!((code, causes(&status)), (409, vec![".spec.replicas"]));
+    let (code, forced) = apply("one", true, &config).await;
+    assert_eq!((code, &forced["spec"]["replicas"]), (200, &json!(2)));
+    // A container that is left out goes.
+    config["spec"]["template"]["spec"]["containers"].as_array_mut().expect("a list").pop();
+    let (_, pruned) = apply("one", false, &config).await;
+    assert_eq!(pruned["spec"]["template"]["spec"]["containers"].as_array().map(Vec::len), Some(1));
+    assert_eq!(call(client, "PATCH", &one, "application/apply-patch+yaml", "{}").await.0, 422);
 }
 
 #[tokio::test(flavor = "multi_thread")]

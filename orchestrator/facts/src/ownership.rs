@@ -464,7 +464,15 @@ fn cut(
                 None => list.retain(|item| !is_it(item)),
                 Some(kept) => {
                     if let Some(item) = list.iter_mut().find(|item| is_it(item)) {
+                        let whole = item.clone();
                         cut(facts, place.child(facts, &granularity, ""), item, set, kept);
+                        // What is kept of an element is nothing without its keys.
+                        for key in place.field.map_or(&[][..], |field| &field.list_keys) {
+                            if let (Some(map), Some(value)) = (item.as_object_mut(), whole.get(key))
+                            {
+                                map.entry(key.clone()).or_insert_with(|| value.clone());
+                            }
+                        }
                     }
                 }
             }
