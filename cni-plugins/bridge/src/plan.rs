@@ -11,8 +11,8 @@ use ipnetwork::IpNetwork;
 pub(crate) enum BridgeStep {
     /// Make it.
     Create(Bridge),
-    /// Set its MTU. Said again after the creation: only a bridge that was told so keeps its MTU, another one follows
-    /// the ports that come and go.
+    /// Set its MTU: in a change, not at creation, because only a bridge whose MTU was *changed* keeps it. Another one
+    /// follows its ports, and goes back to 1500 with the last of them.
     SetMtu(u32),
     /// Let it take all frames.
     SetPromiscuous,
@@ -38,7 +38,7 @@ pub(crate) fn plan_bridge(
     let bridge = &want.bridge;
     match seen {
         None => {
-            steps.push(BridgeStep::Create(bridge.clone()));
+            steps.push(BridgeStep::Create(Bridge { mtu: None, ..bridge.clone() }));
             steps.extend(bridge.mtu.map(BridgeStep::SetMtu));
         }
         Some(seen) => {
@@ -246,7 +246,8 @@ mod tests {
     fn a_missing_bridge_is_made_and_a_right_one_left_alone() {
         let want = want(Some(1450));
         let steps = plan_bridge(None, &want).expect("possible");
-        assert_eq!(steps, [BridgeStep::Create(want.bridge.clone()), BridgeStep::SetMtu(1450)]);
+        let bridge = Bridge { mtu: None, ..want.bridge.clone() };
+        assert_eq!(steps, [BridgeStep::Create(bridge), BridgeStep::SetMtu(1450)]);
         assert_eq!(plan_bridge(Some(&seen()), &want).expect("possible"), []);
     }
 
