@@ -235,9 +235,11 @@ impl Writer<'_> {
             applied["metadata"]["annotations"][LAST_APPLIED] = annotation.clone();
             let fields = whole.strip(ownership::fields_of(facts(), id, &applied));
             let fields = fields.intersection(&rest);
-            // Defaults of what was applied go with it: nobody owns them.
+            // Defaults of what was applied go with it: nobody owns them, unless somebody has set another value.
             defaults::apply(self.resource.group, self.resource.kind, &mut applied);
-            rest = rest.difference(&ownership::fields_of(facts(), id, &applied));
+            let others = ownership::changed(facts(), id, &applied, live);
+            let defaulted = ownership::fields_of(facts(), id, &applied).difference(&others);
+            rest = rest.difference(&fields).difference(&defaulted);
             entries.push(entry("kubectl-client-side-apply", fields));
         }
         entries.push(entry(BEFORE_FIRST_APPLY, rest));
