@@ -39,8 +39,8 @@ pub enum RangeError {
     #[error("range set {0} mixes address families")]
     Mixed(usize),
     /// An address in two ranges.
-    #[error("ranges {0} and {1} overlap")]
-    Overlap(Range, Range),
+    #[error("ranges {} and {} overlap", .0[0], .0[1])]
+    Overlap(Box<[Range; 2]>),
 }
 
 /// Addresses from `start` to `end`, both included, of one subnet.
@@ -157,7 +157,7 @@ impl RangeSet {
         }
         for (at, range) in ranges.iter().enumerate() {
             if let Some(other) = ranges[at + 1..].iter().find(|other| range.overlaps(other)) {
-                return Err(RangeError::Overlap(range.clone(), other.clone()));
+                return Err(RangeError::Overlap(Box::new([range.clone(), other.clone()])));
             }
         }
         Ok(Self { ranges })
@@ -176,7 +176,7 @@ impl RangeSet {
     pub fn check_apart(&self, other: &Self) -> Result<(), RangeError> {
         for range in &self.ranges {
             if let Some(other) = other.ranges.iter().find(|other| range.overlaps(other)) {
-                return Err(RangeError::Overlap(range.clone(), other.clone()));
+                return Err(RangeError::Overlap(Box::new([range.clone(), other.clone()])));
             }
         }
         Ok(())
@@ -292,7 +292,7 @@ mod tests {
         let v4 = Range::new(subnet, None, None, None).expect("good");
         let v6 = Range::new(net("fd00::/64"), None, None, None).expect("good");
         assert!(matches!(RangeSet::new(0, vec![v4.clone(), v6]), Err(RangeError::Mixed(0))));
-        assert!(matches!(RangeSet::new(0, vec![v4.clone(), v4]), Err(RangeError::Overlap(..))));
+        assert!(matches!(RangeSet::new(0, vec![v4.clone(), v4]), Err(RangeError::Overlap(_))));
         assert_eq!(RangeSet::new(2, Vec::new()), Err(RangeError::EmptySet(2)));
     }
 

@@ -7,8 +7,11 @@ use std::env;
 use std::path::Path;
 use std::process::ExitCode;
 
-/// Each plugin's name and `main`.
-const PLUGINS: [(&str, fn() -> ExitCode); 4] = [
+/// A plugin's `main`.
+type Main = fn() -> ExitCode;
+
+/// Each plugin by its name.
+const PLUGINS: [(&str, Main); 4] = [
     ("bridge", cni_bridge::main),
     ("host-local", || cni_skel::main(&cni_ipam::HostLocal)),
     ("loopback", cni_loopback::main),
@@ -29,7 +32,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn plugin(name: &str) -> Option<fn() -> ExitCode> {
+fn plugin(name: &str) -> Option<Main> {
     PLUGINS.iter().find(|(plugin, _)| *plugin == name).map(|(_, main)| *main)
 }
 

@@ -4,7 +4,7 @@
 //! handler sees it: variables, names, versions, `prevResult`. What goes out is one document in the version of
 //! the configuration, for errors and panics too; everything said to people goes to stderr.
 //!
-//! [`call`] is the same without a process around it: tests use it, and a plugin that delegates to another one
+//! [`call()`] is the same without a process around it: tests use it, and a plugin that delegates to another one
 //! of the same executable.
 //!
 //! Source: CNI specification 1.1.0 §2; what the reference's `pkg/skel` adds to it.

@@ -9,7 +9,7 @@
 //! has become of the lease since; without that file DEL does with what there is.
 //!
 //! Keys of the configuration are those of flannel's CNI plugin: `subnetFile`, `dataDir`, `delegate`, `ipam`;
-//! `device` is ours. Start reading at [`Vxlan`]; [`delegate_conf`](delegate::delegate_conf) is the pure middle.
+//! `device` is ours. Start reading at [`Vxlan`]; `delegate_conf` is the pure middle.
 
 mod conf;
 mod delegate;

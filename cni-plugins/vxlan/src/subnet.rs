@@ -87,10 +87,10 @@ impl SubnetEnv {
 
     fn parse(path: &Path, text: &str) -> Result<Self, SubnetError> {
         let get = |key: &'static str| {
-            let values =
+            let mut values =
                 text.lines().filter_map(|line| line.trim().strip_prefix(key)?.strip_prefix('='));
             values
-                .last()
+                .next_back()
                 .map(|value| value.trim().trim_matches('"'))
                 .filter(|value| !value.is_empty())
         };

@@ -108,17 +108,20 @@ impl SubnetEnv {
     }
 }
 
-/// The CNI configuration list that points the runtime at the `vxlan` plugin.
+/// The CNI configuration list that points the runtime at the `vxlan` plugin. A runtime that knows no 1.1.0 (and
+/// so neither GC nor STATUS) does not know `cniVersions` either, and reads 1.0.0.
 #[must_use]
-pub fn conflist(paths: &Paths) -> Vec<u8> {
+pub fn conflist(paths: &Paths, device: &str) -> Vec<u8> {
     let list = serde_json::json!({
         "cniVersion": "1.0.0",
+        "cniVersions": ["1.0.0", "1.1.0"],
         "name": "orch",
         "plugins": [{
             "type": "vxlan",
             "subnetFile": paths.subnet_env(),
             "delegate": {"bridge": orch_config::POD_BRIDGE, "hairpinMode": true, "isDefaultGateway": true},
             "dataDir": paths.cni_data_dir(),
+            "device": device,
         }],
     });
     let mut text = serde_json::to_vec_pretty(&list).expect("plain data has a JSON form");

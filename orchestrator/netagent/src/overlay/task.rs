@@ -176,7 +176,8 @@ impl Overlay {
             SubnetEnv { network: network.config.network, subnet: network.own, mtu: device.mtu };
         // Only now may pods start: the way out of this node is there.
         ensure_content(&self.paths.subnet_env(), env.render().as_bytes())?;
-        ensure_content(&self.paths.cni_conf_dir().join(CONFLIST), &conflist(&self.paths))?;
+        let list = conflist(&self.paths, &self.device_name);
+        ensure_content(&self.paths.cni_conf_dir().join(CONFLIST), &list)?;
         Ok(Done { underlay, device: index, peers, steps, sysctls })
     }
 
