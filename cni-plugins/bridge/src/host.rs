@@ -22,15 +22,19 @@ const BRIDGE_TRIES: u32 = 5;
 /// less than a millisecond, or up to a second when many links change at once.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(3);
 
-fn want_bridge(settings: &Settings) -> WantBridge {
+/// The MAC is only worked out for a bridge that is to be made.
+fn want_bridge(settings: &Settings, seen: Option<&Link>) -> WantBridge {
     let name = settings.bridge.as_str();
-    // Identity of this boot and this namespace; without /proc there is none, and bridges of one name look alike.
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let netns = fs::metadata("/proc/thread-self/ns/net").map_or(0, |meta| meta.ino());
+    let mac = || {
+        // Identity of this boot and this namespace; without /proc there is none, and bridges of one name look alike.
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let netns = fs::metadata("/proc/thread-self/ns/net").map_or(0, |meta| meta.ino());
+        bridge_mac(name, &format!("{boot}{netns}"))
+    };
     let bridge = Bridge {
         name: name.to_owned(),
         mtu: settings.mtu,
-        mac: Some(bridge_mac(name, &format!("{boot}{netns}"))),
+        mac: seen.is_none().then(mac),
         vlan_filtering: !settings.vlans.is_empty(),
         up: true,
     };
@@ -39,10 +43,10 @@ fn want_bridge(settings: &Settings) -> WantBridge {
 
 /// Makes the bridge right and returns it.
 pub(crate) fn ensure_bridge(netlink: &Netlink, settings: &Settings) -> Result<Link, Error> {
-    let want = want_bridge(settings);
-    let name = &want.bridge.name;
+    let name = settings.bridge.as_str();
     for _ in 0..BRIDGE_TRIES {
         let seen = netlink.link(name).map_err(netlink_error)?;
+        let want = want_bridge(settings, seen.as_ref());
         let steps = plan_bridge(seen.as_ref(), &want)?;
         match (seen, steps.as_slice()) {
             (Some(seen), []) => return Ok(seen),
@@ -56,7 +60,7 @@ pub(crate) fn ensure_bridge(netlink: &Netlink, settings: &Settings) -> Result<Li
             }
         }
     }
-    Err(KernelError::Vanished(name.clone()).into())
+    Err(KernelError::Vanished(name.to_owned()).into())
 }
 
 fn apply_bridge(

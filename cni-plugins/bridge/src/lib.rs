@@ -85,7 +85,7 @@ impl Plugin for Bridge {
         host::set_up_port(&netlink, &port, &settings)?;
         let pod = pod::set_up(&netns, &req.ifname, &settings, &given)?;
         if settings.check_spoofing {
-            spoof::guard(&port.name, pod.mac)?;
+            spoof::guard(&port.name, pod.link.mac)?;
         }
         set_up_gateway(&netlink, &bridge, &settings, &given)?;
         if settings.masquerade {
@@ -93,14 +93,14 @@ impl Plugin for Bridge {
         }
         if !settings.keep_down {
             host::wait_for_port(&netlink, &port)?;
-            pod::announce_addresses(&netns, &pod, &given)?;
+            pod.announce()?;
         }
 
         made.keep(&host_veth_alias(&req.name, &req.attachment()))?;
         Ok(result(
             req.prev_result.unwrap_or_default(),
             &settings,
-            [&bridge, &port, &pod],
+            [&bridge, &port, &pod.link],
             &req.env.netns,
             given,
         ))

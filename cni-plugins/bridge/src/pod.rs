@@ -1,8 +1,6 @@
 //! The pod's side: its interface, addresses and routes.
 
-use std::net::IpAddr;
-
-use cni_netlink::{AddressOptions, Link, LinkKind, NetNs, Netlink, Route, RouteFilter, announce};
+use cni_netlink::{AddressOptions, Link, LinkKind, NetNs, Netlink, Route, RouteFilter};
 use cni_spec::{AddResult, IfName};
 use ipnetwork::IpNetwork;
 
@@ -10,32 +8,30 @@ use crate::conf::Settings;
 use crate::kernel::{KernelError, set_sysctl};
 use crate::plan::pod_routes;
 
+/// The pod's interface as it was set up, and a socket in its namespace.
+pub(crate) struct Pod {
+    pub(crate) link: Link,
+    netlink: Netlink,
+}
+
 /// Gives the interface what IPAM gave, and switches it on.
 pub(crate) fn set_up(
     netns: &NetNs,
     ifname: &IfName,
     settings: &Settings,
     lease: &AddResult,
-) -> Result<Link, KernelError> {
+) -> Result<Pod, KernelError> {
     netns.run(|| {
         let netlink = Netlink::open()?;
         let vanished = || KernelError::Vanished(ifname.to_string());
         let link = netlink.link(ifname.as_str())?.ok_or_else(vanished)?;
         if settings.keep_down {
-            return Ok(link);
+            return Ok(Pod { link, netlink });
         }
-        if lease.ips.iter().any(|ip| ip.address.is_ipv6()) {
-            set_sysctl(&format!("net/ipv6/conf/{ifname}/disable_ipv6"), "0")?;
-            if !settings.detect_duplicates {
-                // For the link-local address, which the kernel adds; ours says it itself.
-                set_sysctl(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0")?;
-            }
-            // Tells the neighbours of the new MAC of an address that was another pod's; IPv4 is announced by us.
-            set_sysctl(&format!("net/ipv6/conf/{ifname}/ndisc_notify"), "1")?;
-        }
+        set_sysctls(ifname, settings, lease)?;
         for ip in &lease.ips {
-            let options =
-                AddressOptions { nodad: !settings.detect_duplicates, ..AddressOptions::default() };
+            let nodad = !settings.detect_duplicates;
+            let options = AddressOptions { nodad, ..AddressOptions::default() };
             netlink.add_address(link.index, ip.address, &options)?;
         }
         netlink.set_up(link.index)?;
@@ -46,30 +42,34 @@ pub(crate) fn set_up(
                 other => other?,
             }
         }
-        netlink.link_at(link.index)?.ok_or_else(vanished)
+        let link = netlink.link_at(link.index)?.ok_or_else(vanished)?;
+        Ok(Pod { link, netlink })
     })
 }
 
-/// Tells the bridge and the neighbours where the pod's IPv4 addresses are now.
-pub(crate) fn announce_addresses(
-    netns: &NetNs,
-    link: &Link,
-    lease: &AddResult,
-) -> Result<(), KernelError> {
-    let v4 = lease.ips.iter().filter_map(|ip| match ip.address.ip() {
-        IpAddr::V4(ip) => Some(ip),
-        IpAddr::V6(_) => None,
-    });
-    let v4: Vec<_> = v4.collect();
-    if v4.is_empty() {
-        return Ok(());
+fn set_sysctls(ifname: &IfName, settings: &Settings, lease: &AddResult) -> Result<(), KernelError> {
+    if lease.ips.iter().any(|ip| ip.address.is_ipv4()) {
+        set_sysctl(&format!("net/ipv4/conf/{ifname}/arp_notify"), "1")?;
     }
-    netns.run(|| {
-        for ip in v4 {
-            announce(link.index, link.mac, ip)?;
+    if lease.ips.iter().any(|ip| ip.address.is_ipv6()) {
+        set_sysctl(&format!("net/ipv6/conf/{ifname}/disable_ipv6"), "0")?;
+        if !settings.detect_duplicates {
+            // For the link-local address, which the kernel adds; ours says it itself.
+            set_sysctl(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0")?;
         }
-        Ok(())
-    })
+        set_sysctl(&format!("net/ipv6/conf/{ifname}/ndisc_notify"), "1")?;
+    }
+    Ok(())
+}
+
+impl Pod {
+    /// Tells the neighbours where the pod's addresses are now: who knew one of them as another pod's would send to a
+    /// dead MAC for as long as it believes in it. The kernel did so when the interface went up, but then the bridge
+    /// may not have passed frames of the port yet; a MAC that is set, to what it is, makes it do so again. A packet
+    /// socket of our own would do as well, but closing one takes the kernel some ten milliseconds.
+    pub(crate) fn announce(&self) -> Result<(), KernelError> {
+        Ok(self.netlink.set_mac(self.link.index, self.link.mac)?)
+    }
 }
 
 /// What the pod has under this name.

@@ -11,7 +11,6 @@
 //! Deciding what the kernel should hold is left to the callers. Start reading at `socket.rs`.
 
 mod address;
-mod announce;
 mod error;
 mod link;
 mod neighbour;
@@ -21,7 +20,6 @@ mod route;
 mod socket;
 
 pub use address::AddressOptions;
-pub use announce::announce;
 pub use error::NetlinkError;
 pub use link::{Bridge, BridgePort, Link, LinkKind, PortVlan, VethPair, Vxlan, VxlanDevice};
 pub use neighbour::{FdbEntry, Neighbour};

@@ -390,7 +390,8 @@ impl Netlink {
         self.set(index, LinkAttribute::Mtu(mtu), "set MTU of")
     }
 
-    /// Sets the MAC.
+    /// Sets the MAC. With the sysctls `arp_notify` and `ndisc_notify` on, the kernel then tells the neighbours, even if
+    /// it is the MAC that the link had.
     ///
     /// # Errors
     /// If the kernel refuses.

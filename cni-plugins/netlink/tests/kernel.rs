@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::error::Error;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsFd as _;
 use std::process::Command;
 use std::thread;
 
 use cni_netlink::{
     AddressOptions, Bridge, FdbEntry, LinkKind, Neighbour, NetNs, Netlink, NetlinkError, PortVlan,
-    Route, RouteFilter, VethPair, VxlanDevice, announce, nft_chain_exists,
+    Route, RouteFilter, VethPair, VxlanDevice, nft_chain_exists,
 };
 use ipnetwork::IpNetwork;
 use nix::sched::{CloneFlags, unshare};
@@ -80,7 +80,6 @@ fn a_pod_is_joined_to_a_bridge_by_a_handful_of_messages() -> Result {
         advmss: Some(1300),
         ..Route::default()
     })?;
-    pod.run(|| announce(far.index, far.mac, Ipv4Addr::new(10, 1, 0, 2)))?;
 
     let addresses = inside.addresses(far.index)?;
     assert!(
