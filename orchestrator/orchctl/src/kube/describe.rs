@@ -110,6 +110,10 @@ fn render(resource: &Resource, mut object: Value, events: &Value, now: jiff::Tim
         fields.remove("apiVersion");
         fields.remove("kind");
         fields.remove("metadata");
+        if resource.kind == "Pod" {
+            // Said above, and better.
+            fields.remove("status");
+        }
         fields.retain(|_, value| !is_empty(value));
         if resource.kind == "Secret" {
             for field in ["data", "stringData"] {

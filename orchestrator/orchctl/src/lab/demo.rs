@@ -58,8 +58,9 @@ pub(super) async fn run(lab: &Lab) -> anyhow::Result<()> {
     let port = node_port(&client).await?;
     wait_node_ports(&nodes, port).await?;
     through_node_port(&nodes, port, &pods).await?;
-    from_pod_to_pod(&client, &pods).await?;
-    go_on(lab, nodes.first().map(|node| SocketAddr::new(node.address, port)))
+    let staying: Vec<PodAt> = pods.into_iter().filter(|pod| !pod.leaving).collect();
+    from_pod_to_pod(&client, &staying).await?;
+    go_on(lab, &nodes, port)
 }
 
 /// Brings the example's image into the engine.
@@ -82,6 +83,8 @@ struct PodAt {
     name: String,
     node: String,
     ip: IpAddr,
+    /// Being deleted: it still answers for a moment.
+    leaving: bool,
 }
 
 async fn nodes(client: &Client) -> anyhow::Result<Vec<NodeAt>> {
@@ -100,18 +103,15 @@ async fn nodes(client: &Client) -> anyhow::Result<Vec<NodeAt>> {
 async fn pods(client: &Client) -> anyhow::Result<Vec<PodAt>> {
     let params = ListParams { label_selector: Some(SELECTOR.to_owned()), ..ListParams::default() };
     let pods = Api::<Pod>::namespaced(client.clone(), NAMESPACE).list(&params).await?.items;
-    let found = pods
-        .into_iter()
-        .filter(|pod| pod.metadata.deletion_timestamp.is_none())
-        .filter_map(|pod| {
-            let status = pod.status?;
-            let ready = status
-                .conditions?
-                .iter()
-                .any(|found| found.type_ == "Ready" && found.status == "True");
-            let ip = status.pod_ip?.parse().ok()?;
-            ready.then_some(PodAt { name: pod.metadata.name?, node: pod.spec?.node_name?, ip })
-        });
+    let found = pods.into_iter().filter_map(|pod| {
+        let status = pod.status?;
+        let ready =
+            status.conditions?.iter().any(|found| found.type_ == "Ready" && found.status == "True");
+        let leaving = pod.metadata.deletion_timestamp.is_some();
+        let ip = status.pod_ip?.parse().ok()?;
+        let node = pod.spec?.node_name?;
+        (ready || leaving).then_some(PodAt { name: pod.metadata.name?, node, ip, leaving })
+    });
     Ok(found.collect())
 }
 
@@ -265,14 +265,17 @@ fn body(answer: &str) -> anyhow::Result<&str> {
     Ok(body)
 }
 
-fn go_on(lab: &Lab, node_port: Option<SocketAddr>) -> anyhow::Result<()> {
+fn go_on(lab: &Lab, nodes: &[NodeAt], port: u16) -> anyhow::Result<()> {
     let own = std::env::current_exe().unwrap_or_else(|_| "orchctl".into());
     let own =
         std::env::current_dir().ok().and_then(|here| own.strip_prefix(here).ok()).unwrap_or(&own);
     let own = shown(own);
     let default = lab.dir == Path::new(super::DEFAULT_DIR);
     let orchctl = if default { own } else { format!("{own} --lab-dir {}", lab.dir.display()) };
-    let curl = node_port.map_or_else(String::new, |to| format!("  curl http://{to}/\n"));
+    let curl = nodes.first().map_or_else(String::new, |node| {
+        format!("  curl http://{}/\n", SocketAddr::new(node.address, port))
+    });
+    let last = nodes.last().map_or("node-1", |node| node.name.as_str());
     let end = if default { "make down".to_owned() } else { format!("{orchctl} lab down") };
     output::line(&format!(
         "
@@ -283,7 +286,7 @@ go on with:
   kubectl set image deployment/{NAME} {NAME}={NEXT_IMAGE}
 {curl}  {orchctl} status
   {orchctl} lab exec node-1 -- ip route
-  {orchctl} lab kill node-3; {orchctl} lab restart node-3
+  {orchctl} lab kill {last}; {orchctl} lab restart {last}
 and end it all with:
   {end}",
         lab.kubeconfig().display()
@@ -301,7 +304,12 @@ mod tests {
     use super::*;
 
     fn pod(name: &str, node: &str) -> PodAt {
-        PodAt { name: name.to_owned(), node: node.to_owned(), ip: IpAddr::from([10, 244, 1, 2]) }
+        PodAt {
+            name: name.to_owned(),
+            node: node.to_owned(),
+            ip: IpAddr::from([10, 244, 1, 2]),
+            leaving: false,
+        }
     }
 
     #[test]
