@@ -182,6 +182,10 @@ pub(crate) fn parse(method: &Method, path: &str, query: &Query) -> Option<Reques
     if core_namespaces && info.resource == "namespaces" {
         info.namespace.clone_from(&info.name);
     }
+    // A slash that was escaped would reach into other keys of the store.
+    if info.name.contains('/') || info.namespace.contains('/') {
+        return None;
+    }
     let collection = info.name.is_empty();
     info.verb = match *method {
         Method::GET | Method::HEAD
@@ -283,6 +287,14 @@ mod tests {
                 "{url}"
             );
         }
+    }
+
+    #[test]
+    fn an_escaped_slash_is_no_part_of_a_name() {
+        let parse = |path| parse(&Method::GET, path, &Query::default());
+        assert_eq!(parse("/api/v1/namespaces/a%2Fb/pods/c"), None);
+        assert_eq!(parse("/api/v1/namespaces/a/pods/..%2fb"), None);
+        assert!(parse("/api/v1/namespaces/a/pods/b%2Bc").is_some());
     }
 
     #[test]
