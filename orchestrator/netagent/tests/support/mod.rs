@@ -4,6 +4,7 @@
 pub mod api;
 pub mod netns;
 
+use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -11,12 +12,13 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+const PEER: &str = "unix://peer:0";
+
 /// A real etcd; killed when dropped. It lives in the network namespace of the thread that starts it.
 pub struct Etcd {
     child: Option<Child>,
     folder: TempDir,
     pub url: String,
-    peer: String,
     flags: Vec<String>,
 }
 
@@ -26,21 +28,42 @@ impl Etcd {
     }
 
     pub fn start_at(ip: Ipv4Addr) -> Self {
-        let port = |()| {
+        // A port that is free now may be taken by another test before etcd has it.
+        for _ in 0..5 {
             let socket = std::net::TcpListener::bind((ip, 0)).expect("a free port");
-            socket.local_addr().expect("bound").port()
+            let port = socket.local_addr().expect("bound").port();
+            drop(socket);
+            let mut etcd = Self::none();
+            etcd.url = format!("http://{ip}:{port}");
+            etcd.resume();
+            if etcd.serves() {
+                return etcd;
+            }
+        }
+        panic!("etcd does not serve");
+    }
+
+    /// Until it serves. One that is killed in the middle of its first start may never serve again.
+    fn serves(&mut self) -> bool {
+        let address = self.url.trim_start_matches("http://");
+        let healthy = || -> std::io::Result<bool> {
+            let mut stream = std::net::TcpStream::connect(address)?;
+            stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+            stream.write_all(b"GET /health HTTP/1.0\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(text.contains("\"true\""))
         };
-        let (client, peer) = (port(()), port(()));
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let mut etcd = Self {
-            child: None,
-            folder,
-            url: format!("http://{ip}:{client}"),
-            peer: format!("http://{ip}:{peer}"),
-            flags: Vec::new(),
-        };
-        etcd.resume();
-        etcd
+        let start = Instant::now();
+        while !healthy().unwrap_or(false) {
+            let child = self.child.as_mut().expect("started");
+            let ended = child.try_wait().expect("a child").is_some();
+            if ended || start.elapsed() > Duration::from_secs(10) {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        true
     }
 
     /// With the certificates of a cluster's PKI folder, as the server runs it.
@@ -62,15 +85,17 @@ impl Etcd {
     /// A place for one.
     pub fn none() -> Self {
         let folder = tempfile::tempdir().expect("temporary folder");
-        Self { child: None, folder, url: String::new(), peer: String::new(), flags: Vec::new() }
+        Self { child: None, folder, url: String::new(), flags: Vec::new() }
     }
 
     pub fn resume(&mut self) {
         let child = Command::new("etcd")
             .args(["--data-dir".as_ref(), self.folder.path().as_os_str()])
             .args(["--listen-client-urls", &self.url, "--advertise-client-urls", &self.url])
-            .args(["--listen-peer-urls", &self.peer, "--initial-advertise-peer-urls", &self.peer])
-            .args(["--initial-cluster", &format!("default={}", self.peer), "--unsafe-no-fsync"])
+            // A socket in its folder: no port to be taken by somebody else.
+            .current_dir(self.folder.path())
+            .args(["--listen-peer-urls", PEER, "--initial-advertise-peer-urls", PEER])
+            .args(["--initial-cluster", &format!("default={PEER}"), "--unsafe-no-fsync"])
             .args(&self.flags)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
