@@ -34,7 +34,9 @@ pub(crate) fn daemon(lab: &Lab, host: &str) -> Daemon {
 
 /// Starts the lab, or what of it does not run.
 pub(crate) async fn up(lab: &Lab) -> anyhow::Result<Client> {
+    // What can be refused is refused before anything is made.
     let programs = Programs::find()?;
+    net::check_underlay(lab)?;
     lab.save()?;
     start(lab, &programs).await.map_err(|error| match error.downcast_ref::<output::Hint>() {
         Some(_) => error,

@@ -9,13 +9,14 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use cni_netlink::{AddressOptions, Bridge, NetNs, Netlink, Route, VethPair};
 use ipnetwork::{IpNetwork, Ipv4Network};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 use super::layout::Lab;
+use crate::output;
 
 pub(super) const UNDERLAY: &str = "underlay";
 const UNDERLAY_BRIDGE: &str = "br0";
@@ -23,6 +24,28 @@ const UNDERLAY_BRIDGE: &str = "br0";
 const UPLINK: &str = "eth0";
 /// Ethernet's usual MTU, so that the overlay's is 1450 as on real hosts.
 const UNDERLAY_MTU: u32 = 1500;
+
+/// Whether the underlay's addresses are free on this machine, or the lab's own.
+pub(crate) fn check_underlay(lab: &Lab) -> anyhow::Result<()> {
+    let host = Netlink::open()?;
+    for link in host.links()?.into_iter().filter(|link| link.name != lab.host_link()) {
+        for taken in host.addresses(link.index)? {
+            if let IpNetwork::V4(taken) = taken
+                && taken.prefix() > 0
+                && taken.overlaps(lab.config.underlay)
+            {
+                return Err(output::hinted(
+                    "choose another network with --underlay",
+                    format!(
+                        "the underlay {} overlaps {taken} on {}",
+                        lab.config.underlay, link.name
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
 
 /// Makes the underlay namespace with its bridge and the machine's own leg.
 pub(crate) fn ensure_underlay(lab: &Lab) -> anyhow::Result<()> {
@@ -44,28 +67,9 @@ pub(crate) fn ensure_underlay(lab: &Lab) -> anyhow::Result<()> {
             Ok(())
         })
         .context("set up the underlay")?;
-    let host = Netlink::open()?;
-    let host_link = lab.host_link();
     let address = network(lab.address("host")?, lab.config.underlay)?;
-    if host.link(&host_link)?.is_none() {
-        for link in host.links()? {
-            for taken in host.addresses(link.index)? {
-                if let IpNetwork::V4(taken) = taken
-                    && taken.prefix() > 0
-                    && (taken.contains(lab.config.underlay.network())
-                        || lab.config.underlay.contains(taken.ip()))
-                {
-                    bail!(
-                        "the underlay {} overlaps {taken} on {}; choose another with --underlay",
-                        lab.config.underlay,
-                        link.name
-                    );
-                }
-            }
-        }
-    }
     let own = NetNs::current()?;
-    attach(lab, &netns, &own, "host", &host_link, address, None)
+    attach(lab, &netns, &own, "host", &lab.host_link(), address, None)
 }
 
 /// A host whose namespace is made here: the server.
