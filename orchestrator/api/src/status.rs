@@ -124,7 +124,8 @@ pub struct ApiError {
     pub code: u16,
     pub reason: &'static str,
     pub message: String,
-    pub details: Option<Value>,
+    /// Boxed, so that a `Result` with this error stays small.
+    pub details: Option<Box<Value>>,
     /// A token that continues a list whose own token has expired.
     pub continue_token: Option<String>,
 }
@@ -155,12 +156,12 @@ impl ApiError {
         if !group.is_empty() {
             details["group"] = json!(group);
         }
-        self.details = Some(details);
+        self.details = Some(Box::new(details));
         self
     }
 
     fn retry_after(mut self, seconds: u32) -> Self {
-        self.details.get_or_insert_with(|| json!({}))["retryAfterSeconds"] = json!(seconds);
+        self.details.get_or_insert_with(|| Box::new(json!({})))["retryAfterSeconds"] = json!(seconds);
         self
     }
 
@@ -366,7 +367,7 @@ impl ApiError {
             "code": self.code,
         });
         if let Some(details) = &self.details {
-            status["details"] = details.clone();
+            status["details"] = Value::clone(details);
         }
         if let Some(token) = &self.continue_token {
             status["metadata"]["continue"] = json!(token);

@@ -75,7 +75,7 @@ static GROUPS: LazyLock<Document> =
 /// `/api` and `/apis`.
 pub(crate) fn root(path: &str, headers: &HeaderMap, server: &str) -> Response<Body> {
     if wants_aggregated(headers) {
-        return if path == "/api" { &*CORE } else { &*GROUPS }.answer(headers, AGGREGATED);
+        return if path == "/api" { &CORE } else { &GROUPS }.answer(headers, AGGREGATED);
     }
     let value = if path == "/api" {
         json!({ "kind": "APIVersions", "versions": ["v1"],

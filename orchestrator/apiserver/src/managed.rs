@@ -351,7 +351,7 @@ fn conflict(conflicts: &[(Entry, Vec<String>)]) -> ApiError {
         .collect();
     let mut error = ApiError::conflict("", "", "", "");
     error.message = message;
-    error.details = Some(json!({ "causes": causes }));
+    error.details = Some(Box::new(json!({ "causes": causes })));
     error
 }
 

@@ -82,7 +82,8 @@ pub(crate) async fn scale(call: &Call<'_>, method: &Method) -> Result<Response<B
             return Err(ApiError::modified(resource.group, resource.plural, call.name));
         }
         let replicas = &wanted["spec"]["replicas"];
-        if !replicas.as_i64().is_some_and(|replicas| replicas >= 0) && !replicas.is_null() {
+        // Go leaves a zero out.
+        if replicas.as_i64().map_or(!replicas.is_null(), |replicas| replicas < 0) {
             let error = orch_api::FieldError::invalid(
                 "spec.replicas",
                 replicas,

@@ -116,7 +116,7 @@ fn bytes(value: &Value, field: &str, errors: &mut Vec<FieldError>) -> usize {
         .collect();
     let padding = text.iter().rev().take_while(|b| **b == b'=').count();
     let digits = &text[..text.len() - padding];
-    let good = text.len() % 4 == 0
+    let good = text.len().is_multiple_of(4)
         && padding <= 2
         && digits.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/'));
     if !good {
