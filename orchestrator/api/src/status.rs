@@ -161,7 +161,8 @@ impl ApiError {
     }
 
     fn retry_after(mut self, seconds: u32) -> Self {
-        self.details.get_or_insert_with(|| Box::new(json!({})))["retryAfterSeconds"] = json!(seconds);
+        self.details.get_or_insert_with(|| Box::new(json!({})))["retryAfterSeconds"] =
+            json!(seconds);
         self
     }
 

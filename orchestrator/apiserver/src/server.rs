@@ -15,7 +15,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use ipnetwork::Ipv4Network;
 use orch_api::ApiError;
-use orch_client::{Body, Client, Error as ClientError, Transport};
+use orch_client::{Body, Client, Error as ClientError, Transport, empty_body};
 use orch_store::cache::Feed;
 use orch_store::{Store, compaction};
 use rustls::RootCertStore;
@@ -305,7 +305,13 @@ async fn from_wire(
         .get(header::ACCEPT_ENCODING)
         .and_then(|value| value.to_str().ok())
         .is_some_and(|value| value.contains("gzip"));
-    let response = handle(shared, &user, Request::from_parts(parts, bytes), upgrade).await;
+    let head = parts.method == Method::HEAD;
+    let mut response = handle(shared, &user, Request::from_parts(parts, bytes), upgrade).await;
+    if head {
+        // HTTP/2 takes a body here for a broken protocol (RFC 9110 §9.3.2).
+        *response.body_mut() = empty_body();
+        return response;
+    }
     crate::compress::large(response, accepts_gzip).await
 }
 
