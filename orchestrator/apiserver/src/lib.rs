@@ -3,7 +3,7 @@
 //! One generic REST store serves every kind. What kinds there are is data (`resources`, the type table, and the
 //! facts of `orch-facts`); what differs between them is in `strategy`, `admission` and `services`. The way of a
 //! request: `server` (TLS, user) → `request` (what is asked for) → `auth` (may they) → `read`, `watch`, `write`,
-//! `subresources` or `proxy` → `respond`, `table`.
+//! `subresources` or `proxy` → `respond`, `table`. Who owns which field after a write is `managed`.
 //!
 //! Reads come from the watch cache as bytes; nothing is parsed that need not be. Writes are compare-and-swap
 //! transactions on the store.

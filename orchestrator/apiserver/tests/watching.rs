@@ -4,6 +4,7 @@ mod support;
 
 use std::collections::BTreeMap;
 
+use orch_store::Store as _;
 use serde_json::{Value, json};
 use support::{Cluster, Watch, config_map, delete, get, merge, post, version};
 
@@ -244,4 +245,7 @@ async fn both_forms_of_events_are_one_object() {
     assert_eq!(list["items"][0]["message"], "text");
     let (_, list) = get(client, &format!("{newer}?fieldSelector=regarding.name%3Dp")).await;
     assert_eq!((&list["apiVersion"], names(&list)), (&json!("events.k8s.io/v1"), vec!["e"]));
+    let key = "/registry/core/events/default/e";
+    let (kept, _) = cluster.store().await.get(key).await.expect("etcd answers");
+    assert_ne!(kept.expect("the event").lease, 0, "events do not stay for ever");
 }

@@ -147,7 +147,7 @@ impl Cluster {
         store.compact(now).await.expect("compaction");
     }
 
-    async fn store(&self) -> EtcdStore {
+    pub async fn store(&self) -> EtcdStore {
         EtcdStore::connect(EtcdConfig {
             endpoints: self.etcd.client_urls.clone(),
             ..EtcdConfig::default()
