@@ -86,7 +86,9 @@ impl EndpointSlices {
                 ..DeleteParams::default()
             };
             let api = self.cx.api::<Endpoints>(ns);
-            gone_is_fine(api.delete(service, &params)).await.step(|| "delete the endpoints".to_owned())?;
+            gone_is_fine(api.delete(service, &params))
+                .await
+                .step(|| "delete the endpoints".to_owned())?;
         }
         Ok(())
     }

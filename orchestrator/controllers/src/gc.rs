@@ -92,7 +92,9 @@ impl Collector {
         left.retain(|one| one != finalizer);
         let patch = json!({ "metadata": { "uid": uid(meta), "finalizers": left,
                                           "resourceVersion": meta.resource_version } });
-        gone_is_fine(self.kinds.patch(kind, meta, patch)).await.step(|| format!("let {} go", name(meta)))
+        gone_is_fine(self.kinds.patch(kind, meta, patch))
+            .await
+            .step(|| format!("let {} go", name(meta)))
     }
 
     async fn orphan(&self, kind: usize, meta: &ObjectMeta) -> Result<(), Failure> {

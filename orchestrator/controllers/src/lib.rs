@@ -19,6 +19,8 @@ mod node_lifecycle;
 mod options;
 mod pod_gc;
 mod replicaset;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -275,11 +275,28 @@ impl State {
         json!({ "metadata": { "resourceVersion": self.revision.to_string() }, "items": items })
     }
 
+    /// Whether the namespace of a new object is on its way out; one that does not exist is no obstacle.
+    fn is_terminating(&self, target: &Target) -> bool {
+        let namespace = Target {
+            base: "/api/v1".to_owned(),
+            plural: "namespaces".to_owned(),
+            namespace: None,
+            name: target.namespace.clone(),
+            subresource: None,
+        };
+        let found = self.objects.get(&namespace);
+        found.is_some_and(|found| found["metadata"]["deletionTimestamp"].is_string())
+    }
+
     fn create(
         &mut self,
         target: &Target,
         mut object: Value,
     ) -> Result<(StatusCode, Value), Refusal> {
+        if self.is_terminating(target) {
+            let message = "the namespace is being terminated".to_owned();
+            return refuse(StatusCode::FORBIDDEN, "Forbidden", message);
+        }
         let meta = &object["metadata"];
         let name = match meta["name"].as_str() {
             Some(name) => name.to_owned(),

@@ -78,7 +78,10 @@ impl Cluster {
     }
 
     /// The Services' selectors that match a pod.
-    pub(crate) fn selecting_services<'a>(&'a self, pod: &'a PodInfo) -> impl Iterator<Item = &'a Selector> {
+    pub(crate) fn selecting_services<'a>(
+        &'a self,
+        pod: &'a PodInfo,
+    ) -> impl Iterator<Item = &'a Selector> {
         let services = self.services.get(&pod.namespace).into_iter().flat_map(BTreeMap::values);
         services.filter(|selector| selector.matches(&pod.labels))
     }
@@ -196,7 +199,10 @@ impl Cluster {
     pub fn set_service(&mut self, namespace: &str, name: &str, selector: Option<Selector>) {
         match selector {
             Some(selector) => {
-                self.services.entry(namespace.to_owned()).or_default().insert(name.to_owned(), selector);
+                self.services
+                    .entry(namespace.to_owned())
+                    .or_default()
+                    .insert(name.to_owned(), selector);
             }
             None => {
                 if let Some(services) = self.services.get_mut(namespace) {

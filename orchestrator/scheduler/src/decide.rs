@@ -121,8 +121,12 @@ fn named_nodes(pod: &PodInfo) -> Option<Vec<&String>> {
 
 fn best<'a>(nodes: &[&'a NodeInfo], scores: &[i64], dice: &mut impl Rng) -> &'a NodeInfo {
     let highest = scores.iter().copied().max().unwrap_or_default();
-    let top: Vec<&NodeInfo> =
-        nodes.iter().zip(scores).filter(|(_, score)| **score == highest).map(|(node, _)| *node).collect();
+    let top: Vec<&NodeInfo> = nodes
+        .iter()
+        .zip(scores)
+        .filter(|(_, score)| **score == highest)
+        .map(|(node, _)| *node)
+        .collect();
     top[dice.random_range(0..top.len())]
 }
 

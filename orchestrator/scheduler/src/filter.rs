@@ -14,7 +14,7 @@ mod node;
 mod resources;
 mod spread;
 
-pub(crate) use node::{has_required_affinity, hard_taint};
+pub(crate) use node::{hard_taint, has_required_affinity};
 pub(crate) use spread::{counted, includes};
 
 /// The plugins that can reject a pod.

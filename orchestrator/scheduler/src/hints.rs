@@ -10,7 +10,12 @@ use crate::terms::AffinityTerm;
 const BY_OTHER_PODS: &[Plugin] = &[Plugin::PodTopologySpread, Plugin::InterPodAffinity];
 
 /// A node came, or changed in a way that placement depends on. `relabelled`: its labels are new.
-pub(crate) fn node_changed(node: &NodeInfo, relabelled: bool, pod: &PodInfo, rejected_by: Plugins) -> bool {
+pub(crate) fn node_changed(
+    node: &NodeInfo,
+    relabelled: bool,
+    pod: &PodInfo,
+    rejected_by: Plugins,
+) -> bool {
     // New labels move the borders between topology domains, also for other nodes.
     (relabelled && rejected_by.any(BY_OTHER_PODS)) || fits_alone(pod, node)
 }
@@ -21,7 +26,12 @@ pub(crate) fn node_removed(rejected_by: Plugins) -> bool {
 }
 
 /// A pod came to a node, or changed there.
-pub(crate) fn pod_added(cluster: &Cluster, other: &PodInfo, pod: &PodInfo, rejected_by: Plugins) -> bool {
+pub(crate) fn pod_added(
+    cluster: &Cluster,
+    other: &PodInfo,
+    pod: &PodInfo,
+    rejected_by: Plugins,
+) -> bool {
     (rejected_by.contains(Plugin::InterPodAffinity) && any_matches(cluster, &pod.affinity, other))
         || (rejected_by.contains(Plugin::PodTopologySpread) && spreads_with(pod, other))
 }

@@ -129,7 +129,8 @@ impl PodInfo {
                 .flatten()
                 .map(|constraint| SpreadConstraint::parse(constraint, &labels))
                 .collect(),
-            owner: orch_api::meta::controller_of(&pod.metadata).map(|owner| owner.uid.as_str().into()),
+            owner: orch_api::meta::controller_of(&pod.metadata)
+                .map(|owner| owner.uid.as_str().into()),
             images: containers(spec)
                 .filter_map(|container| container.image.as_deref().map(normalized_image))
                 .collect(),
@@ -174,7 +175,8 @@ fn host_ports(spec: &PodSpec) -> Vec<HostPort> {
         .iter()
         .flatten()
         .filter(|container| container.restart_policy.as_deref() == Some("Always"));
-    let ports = sidecars.chain(&spec.containers).flat_map(|container| container.ports.iter().flatten());
+    let ports =
+        sidecars.chain(&spec.containers).flat_map(|container| container.ports.iter().flatten());
     ports
         .filter_map(|port| {
             let number = port.host_port.filter(|number| *number > 0)?;

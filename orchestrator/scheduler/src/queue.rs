@@ -21,10 +21,17 @@ const LEFTOVER_AFTER: Duration = Duration::from_secs(5 * 60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
-    Active { turn: u64 },
+    Active {
+        turn: u64,
+    },
     /// `strict` pods wait their time out even when nothing else is to do.
-    BackingOff { until: Instant, strict: bool },
-    Unschedulable { since: Instant },
+    BackingOff {
+        until: Instant,
+        strict: bool,
+    },
+    Unschedulable {
+        since: Instant,
+    },
     Gated,
     /// Handed out by [`Queue::pop`].
     InHand,
@@ -196,7 +203,9 @@ impl Queue {
         let woken: Vec<Uid> = self
             .unschedulable
             .iter()
-            .filter(|(_, uid)| entries.get(uid).is_some_and(|entry| helps(&entry.pod, entry.rejected_by)))
+            .filter(|(_, uid)| {
+                entries.get(uid).is_some_and(|entry| helps(&entry.pod, entry.rejected_by))
+            })
             .map(|(_, uid)| uid.clone())
             .collect();
         for uid in woken {

@@ -42,8 +42,7 @@ fn condition_patch(pod: &Pod, why: &Unscheduled, now: jiff::Timestamp) -> Option
     if told {
         return None;
     }
-    let mut condition =
-        json!({ "type": "PodScheduled", "status": "False", "reason": why.reason, "message": why.message });
+    let mut condition = json!({ "type": "PodScheduled", "status": "False", "reason": why.reason, "message": why.message });
     if current.is_none_or(|condition| condition.status != "False") {
         condition["lastTransitionTime"] = json!(now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string());
     }
@@ -55,9 +54,17 @@ fn condition_patch(pod: &Pod, why: &Unscheduled, now: jiff::Timestamp) -> Option
 }
 
 /// Writes the condition, unless the pod is bound or gone by now.
-pub(crate) async fn set_unscheduled(client: Client, pod: std::sync::Arc<PodInfo>, why: Unscheduled) {
+pub(crate) async fn set_unscheduled(
+    client: Client,
+    pod: std::sync::Arc<PodInfo>,
+    why: Unscheduled,
+) {
     if let Err(error) = write_condition(client, &pod, &why).await {
-        warn!(pod = pod.key(), error = &error as &dyn std::error::Error, "write the PodScheduled condition");
+        warn!(
+            pod = pod.key(),
+            error = &error as &dyn std::error::Error,
+            "write the PodScheduled condition"
+        );
     }
 }
 
@@ -65,7 +72,9 @@ async fn write_condition(client: Client, pod: &PodInfo, why: &Unscheduled) -> Re
     let api: Api<Pod> = Api::namespaced(client, &pod.namespace);
     let mut current = Pod::clone(&pod.pod);
     for _ in 0..CONFLICT_RETRIES {
-        let Some(patch) = condition_patch(&current, why, jiff::Timestamp::now()) else { return Ok(()) };
+        let Some(patch) = condition_patch(&current, why, jiff::Timestamp::now()) else {
+            return Ok(());
+        };
         match api.patch_status(pod.name(), &Patch::Strategic(patch)).await {
             Ok(_) => return Ok(()),
             Err(error) if error.is_not_found() => return Ok(()),

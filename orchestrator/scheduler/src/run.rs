@@ -64,7 +64,12 @@ pub async fn run(client: Client, options: Options, cancel: CancellationToken) ->
     let (mut nodes, mut pods) = (node_cache.subscribe(), pod_cache.subscribe());
     let (mut namespaces, mut services) = (namespace_cache.subscribe(), service_cache.subscribe());
     let synced = async {
-        tokio::join!(node_cache.synced(), pod_cache.synced(), namespace_cache.synced(), service_cache.synced());
+        tokio::join!(
+            node_cache.synced(),
+            pod_cache.synced(),
+            namespace_cache.synced(),
+            service_cache.synced()
+        );
     };
     tokio::select! {
         () = synced => {}
@@ -142,7 +147,10 @@ pub async fn run(client: Client, options: Options, cancel: CancellationToken) ->
             () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {}
         }
     }
-    if tokio::time::timeout(GRACE, async { while tasks.join_next().await.is_some() {} }).await.is_err() {
+    if tokio::time::timeout(GRACE, async { while tasks.join_next().await.is_some() {} })
+        .await
+        .is_err()
+    {
         warn!(tasks = tasks.len(), "the scheduler stops with requests under way");
     }
     Ok(())
@@ -156,7 +164,8 @@ fn pod_changed(
     tasks: &mut JoinSet<Done>,
 ) {
     state.pod_changed(old, new);
-    let waiting = new.and_then(|pod| state.queue().get(pod.metadata.uid.as_deref().unwrap_or_default()));
+    let waiting =
+        new.and_then(|pod| state.queue().get(pod.metadata.uid.as_deref().unwrap_or_default()));
     if let Some(pod) = waiting.filter(|pod| pod.gates().next().is_some()) {
         let message = "Scheduling is blocked due to non-empty scheduling gates".to_owned();
         report_unscheduled(tasks, client, pod.clone(), "SchedulingGated", message);
@@ -205,7 +214,13 @@ fn finish(
             // A pod that is gone or bound by somebody else is no error; its cache says so soon.
             if !error.is_not_found() && !error.is_conflict() {
                 warn!(pod = pod.key(), error = &error as &dyn std::error::Error, "bind the pod");
-                report_unscheduled(tasks, client, pod, "SchedulerError", format!("binding rejected: {error}"));
+                report_unscheduled(
+                    tasks,
+                    client,
+                    pod,
+                    "SchedulerError",
+                    format!("binding rejected: {error}"),
+                );
             }
         }
     }

@@ -91,7 +91,8 @@ impl State {
         let terminating = pod::is_terminating(pod);
         if let Some((before_node, before)) = before {
             let was_terminating = pod::is_terminating(&before.pod);
-            if before_node == node && terminating == was_terminating && before.schedules_like(&info) {
+            if before_node == node && terminating == was_terminating && before.schedules_like(&info)
+            {
                 return;
             }
             self.wake_after_removal(&before_node, &before);
@@ -102,7 +103,11 @@ impl State {
 
     fn pod_waiting(&mut self, pod: &Arc<Pod>) {
         let uid = pod.metadata.uid.as_deref().unwrap_or_default();
-        let name = pod.spec.as_ref().and_then(|spec| spec.scheduler_name.as_deref()).unwrap_or("default-scheduler");
+        let name = pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.scheduler_name.as_deref())
+            .unwrap_or("default-scheduler");
         if pod::is_terminating(pod) || name != self.scheduler_name {
             self.queue.remove(uid);
             if !self.cluster.is_assumed(uid) {
@@ -114,7 +119,9 @@ impl State {
     }
 
     fn leave_node(&mut self, uid: &str) {
-        let Some((node, pod)) = self.cluster.pod(uid).map(|(node, pod)| (node.to_owned(), pod.clone())) else {
+        let Some((node, pod)) =
+            self.cluster.pod(uid).map(|(node, pod)| (node.to_owned(), pod.clone()))
+        else {
             return;
         };
         self.cluster.remove_pod(uid);
@@ -123,7 +130,8 @@ impl State {
 
     fn wake_after_removal(&mut self, node: &str, gone: &PodInfo) {
         let (cluster, node) = (&self.cluster, self.cluster.node(node));
-        self.queue.wake(|pod, rejected_by| hints::pod_removed(cluster, node, gone, pod, rejected_by));
+        self.queue
+            .wake(|pod, rejected_by| hints::pod_removed(cluster, node, gone, pod, rejected_by));
     }
 
     /// A node came, changed, or went.
@@ -151,7 +159,11 @@ impl State {
     }
 
     /// A namespace came, changed, or went.
-    pub fn namespace_changed(&mut self, old: Option<&Arc<Namespace>>, new: Option<&Arc<Namespace>>) {
+    pub fn namespace_changed(
+        &mut self,
+        old: Option<&Arc<Namespace>>,
+        new: Option<&Arc<Namespace>>,
+    ) {
         let Some(namespace) = new.or(old) else { return };
         let labels = new.map(|namespace| namespace.metadata.labels.clone().unwrap_or_default());
         self.cluster.set_namespace(namespace.metadata.name.as_deref().unwrap_or_default(), labels);
@@ -173,13 +185,15 @@ impl State {
     /// Gives the next pod its turn, if one is due.
     pub fn attempt(&mut self, now: Instant) -> Option<Attempt> {
         let pod = self.queue.pop(now)?;
-        let decision = decide(&self.cluster, &pod, &mut self.start, &mut self.dice).map(str::to_owned);
+        let decision =
+            decide(&self.cluster, &pod, &mut self.start, &mut self.dice).map(str::to_owned);
         Some(match decision {
             Ok(node) => {
                 self.cluster.assume(&node, &pod);
                 // It may be what another pod waits for, now and not only once the API server has confirmed.
                 let cluster = &self.cluster;
-                self.queue.wake(|other, rejected_by| hints::pod_added(cluster, &pod, other, rejected_by));
+                self.queue
+                    .wake(|other, rejected_by| hints::pod_added(cluster, &pod, other, rejected_by));
                 Attempt::Bind { pod, node }
             }
             Err(why) => {

@@ -102,7 +102,12 @@ impl AffinityTerm {
     }
 
     /// Whether a pod with these labels, in this namespace, is one the term speaks of.
-    pub(crate) fn matches(&self, namespace: &str, namespace_labels: &Labels, labels: &Labels) -> bool {
+    pub(crate) fn matches(
+        &self,
+        namespace: &str,
+        namespace_labels: &Labels,
+        labels: &Labels,
+    ) -> bool {
         (self.namespaces.iter().any(|name| name == namespace)
             || self.namespace_selector.matches(namespace_labels))
             && self.selector.matches(labels)

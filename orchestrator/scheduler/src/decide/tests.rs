@@ -13,11 +13,18 @@ use crate::testing::{cluster, node, place, pod, requesting};
 fn the_message_counts_nodes_by_reason_and_sorts_the_texts() {
     let nodes = [
         node("a", json!({ "status": { "allocatable": { "cpu": "1" } } })),
-        node("b", json!({ "spec": { "taints": [{ "key": "k", "value": "v", "effect": "NoSchedule" }] } })),
-        node("c", json!({ "spec": { "taints": [{ "key": "k", "value": "v", "effect": "NoSchedule" }] } })),
+        node(
+            "b",
+            json!({ "spec": { "taints": [{ "key": "k", "value": "v", "effect": "NoSchedule" }] } }),
+        ),
+        node(
+            "c",
+            json!({ "spec": { "taints": [{ "key": "k", "value": "v", "effect": "NoSchedule" }] } }),
+        ),
         node("d", json!({ "spec": { "unschedulable": true } })),
     ];
-    let message = place(&cluster(&nodes, &[]), &pod("new", requesting(json!({ "cpu": "2" })))).expect_err("no fit");
+    let message = place(&cluster(&nodes, &[]), &pod("new", requesting(json!({ "cpu": "2" }))))
+        .expect_err("no fit");
     assert_eq!(
         message,
         "0/4 nodes are available: 1 Insufficient cpu, 1 node(s) were unschedulable, 2 node(s) had untolerated taint \
@@ -39,7 +46,11 @@ fn a_pod_that_names_its_node_goes_there_and_is_refused_in_full_when_it_cannot() 
             } } } } }),
         )
     };
-    let nodes = [node("a", json!({})), node("b", json!({})), node("c", json!({ "spec": { "unschedulable": true } }))];
+    let nodes = [
+        node("a", json!({})),
+        node("b", json!({})),
+        node("c", json!({ "spec": { "unschedulable": true } })),
+    ];
     let cluster = cluster(&nodes, &[]);
     assert_eq!(place(&cluster, &named("b")), Ok("b".to_owned()));
     assert_eq!(
@@ -50,7 +61,8 @@ fn a_pod_that_names_its_node_goes_there_and_is_refused_in_full_when_it_cannot() 
 
 #[test]
 fn a_removed_node_takes_no_pods_even_while_some_are_left_on_it() {
-    let mut cluster = cluster(&[node("a", json!({})), node("b", json!({}))], &[("a", pod("old", json!({})))]);
+    let mut cluster =
+        cluster(&[node("a", json!({})), node("b", json!({}))], &[("a", pod("old", json!({})))]);
     cluster.remove_node("a");
     assert_eq!(cluster.node_count(), 1);
     assert_eq!(place(&cluster, &pod("new", json!({}))), Ok("b".to_owned()));
@@ -97,13 +109,20 @@ struct Wish {
 
 fn wish() -> impl Strategy<Value = Wish> {
     let away = proptest::option::weighted(0.3, (0..4_u8, any::<bool>()));
-    (0..1500_i64, 0..3000_i64, 0..4_u8, away, proptest::option::weighted(0.2, 8000..8003_u16)).prop_map(
-        |(milli_cpu, memory_mib, app, away_from, port)| Wish { milli_cpu, memory_mib, app, away_from, port },
-    )
+    (0..1500_i64, 0..3000_i64, 0..4_u8, away, proptest::option::weighted(0.2, 8000..8003_u16))
+        .prop_map(|(milli_cpu, memory_mib, app, away_from, port)| Wish {
+            milli_cpu,
+            memory_mib,
+            app,
+            away_from,
+            port,
+        })
 }
 
 fn wished(index: usize, wish: &Wish) -> Arc<PodInfo> {
-    let mut spec = requesting(json!({ "cpu": format!("{}m", wish.milli_cpu), "memory": format!("{}Mi", wish.memory_mib) }));
+    let mut spec = requesting(
+        json!({ "cpu": format!("{}m", wish.milli_cpu), "memory": format!("{}Mi", wish.memory_mib) }),
+    );
     spec["metadata"] = json!({ "labels": { "app": wish.app.to_string() } });
     if let Some(port) = wish.port {
         spec["spec"]["containers"][0]["ports"] = json!([{ "containerPort": 80, "hostPort": port }]);

@@ -64,7 +64,10 @@ pub(crate) fn has_required_affinity(pod: &PodInfo, node: &NodeInfo) -> bool {
 }
 
 pub(super) fn affinity(cycle: &Cycle<'_>, node: &NodeInfo) -> Result<(), Reasons> {
-    verdict(has_required_affinity(cycle.pod, node), "node(s) didn't match Pod's node affinity/selector")
+    verdict(
+        has_required_affinity(cycle.pod, node),
+        "node(s) didn't match Pod's node affinity/selector",
+    )
 }
 
 pub(super) fn has_free_ports(pod: &PodInfo, node: &NodeInfo) -> bool {
@@ -72,5 +75,8 @@ pub(super) fn has_free_ports(pod: &PodInfo, node: &NodeInfo) -> bool {
 }
 
 pub(super) fn ports(cycle: &Cycle<'_>, node: &NodeInfo) -> Result<(), Reasons> {
-    verdict(has_free_ports(cycle.pod, node), "node(s) didn't have free ports for the requested pod ports")
+    verdict(
+        has_free_ports(cycle.pod, node),
+        "node(s) didn't have free ports for the requested pod ports",
+    )
 }

@@ -23,7 +23,9 @@ pub(super) fn shortages(pod: &PodInfo, node: &NodeInfo) -> Reasons {
         reasons.push("Insufficient ephemeral-storage".into());
     }
     for (name, want) in &want.extended {
-        let of = |map: &std::collections::BTreeMap<String, i64>| map.get(name).copied().unwrap_or_default();
+        let of = |map: &std::collections::BTreeMap<String, i64>| {
+            map.get(name).copied().unwrap_or_default()
+        };
         if short(*want, of(&used.extended), of(&have.extended)) {
             reasons.push(format!("Insufficient {name}").into());
         }

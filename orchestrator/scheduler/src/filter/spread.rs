@@ -37,7 +37,8 @@ pub(crate) fn includes(constraint: &SpreadConstraint, pod: &PodInfo, node: &Node
 }
 
 pub(super) fn count<'a>(cluster: &'a Cluster, pod: &'a PodInfo) -> Counts<'a> {
-    let hard: Vec<&SpreadConstraint> = pod.spread.iter().filter(|constraint| constraint.hard).collect();
+    let hard: Vec<&SpreadConstraint> =
+        pod.spread.iter().filter(|constraint| constraint.hard).collect();
     let domains = hard.iter().map(|constraint| {
         let mut pods: HashMap<&str, i64> = HashMap::new();
         for node in cluster.nodes() {
@@ -64,11 +65,13 @@ pub(super) fn filter(cycle: &Cycle<'_>, node: &NodeInfo) -> Result<(), Reasons> 
     for domains in &cycle.spread.0 {
         let Some(value) = node.labels.get(&domains.constraint.topology_key) else {
             return Err(vec![
-                "node(s) didn't match pod topology spread constraints (missing required label)".into(),
+                "node(s) didn't match pod topology spread constraints (missing required label)"
+                    .into(),
             ]);
         };
         let here = domains.pods.get(value.as_str()).copied().unwrap_or_default();
-        if here + i64::from(domains.includes_itself) - domains.fewest > domains.constraint.max_skew {
+        if here + i64::from(domains.includes_itself) - domains.fewest > domains.constraint.max_skew
+        {
             return Err(vec!["node(s) didn't match pod topology spread constraints".into()]);
         }
     }

@@ -37,10 +37,18 @@ fn taints_by_table() {
         ("NoExecute", json!({ "key": "gpu", "value": "no" }), refused),
         ("NoExecute", json!({ "key": "gpu", "value": "yes" }), ""),
         ("NoSchedule", json!({ "operator": "Exists" }), ""),
-        ("NoSchedule", json!({ "key": "gpu", "operator": "Exists", "effect": "NoExecute" }), refused),
+        (
+            "NoSchedule",
+            json!({ "key": "gpu", "operator": "Exists", "effect": "NoExecute" }),
+            refused,
+        ),
         ("PreferNoSchedule", json!({ "key": "other" }), ""),
     ] {
-        assert_eq!(alone(taint(effect), tolerating(toleration.clone())), expected, "{effect} {toleration}");
+        assert_eq!(
+            alone(taint(effect), tolerating(toleration.clone())),
+            expected,
+            "{effect} {toleration}"
+        );
     }
 }
 
@@ -55,7 +63,10 @@ fn node_affinity_by_table() {
         term(json!([{ "key": key, "operator": operator, "values": values }]), json!([]))
     };
     let name = |operator: &str, value: &str| {
-        term(json!([]), json!([{ "key": "metadata.name", "operator": operator, "values": [value] }]))
+        term(
+            json!([]),
+            json!([{ "key": "metadata.name", "operator": operator, "values": [value] }]),
+        )
     };
     for (pod, fits) in [
         (json!({ "spec": { "nodeSelector": { "disk": "ssd" } } }), true),
@@ -83,7 +94,8 @@ fn node_affinity_by_table() {
 #[test]
 fn host_ports_conflict_by_port_protocol_and_overlapping_address() {
     let with = |name: &str, ip: &str, port: i32, protocol: &str| {
-        let ports = json!([{ "containerPort": 80, "hostPort": port, "hostIP": ip, "protocol": protocol }]);
+        let ports =
+            json!([{ "containerPort": 80, "hostPort": port, "hostIP": ip, "protocol": protocol }]);
         pod(name, json!({ "spec": { "containers": [{ "name": "c", "ports": ports }] } }))
     };
     let taken = with("old", "127.0.0.1", 80, "TCP");
@@ -96,8 +108,13 @@ fn host_ports_conflict_by_port_protocol_and_overlapping_address() {
         ("", 81, "TCP", true),
         ("", 80, "UDP", true),
     ] {
-        let expected = if fits { "" } else { "node(s) didn't have free ports for the requested pod ports" };
-        assert_eq!(verdict(&cluster, &with("new", ip, port, protocol), "a"), expected, "{ip}:{port}/{protocol}");
+        let expected =
+            if fits { "" } else { "node(s) didn't have free ports for the requested pod ports" };
+        assert_eq!(
+            verdict(&cluster, &with("new", ip, port, protocol), "a"),
+            expected,
+            "{ip}:{port}/{protocol}"
+        );
     }
 }
 
@@ -117,13 +134,19 @@ fn resources_by_table() {
         (json!({ "example.com/gpu": "2" }), "Insufficient example.com/gpu"),
         (json!({ "example.com/none": "1" }), "Insufficient example.com/none"),
     ] {
-        assert_eq!(verdict(&cluster, &pod("new", requesting(requests.clone())), "a"), expected, "{requests}");
+        assert_eq!(
+            verdict(&cluster, &pod("new", requesting(requests.clone())), "a"),
+            expected,
+            "{requests}"
+        );
     }
 }
 
 #[test]
 fn a_full_node_takes_no_more_pods_and_an_overcommitted_one_only_pods_that_request_nothing() {
-    let small = |pods: &str| node("a", json!({ "status": { "allocatable": { "cpu": "1", "pods": pods } } }));
+    let small = |pods: &str| {
+        node("a", json!({ "status": { "allocatable": { "cpu": "1", "pods": pods } } }))
+    };
     let used = || vec![("a", pod("old", requesting(json!({ "cpu": "2" }))))];
     let new = pod("new", json!({}));
     assert_eq!(verdict(&cluster(&[small("1")], &used()), &new, "a"), "Too many pods");
@@ -175,13 +198,19 @@ fn anti_affinity_holds_in_both_directions() {
     let nodes = [node("a1", json!({})), node("a2", json!({})), node("b1", json!({}))];
     let away_from_web = with_affinity("new", "db", "podAntiAffinity", term(ZONE, "web"));
     let with_web = cluster(&nodes, &[("a1", app("old", "web"))]);
-    assert_eq!(verdict(&with_web, &away_from_web, "a2"), "node(s) didn't match pod anti-affinity rules");
+    assert_eq!(
+        verdict(&with_web, &away_from_web, "a2"),
+        "node(s) didn't match pod anti-affinity rules"
+    );
     assert_eq!(verdict(&with_web, &away_from_web, "b1"), "");
 
     let hermit = with_affinity("old", "db", "podAntiAffinity", term(HOST, "web"));
     let with_hermit = cluster(&nodes, &[("a1", hermit)]);
     let web = app("new", "web");
-    assert_eq!(verdict(&with_hermit, &web, "a1"), "node(s) didn't satisfy existing pods anti-affinity rules");
+    assert_eq!(
+        verdict(&with_hermit, &web, "a1"),
+        "node(s) didn't satisfy existing pods anti-affinity rules"
+    );
     assert_eq!(verdict(&with_hermit, &web, "a2"), "");
 }
 
@@ -247,7 +276,10 @@ fn topology_spread_keeps_the_skew() {
     assert_eq!(verdict(&cluster, &pod, "b1"), "");
     assert_eq!(verdict(&cluster, &pod, "c1"), format!("{refused} (missing required label)"));
     assert_eq!(verdict(&cluster, &spread(json!({ "maxSkew": 2 })), "a2"), "");
-    assert_eq!(verdict(&cluster, &spread(json!({ "whenUnsatisfiable": "ScheduleAnyway" })), "a2"), "");
+    assert_eq!(
+        verdict(&cluster, &spread(json!({ "whenUnsatisfiable": "ScheduleAnyway" })), "a2"),
+        ""
+    );
     // With fewer domains than asked for, the emptiest counts as 0.
     assert_eq!(verdict(&cluster, &spread(json!({ "minDomains": 3, "maxSkew": 1 })), "b1"), "");
 }

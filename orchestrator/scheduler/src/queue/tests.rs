@@ -85,7 +85,10 @@ async fn a_status_change_wakes_nobody_but_a_changed_spec_does() {
     queue.unschedulable("a", fit(), now);
     queue.set(pod("a", json!({ "spec": { "priority": 0 }, "status": { "phase": "Pending" } })));
     assert_eq!(next(&mut queue, now), None);
-    queue.set(pod("a", json!({ "spec": { "priority": 0, "tolerations": [{ "operator": "Exists" }] } })));
+    queue.set(pod(
+        "a",
+        json!({ "spec": { "priority": 0, "tolerations": [{ "operator": "Exists" }] } }),
+    ));
     assert_eq!(next(&mut queue, now).as_deref(), Some("a"));
 }
 

@@ -21,7 +21,8 @@ pub(super) fn score(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<Scores> {
     for node in cluster.opinionated_nodes() {
         for existing in node.opinionated.values() {
             let required = existing.affinity.iter().map(|term| (HARD_AFFINITY_WEIGHT, term));
-            let preferred = existing.preferred_affinity.iter().map(|(weight, term)| (*weight, term));
+            let preferred =
+                existing.preferred_affinity.iter().map(|(weight, term)| (*weight, term));
             for (weight, term) in required.chain(preferred) {
                 if term.matches(&pod.namespace, own_labels, &pod.labels)
                     && let Some(value) = node.labels.get(&term.topology_key)
@@ -35,7 +36,8 @@ pub(super) fn score(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<Scores> {
         for node in cluster.nodes() {
             for (weight, term) in &pod.preferred_affinity {
                 if let Some(value) = node.labels.get(&term.topology_key) {
-                    let matching = node.pods.values().filter(|existing| speaks_of(cycle, term, existing));
+                    let matching =
+                        node.pods.values().filter(|existing| speaks_of(cycle, term, existing));
                     let count = i64::try_from(matching.count()).unwrap_or(i64::MAX);
                     *pairs.entry((&term.topology_key, value)).or_default() += weight * count;
                 }
@@ -46,7 +48,9 @@ pub(super) fn score(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<Scores> {
         return None;
     }
     let sum = |node: &&NodeInfo| -> i64 {
-        let here = pairs.iter().filter(|((key, value), _)| node.labels.get(*key).is_some_and(|own| own == value));
+        let here = pairs
+            .iter()
+            .filter(|((key, value), _)| node.labels.get(*key).is_some_and(|own| own == value));
         here.map(|(_, weight)| weight).sum()
     };
     let mut scores: Scores = nodes.iter().map(sum).collect();

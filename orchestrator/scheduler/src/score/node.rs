@@ -48,7 +48,10 @@ pub(super) fn images(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<Scores> {
     let score = |node: &&NodeInfo| {
         let shares = images.iter().filter_map(|image| {
             let size = node.images.get(image)?;
-            Some(i128::from(*size) * i128::from(cycle.cluster.image_node_count(image)) / i128::from(all))
+            Some(
+                i128::from(*size) * i128::from(cycle.cluster.image_node_count(image))
+                    / i128::from(all),
+            )
         });
         let sum = i64::try_from(shares.sum::<i128>()).unwrap_or(i64::MAX);
         MAX * (sum.clamp(IMAGE_MIN_BYTES, most) - IMAGE_MIN_BYTES) / (most - IMAGE_MIN_BYTES)

@@ -15,7 +15,8 @@ pub(super) fn least_allocated(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<
         .map(|(used, wanted, have)| {
             let left = have.saturating_sub(used).saturating_sub(wanted);
             // Bytes times a hundred stay far below what 128 bits hold.
-            (have > 0).then(|| (i128::from(left.max(0)) * i128::from(MAX) / i128::from(have)) as i64)
+            (have > 0)
+                .then(|| (i128::from(left.max(0)) * i128::from(MAX) / i128::from(have)) as i64)
         });
         let known: Vec<i64> = free.into_iter().flatten().collect();
         known.iter().sum::<i64>() / i64::try_from(known.len()).unwrap_or(1).max(1)
@@ -35,7 +36,8 @@ pub(super) fn balanced(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<Scores>
             (have > 0).then(|| (used.saturating_add(wanted) as f64 / have as f64).min(1.0))
         };
         let cpu = share(node.requested.cpu_milli, want.cpu_milli, node.allocatable.cpu_milli);
-        let memory = share(node.requested.memory_bytes, want.memory_bytes, node.allocatable.memory_bytes);
+        let memory =
+            share(node.requested.memory_bytes, want.memory_bytes, node.allocatable.memory_bytes);
         let deviation = cpu.zip(memory).map_or(0.0, |(cpu, memory)| (cpu - memory).abs() / 2.0);
         ((1.0 - deviation) * MAX as f64) as i64
     };

@@ -25,7 +25,10 @@ pub(super) fn score(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<Scores> {
     let pod = cycle.pod;
     let explicit = !pod.spread.is_empty();
     let (constraints, group) = if explicit {
-        (pod.spread.iter().filter(|constraint| !constraint.hard).cloned().collect(), Group::Selected)
+        (
+            pod.spread.iter().filter(|constraint| !constraint.hard).cloned().collect(),
+            Group::Selected,
+        )
     } else {
         default_constraints(cycle)
     };
@@ -38,7 +41,10 @@ pub(super) fn score(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<Scores> {
     };
     // Own constraints leave out nodes without the labels; the defaults score every node.
     let has_keys = |node: &NodeInfo| {
-        !explicit || constraints.iter().all(|constraint| node.labels.contains_key(&constraint.topology_key))
+        !explicit
+            || constraints
+                .iter()
+                .all(|constraint| node.labels.contains_key(&constraint.topology_key))
     };
     let mut totals = vec![0.0_f64; nodes.len()];
     for constraint in &constraints {
@@ -51,7 +57,8 @@ pub(super) fn score(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<Scores> {
         let mut domains: HashMap<&str, i64> = HashMap::new();
         if key != HOSTNAME && !feasible.is_empty() {
             for node in cycle.cluster.nodes() {
-                if let Some(value) = node.labels.get(key).filter(|value| feasible.contains(value.as_str()))
+                if let Some(value) =
+                    node.labels.get(key).filter(|value| feasible.contains(value.as_str()))
                     && has_keys(node)
                     && includes(constraint, pod, node)
                 {
@@ -77,7 +84,13 @@ pub(super) fn score(cycle: &Cycle<'_>, nodes: &[&NodeInfo]) -> Option<Scores> {
 
 /// Few pods become a high score; nodes outside get none.
 fn normalize(totals: &[f64], counts: impl Fn(usize) -> bool) -> Scores {
-    let inside = || totals.iter().enumerate().filter(|(index, _)| counts(*index)).map(|(_, total)| total.round() as i64);
+    let inside = || {
+        totals
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| counts(*index))
+            .map(|(_, total)| total.round() as i64)
+    };
     let (least, most) = (inside().min().unwrap_or_default(), inside().max().unwrap_or_default());
     let score = |(index, total): (usize, &f64)| {
         if !counts(index) {

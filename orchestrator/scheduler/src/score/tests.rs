@@ -3,7 +3,10 @@ use serde_json::{Value, json};
 use super::*;
 use crate::testing::{cluster, node, place, pod, requesting};
 
-fn placed(nodes: &[std::sync::Arc<orch_api::k8s_openapi::api::core::v1::Node>], new: Value) -> String {
+fn placed(
+    nodes: &[std::sync::Arc<orch_api::k8s_openapi::api::core::v1::Node>],
+    new: Value,
+) -> String {
     place(&cluster(nodes, &[]), &pod("new", new)).expect("it fits")
 }
 
@@ -12,7 +15,10 @@ fn the_emptier_node_wins() {
     let nodes = [node("a", json!({})), node("b", json!({}))];
     let busy = pod("old", requesting(json!({ "cpu": "2", "memory": "4Gi" })));
     let cluster = cluster(&nodes, &[("a", busy)]);
-    assert_eq!(place(&cluster, &pod("new", requesting(json!({ "cpu": "1", "memory": "1Gi" })))), Ok("b".to_owned()));
+    assert_eq!(
+        place(&cluster, &pod("new", requesting(json!({ "cpu": "1", "memory": "1Gi" })))),
+        Ok("b".to_owned())
+    );
 }
 
 #[test]
@@ -34,7 +40,8 @@ fn the_evenly_filled_node_wins_over_a_lopsided_one() {
     );
     let new = pod("new", requesting(json!({ "cpu": "500m", "memory": "1Gi" })));
     let cycle = Cycle::new(&cluster, &new);
-    let nodes: Vec<&NodeInfo> = ["a", "b"].into_iter().filter_map(|name| cluster.node(name)).collect();
+    let nodes: Vec<&NodeInfo> =
+        ["a", "b"].into_iter().filter_map(|name| cluster.node(name)).collect();
     let scores = resources::balanced(&cycle, &nodes).expect("scores");
     assert!(scores[1] > scores[0], "{scores:?}");
 }
@@ -119,8 +126,10 @@ fn soft_spread_constraints_choose_the_emptier_domain() {
     let nodes = [node("a1", json!({})), node("a2", json!({})), node("b1", json!({}))];
     let web = |name: &str| pod(name, json!({ "metadata": { "labels": { "app": "web" } } }));
     let other = |name: &str| pod(name, requesting(json!({ "cpu": "100m", "memory": "200Mi" })));
-    let cluster =
-        cluster(&nodes, &[("a1", web("1")), ("a2", other("2")), ("b1", other("3")), ("b1", other("4"))]);
+    let cluster = cluster(
+        &nodes,
+        &[("a1", web("1")), ("a2", other("2")), ("b1", other("3")), ("b1", other("4"))],
+    );
     let new = pod(
         "new",
         json!({
@@ -135,7 +144,8 @@ fn soft_spread_constraints_choose_the_emptier_domain() {
 
 #[test]
 fn a_node_that_has_the_image_is_preferred() {
-    let image = |size: i64| json!({ "status": { "images": [{ "names": ["web:1"], "sizeBytes": size }] } });
+    let image =
+        |size: i64| json!({ "status": { "images": [{ "names": ["web:1"], "sizeBytes": size }] } });
     let large = 900 * 1024 * 1024;
     assert_eq!(placed(&[node("a", json!({})), node("b", image(large))], json!({})), "b");
     let cluster = cluster(&[node("a", json!({})), node("b", image(1))], &[]);

@@ -63,7 +63,9 @@ async fn a_binding_that_was_lost_but_took_place_is_not_done_again() {
     let mut state = state(&["a", "b"]);
     let waiting = raw_pod("1", cpu("3"));
     state.pod_changed(None, Some(&waiting));
-    let Some(Attempt::Bind { pod, node }) = state.attempt(Instant::now()) else { panic!("it fits") };
+    let Some(Attempt::Bind { pod, node }) = state.attempt(Instant::now()) else {
+        panic!("it fits")
+    };
     state.bind_failed(&pod, Instant::now());
     state.pod_changed(Some(&waiting), Some(&on("1", &node, cpu("3"))));
     tokio::time::advance(std::time::Duration::from_secs(60)).await;
@@ -99,12 +101,16 @@ async fn a_finished_pod_gives_its_room_back() {
 #[tokio::test(start_paused = true)]
 async fn node_changes_wake_only_pods_that_fit_there_now_and_heartbeats_none() {
     let mut state = state(&[]);
-    state.pod_changed(None, Some(&raw_pod("1", json!({ "spec": { "nodeSelector": { "disk": "ssd" } } }))));
+    state.pod_changed(
+        None,
+        Some(&raw_pod("1", json!({ "spec": { "nodeSelector": { "disk": "ssd" } } }))),
+    );
     assert_eq!(turns(&mut state)[0].1, Err("no nodes available to schedule pods".to_owned()));
     let plain = node("a", json!({}));
     state.node_changed(None, Some(&plain));
     assert!(turns(&mut state).is_empty());
-    let beat = node("a", json!({ "status": { "conditions": [{ "type": "Ready", "status": "True" }] } }));
+    let beat =
+        node("a", json!({ "status": { "conditions": [{ "type": "Ready", "status": "True" }] } }));
     state.node_changed(Some(&plain), Some(&beat));
     assert!(turns(&mut state).is_empty());
     let labelled = node("a", json!({ "metadata": { "labels": { "disk": "ssd" } } }));
@@ -119,7 +125,10 @@ async fn an_affinity_that_comes_true_wakes_the_pod_even_before_the_other_is_boun
         { "topologyKey": "kubernetes.io/hostname", "labelSelector": { "matchLabels": { "app": "db" } } }] } } } });
     state.pod_changed(None, Some(&raw_pod("web", near)));
     assert!(turns(&mut state)[0].1.is_err());
-    state.pod_changed(None, Some(&raw_pod("db", json!({ "metadata": { "labels": { "app": "db" } } }))));
+    state.pod_changed(
+        None,
+        Some(&raw_pod("db", json!({ "metadata": { "labels": { "app": "db" } } }))),
+    );
     assert_eq!(names(&turns(&mut state)), ["db", "web"]);
 }
 
