@@ -122,6 +122,8 @@ pub async fn run(client: Client, options: Options, cancel: CancellationToken) ->
         }
         let deadline = if bindings < BINDINGS_MOST { state.queue().next_deadline() } else { None };
         tokio::select! {
+            // The caches end with us: being told to stop comes before "a cache ended".
+            biased;
             () = cancel.cancelled() => break,
             change = nodes.recv() => {
                 let change = change.ok_or(Error::CacheEnded("nodes"))?;
