@@ -1,8 +1,8 @@
 //! The node agent's pod part: runs the pods of one node on a container engine, as the kubelet does.
 //!
-//! [`run`] starts it from [`Options`]. Inside, [`source`] follows the node's pods, [`manager`] gives each its
-//! worker, and [`pod`] is one pod's life; [`volume`], [`image`], [`probe`] and [`network`] are what a worker uses.
-//! [`node`] keeps the Node object true, [`server`] answers for logs, exec and attach. Addresses and packets are
+//! [`run`] starts it from [`Options`]. Inside, `source` follows the node's pods, `manager` gives each its
+//! worker, and `pod` is one pod's life; `volume`, `image`, `probe` and `network` are what a worker uses.
+//! `node` keeps the Node object true, `server` answers for logs, exec and attach. Addresses and packets are
 //! the CNI plugins' and the network agent's business.
 
 mod api;
