@@ -8,13 +8,13 @@ use anyhow::{Context as _, bail};
 use tests_e2e::shell;
 
 /// Links, mounts, nft tables, and processes of the lab's programs.
-pub struct Machine {
+pub(crate) struct Machine {
     things: BTreeSet<String>,
 }
 
 impl Machine {
     #[must_use]
-    pub fn observe() -> Self {
+    pub(crate) fn observe() -> Self {
         let mut things = BTreeSet::new();
         let mut note = |kind: &str, text: &str| {
             things.extend(text.lines().map(|line| format!("{kind} {line}")));
@@ -28,7 +28,7 @@ impl Machine {
 
     /// # Errors
     /// There is more than before, after a moment for the kernel to clean up.
-    pub fn unchanged(&self) -> anyhow::Result<()> {
+    pub(crate) fn unchanged(&self) -> anyhow::Result<()> {
         tests_e2e::eventually("a machine as it was before", Duration::from_secs(10), || {
             let now = Self::observe();
             let new: Vec<_> = now.things.difference(&self.things).collect();

@@ -3,7 +3,7 @@
 
 mod deploy;
 mod faults;
-pub mod leftovers;
+pub(crate) mod leftovers;
 mod mistakes;
 mod network;
 mod rollout;
@@ -16,7 +16,7 @@ use tests_e2e::testlab::{Pod, TestLab};
 
 /// What a chapter is told with.
 #[derive(Clone, Copy)]
-pub enum Needs {
+pub(crate) enum Needs {
     /// kubectl or orchctl.
     AnyClient,
     /// A stock kubectl.
@@ -24,7 +24,7 @@ pub enum Needs {
 }
 
 /// One chapter.
-pub struct Chapter {
+pub(crate) struct Chapter {
     pub name: &'static str,
     pub needs: Needs,
     pub run: fn(&TestLab) -> anyhow::Result<()>,
@@ -38,7 +38,7 @@ const fn with_kubectl(name: &'static str, run: fn(&TestLab) -> anyhow::Result<()
     Chapter { name, needs: Needs::Kubectl, run }
 }
 
-pub const CHAPTERS: &[Chapter] = &[
+pub(crate) const CHAPTERS: &[Chapter] = &[
     told("three_nodes_are_ready_with_a_subnet_each", network::three_nodes_are_ready_with_a_subnet_each),
     told("the_demo_answers_from_several_nodes_and_is_done_at_once_the_second_time", deploy::demo),
     told("lab_up_again_finds_everything_there", deploy::up_again),
