@@ -18,7 +18,7 @@ use serde_json::json;
 use tracing::info;
 
 use crate::context::{Context, name, namespace, reference, uid};
-use crate::error::{Failure, Step as _, gone_is_fine};
+use crate::error::{Failure, Step as _, gone_is_fine, is_namespace_ending};
 
 use plan::{Plan, Step};
 
@@ -153,6 +153,7 @@ impl Deployments {
                         self.scaled(deployment, &set_name, 0, replicas);
                         Ok(None)
                     }
+                    Err(error) if is_namespace_ending(&error) => Ok(None),
                     Err(error) if error.is_already_exists() => {
                         self.collision(deployment, &set).await.map(|()| None)
                     }

@@ -17,7 +17,7 @@ use orch_client::DeleteParams;
 use orch_reconcile::{Action, Queue, Reconciler};
 
 use crate::context::{Context, name, namespace, uid};
-use crate::error::{Failure, Step as _, gone_is_fine};
+use crate::error::{Failure, Step as _, gone_is_fine, is_namespace_ending};
 
 /// Which Service a slice belongs to.
 pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -110,9 +110,11 @@ impl EndpointSlices {
         for step in slices::plan(service, pods, &self.own_slices(ns, service_name)) {
             match step {
                 slices::Step::Create(slice) => {
-                    api.create(&slice)
-                        .await
-                        .step(|| format!("create slice {}", name(&slice.metadata)))?;
+                    match api.create(&slice).await {
+                        Err(error) if is_namespace_ending(&error) => return Ok(()),
+                        outcome => outcome,
+                    }
+                    .step(|| format!("create slice {}", name(&slice.metadata)))?;
                 }
                 slices::Step::Update(slice) => {
                     api.replace(name(&slice.metadata), &slice)
@@ -135,7 +137,10 @@ impl EndpointSlices {
         let current = self.cx.endpoints.get(ns, service_name);
         let wanted = endpoints::desired(service, pods, current.as_deref());
         match current {
-            None => api.create(&wanted).await.map(drop),
+            None => match api.create(&wanted).await {
+                Err(error) if is_namespace_ending(&error) => Ok(()),
+                outcome => outcome.map(drop),
+            },
             Some(current) if endpoints::is_same(&current, &wanted) => Ok(()),
             Some(_) => api.replace(service_name, &wanted).await.map(drop),
         }

@@ -43,6 +43,12 @@ impl<T> Step<T> for Result<T, ClientError> {
     }
 }
 
+/// Whether a creation was refused because the namespace is on its way out: nothing is wanted there any more.
+pub(crate) fn is_namespace_ending(error: &ClientError) -> bool {
+    matches!(error, ClientError::Api { details: Some(details), .. }
+        if details["causes"][0]["reason"] == "NamespaceTerminating")
+}
+
 /// A missing thing is a thing already removed.
 pub(crate) async fn gone_is_fine<T>(
     request: impl Future<Output = Result<T, ClientError>>,

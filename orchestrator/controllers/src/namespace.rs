@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tracing::info;
 
 use crate::context::{Context, ROOT_CA, name, namespace};
-use crate::error::{Failure, Step as _};
+use crate::error::{Failure, Step as _, is_namespace_ending};
 use crate::gc::Kinds;
 
 /// The finalizer of every namespace.
@@ -67,7 +67,8 @@ impl Namespaces {
         }
         let account = ServiceAccount { metadata: named(ns, "default"), ..Default::default() };
         match self.cx.api::<ServiceAccount>(ns).create(&account).await {
-            Err(error) if error.is_already_exists() => Ok(()),
+            // Deleted in this moment: its end is the next thing we hear.
+            Err(error) if error.is_already_exists() || is_namespace_ending(&error) => Ok(()),
             outcome => outcome.map(drop).step(|| "create the default ServiceAccount".to_owned()),
         }
     }
@@ -94,7 +95,8 @@ impl Namespaces {
             }
         };
         match outcome {
-            Err(error) if error.is_already_exists() => Ok(()),
+            // Deleted in this moment: its end is the next thing we hear.
+            Err(error) if error.is_already_exists() || is_namespace_ending(&error) => Ok(()),
             outcome => outcome.map(drop).step(|| "write the cluster's certificate".to_owned()),
         }
     }

@@ -12,12 +12,12 @@ use k8s_openapi::api::apps::v1::ReplicaSet;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use orch_api::{Selector, meta};
-use orch_client::{DeleteParams, Error as ClientError};
+use orch_client::DeleteParams;
 use orch_reconcile::{Action, Change, EventRecorder, Queue, Reconciler};
 use tracing::debug;
 
 use crate::context::{Context, name, namespace, reference, uid};
-use crate::error::{Failure, Step as _, gone_is_fine};
+use crate::error::{Failure, Step as _, gone_is_fine, is_namespace_ending};
 use crate::expectations::Expectations;
 
 pub(crate) use plan::{available_at, is_active};
@@ -113,10 +113,11 @@ impl ReplicaSets {
                 }
             }
             if let Some(error) = failed {
-                if !is_terminating_namespace(&error) {
-                    let message = format!("Error creating: {error}");
-                    self.events.event(&reference(set), "Warning", "FailedCreate", &message);
+                if is_namespace_ending(&error) {
+                    return Ok(());
                 }
+                let message = format!("Error creating: {error}");
+                self.events.event(&reference(set), "Warning", "FailedCreate", &message);
                 // A quota, a missing ServiceAccount: what refused today may agree tomorrow.
                 return Err(error).step(|| "create a pod".to_owned()).map_err(Failure::retried);
             }
@@ -208,11 +209,6 @@ impl Reconciler for ReplicaSets {
             Action::requeue(wait.unsigned_abs() + Duration::from_millis(10))
         }))
     }
-}
-
-fn is_terminating_namespace(error: &ClientError) -> bool {
-    matches!(error, ClientError::Api { details: Some(details), .. }
-        if details["causes"][0]["reason"] == "NamespaceTerminating")
 }
 
 /// Name and UID of the ReplicaSet that manages an object.

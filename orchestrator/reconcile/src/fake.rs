@@ -77,10 +77,11 @@ struct Refusal {
     code: StatusCode,
     reason: &'static str,
     message: String,
+    cause: Option<&'static str>,
 }
 
 fn refuse<T>(code: StatusCode, reason: &'static str, message: String) -> Result<T, Refusal> {
-    Err(Refusal { code, reason, message })
+    Err(Refusal { code, reason, message, cause: None })
 }
 
 impl FakeServer {
@@ -204,6 +205,7 @@ impl FakeServer {
             code: StatusCode::NOT_FOUND,
             reason: "NotFound",
             message: format!("{path} not found"),
+            cause: None,
         };
         let target = Target::of_path(path).ok_or_else(not_found)?;
         let options = Options::parse(request)?;
@@ -295,7 +297,13 @@ impl State {
     ) -> Result<(StatusCode, Value), Refusal> {
         if self.is_terminating(target) {
             let message = "the namespace is being terminated".to_owned();
-            return refuse(StatusCode::FORBIDDEN, "Forbidden", message);
+            let cause = Some("NamespaceTerminating");
+            return Err(Refusal {
+                code: StatusCode::FORBIDDEN,
+                reason: "Forbidden",
+                message,
+                cause,
+            });
         }
         let meta = &object["metadata"];
         let name = match meta["name"].as_str() {
@@ -344,6 +352,7 @@ impl State {
             code: StatusCode::NOT_FOUND,
             reason: "NotFound",
             message: format!("{} {:?} not found", target.plural, target.name),
+            cause: None,
         })
     }
 
@@ -397,6 +406,7 @@ impl State {
                     code: StatusCode::UNPROCESSABLE_ENTITY,
                     reason: "Invalid",
                     message: error.to_string(),
+                    cause: None,
                 };
                 let patch: json_patch::Patch =
                     serde_json::from_value(options.body.clone()).map_err(|error| bad(&error))?;
@@ -469,7 +479,8 @@ impl Transport for FakeServer {
         };
         let (code, body) = outcome.unwrap_or_else(|refusal| {
             let status = json!({ "kind": "Status", "status": "Failure", "code": refusal.code.as_u16(),
-                                 "reason": refusal.reason, "message": refusal.message });
+                                 "reason": refusal.reason, "message": refusal.message,
+                                 "details": { "causes": [{ "reason": refusal.cause }] } });
             (refusal.code, full_body(status.to_string().into()))
         });
         let mut response = Response::new(body);

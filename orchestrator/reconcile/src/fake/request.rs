@@ -86,6 +86,7 @@ impl Options {
             code: http::StatusCode::BAD_REQUEST,
             reason: "BadRequest",
             message,
+            cause: None,
         };
         let body = if request.body().is_empty() {
             Value::Null
