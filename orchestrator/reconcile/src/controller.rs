@@ -13,7 +13,7 @@ use crate::Queue;
 /// What will not go away by itself is looked at again this late; a change of the object comes sooner.
 const PERMANENT_DELAY: Duration = Duration::from_secs(60);
 /// Failures in a row after which a transient error is worth a warning: conflicts are daily business.
-const WARN_AFTER: u32 = 4;
+const WARN_AFTER: u32 = 8;
 /// Work that is under way when the loop is told to stop gets this long.
 const GRACE: Duration = Duration::from_secs(2);
 
