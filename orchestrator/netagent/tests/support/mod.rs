@@ -3,6 +3,7 @@
 
 pub mod api;
 pub mod netns;
+pub mod overlay;
 
 use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
