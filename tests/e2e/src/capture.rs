@@ -17,6 +17,9 @@ const VXLAN_PORT: u16 = 8472;
 pub struct Seen {
     /// VXLAN packets (UDP 8472).
     pub vxlan: usize,
+    /// Bytes of these, outer headers included. Virtual links carry segments of up to 64 KiB unsplit, so the number
+    /// of packets says little.
+    pub vxlan_bytes: usize,
     /// IPv4 fragments of any kind.
     pub fragments: usize,
     /// Longest IPv4 packet in bytes, outer header included.
@@ -96,6 +99,7 @@ impl Seen {
         let header = usize::from(packet[0] & 0x0f) * 4;
         if packet[9] == UDP && word(header + 2) == Some(VXLAN_PORT) {
             self.vxlan += 1;
+            self.vxlan_bytes += packet.len();
         }
     }
 }
@@ -103,7 +107,8 @@ impl Seen {
 fn open() -> anyhow::Result<OwnedFd> {
     let protocol = i32::from(u16::try_from(libc::ETH_P_ALL)?.to_be());
     // SAFETY: no pointers are passed.
-    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
+    let fd =
+        unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
         return Err(std::io::Error::last_os_error()).context("open a packet socket");
     }
@@ -149,7 +154,7 @@ mod tests {
     fn an_overlay_packet_a_fragment_and_a_bare_pod_packet_are_told_apart() {
         let mut seen = Seen::default();
         seen.note(&frame(0x4000, 8472, [172, 30, 0, 11]));
-        assert_eq!(seen, Seen { vxlan: 1, fragments: 0, longest: 100, bare: 0 });
+        assert_eq!(seen, Seen { vxlan: 1, vxlan_bytes: 100, fragments: 0, longest: 100, bare: 0 });
         seen.note(&frame(0x2000, 53, [172, 30, 0, 11]));
         assert_eq!((seen.vxlan, seen.fragments), (1, 1));
         seen.note(&frame(0, 80, [10, 244, 1, 7]));

@@ -22,7 +22,8 @@ pub fn get(address: SocketAddr, path: &str) -> anyhow::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, LIMIT).context("connect")?;
     stream.set_read_timeout(Some(LIMIT))?;
     stream.set_write_timeout(Some(LIMIT))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").context("send")?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")
+        .context("send")?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).context("receive")?;
     let answer = String::from_utf8_lossy(&answer);
@@ -96,7 +97,9 @@ fn drive(address: SocketAddr, per_second: u32, stop: &AtomicBool) -> Report {
     std::thread::scope(|scope| {
         let mut under_way = Vec::new();
         while !stop.load(Ordering::Relaxed) {
-            let due = started + Duration::from_secs(1) * u32::try_from(report.asked).unwrap_or(u32::MAX) / per_second;
+            let due = started
+                + Duration::from_secs(1) * u32::try_from(report.asked).unwrap_or(u32::MAX)
+                    / per_second;
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
             report.asked += 1;
             under_way.push(scope.spawn(move || {
@@ -105,7 +108,8 @@ fn drive(address: SocketAddr, per_second: u32, stop: &AtomicBool) -> Report {
                 (asked, asked.elapsed(), outcome)
             }));
         }
-        for (asked, took, outcome) in under_way.into_iter().filter_map(|thread| thread.join().ok()) {
+        for (asked, took, outcome) in under_way.into_iter().filter_map(|thread| thread.join().ok())
+        {
             report.slowest = report.slowest.max(took);
             if let Err(why) = outcome {
                 report.failures.push((asked - started, why));

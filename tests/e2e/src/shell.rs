@@ -29,7 +29,13 @@ impl Output {
     /// It failed; both outputs are in the error.
     pub fn ok(self) -> anyhow::Result<Self> {
         if !self.status.success() {
-            bail!("`{}` ended with {}\nstdout: {}\nstderr: {}", self.call, self.status, self.text(), self.stderr);
+            bail!(
+                "`{}` ended with {}\nstdout: {}\nstderr: {}",
+                self.call,
+                self.status,
+                self.text(),
+                self.stderr
+            );
         }
         Ok(self)
     }

@@ -38,8 +38,10 @@ impl TestLab {
     /// # Errors
     /// The programs are not built or the lab does not come up.
     pub fn up() -> anyhow::Result<Self> {
-        let programs = std::env::var_os("ORCH_BIN")
-            .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/orch")), PathBuf::from);
+        let programs = std::env::var_os("ORCH_BIN").map_or_else(
+            || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/orch")),
+            PathBuf::from,
+        );
         if !programs.join("orchctl").is_file() {
             bail!("{} has no orchctl: run `make build`, or `make test-e2e`", programs.display());
         }
@@ -52,7 +54,10 @@ impl TestLab {
         };
         // What a run that was killed left behind.
         lab.orchctl(&["lab", "down"], Duration::from_secs(120))?.ok()?;
-        let up = lab.orchctl(&["lab", "up", "--nodes", "3", "--underlay", UNDERLAY], Duration::from_secs(300))?;
+        let up = lab.orchctl(
+            &["lab", "up", "--nodes", "3", "--underlay", UNDERLAY],
+            Duration::from_secs(300),
+        )?;
         if let Err(error) = up.ok() {
             eprintln!("{}", lab.logs());
             return Err(error);
@@ -76,7 +81,10 @@ impl TestLab {
             std::os::unix::fs::symlink("busybox", bin.join(name))?;
         }
         std::fs::create_dir(folder.path().join("tmp"))?;
-        std::fs::write(folder.path().join("Dockerfile"), "FROM scratch\nCOPY bin /bin\nCOPY tmp /tmp\nCMD [\"sh\"]\n")?;
+        std::fs::write(
+            folder.path().join("Dockerfile"),
+            "FROM scratch\nCOPY bin /bin\nCOPY tmp /tmp\nCMD [\"sh\"]\n",
+        )?;
         let path = folder.path().to_string_lossy().into_owned();
         self.orchctl(&["image", "build", &path, "--tag", "tools:v1"], LIMIT)?.ok().map(drop)
     }
@@ -201,7 +209,8 @@ impl TestLab {
     pub fn pid(&self, host: &str) -> anyhow::Result<i32> {
         let name = if host == "server" { "server" } else { "agent" };
         let path = self.dir.join(host).join("run/orch").join(format!("{name}.pid"));
-        let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         text.split_whitespace().next().context("an empty PID file")?.parse().context("PID")
     }
 
@@ -284,14 +293,20 @@ fn find_client() -> Client {
         return if named == "orchctl" { Client::Orchctl } else { Client::Kubectl(named.into()) };
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let Some(kubectl) = std::env::split_paths(&path).map(|dir| dir.join("kubectl")).find(|path| path.is_file()) else {
+    let Some(kubectl) =
+        std::env::split_paths(&path).map(|dir| dir.join("kubectl")).find(|path| path.is_file())
+    else {
         return Client::Orchctl;
     };
     let real = kubectl.canonicalize().unwrap_or_else(|_| kubectl.clone());
     let minor = |path: &Path| -> Option<u32> {
         path.file_name()?.to_str()?.strip_prefix("kubectl.1.")?.parse().ok()
     };
-    let beside = real.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten();
-    let newest = beside.map(|entry| entry.path()).filter(|path| minor(path).is_some()).max_by_key(|path| minor(path));
+    let beside =
+        real.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten();
+    let newest = beside
+        .map(|entry| entry.path())
+        .filter(|path| minor(path).is_some())
+        .max_by_key(|path| minor(path));
     Client::Kubectl(newest.unwrap_or(kubectl))
 }

@@ -20,7 +20,9 @@ fn main() -> ExitCode {
         libtest_mimic::run(&arguments, trials(&Client::Orchctl, None)).exit();
     }
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("error: the end-to-end tests need root: they start a lab of network namespaces and containers");
+        eprintln!(
+            "error: the end-to-end tests need root: they start a lab of network namespaces and containers"
+        );
         return ExitCode::FAILURE;
     }
     let before = chapters::leftovers::Machine::observe();

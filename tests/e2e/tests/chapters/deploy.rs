@@ -14,13 +14,18 @@ pub(super) fn demo(lab: &TestLab) -> anyhow::Result<()> {
     let limit = Duration::from_secs(120);
     let shown = lab.orchctl(&["lab", "demo"], limit)?.ok()?;
     let shown = format!("{}{}", shown.text(), shown.stderr);
-    let answering = ["node-1", "node-2", "node-3"].iter().filter(|node| shown.contains(**node)).count();
+    let answering =
+        ["node-1", "node-2", "node-3"].iter().filter(|node| shown.contains(**node)).count();
     ensure!(answering >= 2, "the demo shows fewer than two nodes:\n{shown}");
     ensure!(shown.contains("KUBECONFIG"), "the demo does not say how to go on:\n{shown}");
     nodeinfo(lab, 3, SOON)?;
     let started = Instant::now();
     lab.orchctl(&["lab", "demo"], limit)?.ok()?;
-    ensure!(started.elapsed() < Duration::from_secs(20), "the second time took {:?}", started.elapsed());
+    ensure!(
+        started.elapsed() < Duration::from_secs(20),
+        "the second time took {:?}",
+        started.elapsed()
+    );
     Ok(())
 }
 
@@ -52,11 +57,17 @@ pub(super) fn get_describe_and_logs(lab: &TestLab) -> anyhow::Result<()> {
 pub(super) fn exec(lab: &TestLab) -> anyhow::Result<()> {
     const MEGABYTES: usize = 4 << 20;
     let pod = nodeinfo(lab, 3, SOON)?.remove(0).name;
-    let sent: Vec<u8> = (0..MEGABYTES).map(|at| u8::try_from(at * 31 % 251).unwrap_or_default()).collect();
+    let sent: Vec<u8> =
+        (0..MEGABYTES).map(|at| u8::try_from(at * 31 % 251).unwrap_or_default()).collect();
     let got = lab.run(&["exec", "-i", &pod, "--", "/nodeinfo", "cat"], &sent, SOON)?.ok()?;
     ensure!(got.stdout == sent, "sent {} bytes, got {} other ones", sent.len(), got.stdout.len());
     let ended = lab.run(&["exec", &pod, "--", "/nodeinfo", "exit", "7"], b"", SOON)?;
-    ensure!(ended.status.code() == Some(7), "exit code {:?}: {}", ended.status.code(), ended.stderr);
+    ensure!(
+        ended.status.code() == Some(7),
+        "exit code {:?}: {}",
+        ended.status.code(),
+        ended.stderr
+    );
     let missing = lab.fails(&["exec", &pod, "--", "/no-such-program"], "")?;
     ensure!(missing.contains("no-such-program"), "{missing}");
     Ok(())
@@ -64,7 +75,9 @@ pub(super) fn exec(lab: &TestLab) -> anyhow::Result<()> {
 
 pub(super) fn kubectl_tour(lab: &TestLab) -> anyhow::Result<()> {
     lab.ok(&["create", "namespace", "tour"])?;
-    eventually("the namespace's ServiceAccount", SOON, || lab.ok(&["-n", "tour", "get", "serviceaccount", "default"]))?;
+    eventually("the namespace's ServiceAccount", SOON, || {
+        lab.ok(&["-n", "tour", "get", "serviceaccount", "default"])
+    })?;
     lab.ok(&["-n", "tour", "create", "configmap", "settings", "--from-literal=a=1"])?;
     lab.ok(&["-n", "tour", "create", "secret", "generic", "password", "--from-literal=b=2"])?;
     lab.ok(&["-n", "tour", "create", "deployment", "web", "--image=nodeinfo:v1", "--replicas=2"])?;
@@ -73,7 +86,14 @@ pub(super) fn kubectl_tour(lab: &TestLab) -> anyhow::Result<()> {
     lab.ok(&["-n", "tour", "annotate", "deployment", "web", "note=x"])?;
     lab.ok(&["-n", "tour", "patch", "deployment", "web", "-p", r#"{"spec":{"replicas":1}}"#])?;
     lab.ok(&["-n", "tour", "expose", "deployment", "web", "--port=80", "--target-port=8080"])?;
-    lab.ok(&["-n", "tour", "wait", "deployment/web", "--for=condition=Available", "--timeout=60s"])?;
+    lab.ok(&[
+        "-n",
+        "tour",
+        "wait",
+        "deployment/web",
+        "--for=condition=Available",
+        "--timeout=60s",
+    ])?;
     lab.ok(&["-n", "tour", "rollout", "restart", "deployment/web"])?;
     lab.ok(&["-n", "tour", "rollout", "status", "deployment/web", "--timeout=60s"])?;
     lab.ok(&["-n", "tour", "rollout", "history", "deployment/web"])?;
@@ -98,7 +118,10 @@ pub(super) fn kubectl_tour(lab: &TestLab) -> anyhow::Result<()> {
     lab.ok(&["delete", "pod", "tools", "--timeout=30s"])?;
 
     lab.ok(&["delete", "namespace", "tour", "--timeout=60s"])?;
-    ensure!(lab.fails(&["get", "namespace", "tour"], "")?.contains("not found"), "the namespace is gone");
+    ensure!(
+        lab.fails(&["get", "namespace", "tour"], "")?.contains("not found"),
+        "the namespace is gone"
+    );
     Ok(())
 }
 
@@ -136,13 +159,15 @@ pub(super) fn probes(lab: &TestLab) -> anyhow::Result<()> {
     lab.apply(include_str!("manifests/probes.yaml"))?;
     eventually("a restart by the liveness probe", SOON, || {
         let pod = lab.json(&["pod", "restarted"])?;
-        let count = pod["status"]["containerStatuses"][0]["restartCount"].as_i64().unwrap_or_default();
+        let count =
+            pod["status"]["containerStatuses"][0]["restartCount"].as_i64().unwrap_or_default();
         ensure!(count >= 1, "{pod}");
         Ok(())
     })?;
     let addresses = |ready: bool| {
         eventually(&format!("an endpoint with ready {ready}"), SOON, || {
-            let slices = lab.json(&["endpointslices", "-l", "kubernetes.io/service-name=waiting"])?;
+            let slices =
+                lab.json(&["endpointslices", "-l", "kubernetes.io/service-name=waiting"])?;
             let endpoint = slices["items"][0]["endpoints"][0].clone();
             ensure!(endpoint["conditions"]["ready"] == ready, "{slices}");
             Ok(())

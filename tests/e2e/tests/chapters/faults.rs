@@ -23,7 +23,8 @@ fn under_traffic(
 ) -> anyhow::Result<()> {
     let before = nodeinfo(lab, 3, SOON)?;
     // From one node to a pod on another one, and through the Service from outside.
-    let target = before.iter().find(|pod| pod.node != "node-1").context("a pod that is not on node-1")?;
+    let target =
+        before.iter().find(|pod| pod.node != "node-1").context("a pod that is not on node-1")?;
     let direct = Load::start(Some(lab.netns("node-1")), format!("{}:8080", target.ip).parse()?, 20);
     let service = Load::start(None, lab.node("node-2", 30080)?, 20);
     let outcome = kill().and_then(|()| {
@@ -52,7 +53,10 @@ fn under_traffic(
 
 fn same(before: &[Pod], after: &[Pod]) -> bool {
     let ids = |pods: &[Pod]| {
-        let mut ids: Vec<_> = pods.iter().map(|pod| (pod.uid.clone(), pod.container_ids.clone(), pod.ip.clone())).collect();
+        let mut ids: Vec<_> = pods
+            .iter()
+            .map(|pod| (pod.uid.clone(), pod.container_ids.clone(), pod.ip.clone()))
+            .collect();
         ids.sort();
         ids
     };
@@ -60,16 +64,25 @@ fn same(before: &[Pod], after: &[Pod]) -> bool {
 }
 
 fn kill_daemon(lab: &TestLab, host: &str) -> anyhow::Result<()> {
-    kill(Pid::from_raw(lab.pid(host)?), Signal::SIGKILL).with_context(|| format!("kill the daemon of {host}"))
+    kill(Pid::from_raw(lab.pid(host)?), Signal::SIGKILL)
+        .with_context(|| format!("kill the daemon of {host}"))
 }
 
 pub(super) fn agent_killed(lab: &TestLab) -> anyhow::Result<()> {
-    under_traffic(lab, || kill_daemon(lab, "node-2"), || lab.orchctl(&["lab", "restart", "node-2"], SOON)?.ok().map(drop))?;
+    under_traffic(
+        lab,
+        || kill_daemon(lab, "node-2"),
+        || lab.orchctl(&["lab", "restart", "node-2"], SOON)?.ok().map(drop),
+    )?;
     ready(lab, 3)
 }
 
 pub(super) fn server_killed(lab: &TestLab) -> anyhow::Result<()> {
-    under_traffic(lab, || kill_daemon(lab, "server"), || lab.orchctl(&["lab", "restart", "server"], SOON)?.ok().map(drop))
+    under_traffic(
+        lab,
+        || kill_daemon(lab, "server"),
+        || lab.orchctl(&["lab", "restart", "server"], SOON)?.ok().map(drop),
+    )
 }
 
 pub(super) fn etcd_killed(lab: &TestLab) -> anyhow::Result<()> {
@@ -102,7 +115,8 @@ pub(super) fn node_killed(lab: &TestLab) -> anyhow::Result<()> {
     let dead = Instant::now();
     eventually("six ready pods on the other nodes", REPLACED, || {
         let pods = lab.pods("app=nodeinfo")?;
-        let alive = pods.iter().filter(|pod| pod.ready && !pod.leaving && pod.node != "node-3").count();
+        let alive =
+            pods.iter().filter(|pod| pod.ready && !pod.leaving && pod.node != "node-3").count();
         if alive < 6 {
             bail!("{alive} of 6: {pods:#?}");
         }
@@ -111,7 +125,8 @@ pub(super) fn node_killed(lab: &TestLab) -> anyhow::Result<()> {
     eprintln!("pods of the killed node ran elsewhere after {:.1?}", dead.elapsed());
     // The Service has forgotten them too.
     for _ in 0..30 {
-        tests_e2e::load::get(lab.node("node-1", 30080)?, "/").context("the Service still sends to a dead node")?;
+        tests_e2e::load::get(lab.node("node-1", 30080)?, "/")
+            .context("the Service still sends to a dead node")?;
     }
 
     lab.orchctl(&["lab", "restart", "node-3"], SOON)?.ok()?;
@@ -122,7 +137,8 @@ pub(super) fn node_killed(lab: &TestLab) -> anyhow::Result<()> {
     // The returned node takes pods and reaches the others.
     lab.ok(&["scale", "deployment/nodeinfo", "--replicas=6"])?;
     let pods = nodeinfo(lab, 6, SOON)?;
-    let returned = pods.iter().find(|pod| pod.node == "node-3").context("no pod on the returned node")?;
+    let returned =
+        pods.iter().find(|pod| pod.node == "node-3").context("no pod on the returned node")?;
     let other = pods.iter().find(|pod| pod.node != "node-3").context("a pod elsewhere")?;
     let url = format!("http://{}:8080/", other.ip);
     let answer = lab.ok(&["exec", &returned.name, "--", "/nodeinfo", "fetch", &url])?;

@@ -48,12 +48,19 @@ fn said(program: &str, args: &[&str]) -> String {
 fn links() -> String {
     let text = said("ip", &["-o", "link"]);
     // "7: name@peer: <…": the number and the flags may change.
-    text.lines().filter_map(|line| line.split(':').nth(1)).map(|name| name.trim().to_owned() + "\n").collect()
+    text.lines()
+        .filter_map(|line| line.split(':').nth(1))
+        .map(|name| name.trim().to_owned() + "\n")
+        .collect()
 }
 
 fn mounts() -> String {
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    table.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| point.to_owned() + "\n").collect()
+    table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|point| point.to_owned() + "\n")
+        .collect()
 }
 
 /// Programs that a lab starts, by name and command line, without their PIDs.

@@ -39,13 +39,19 @@ const fn with_kubectl(name: &'static str, run: fn(&TestLab) -> anyhow::Result<()
 }
 
 pub(crate) const CHAPTERS: &[Chapter] = &[
-    told("three_nodes_are_ready_with_a_subnet_each", network::three_nodes_are_ready_with_a_subnet_each),
+    told(
+        "three_nodes_are_ready_with_a_subnet_each",
+        network::three_nodes_are_ready_with_a_subnet_each,
+    ),
     told("the_demo_answers_from_several_nodes_and_is_done_at_once_the_second_time", deploy::demo),
     told("lab_up_again_finds_everything_there", deploy::up_again),
     told("get_describe_and_logs_show_the_app", deploy::get_describe_and_logs),
     told("exec_passes_megabytes_and_the_exit_code", deploy::exec),
     with_kubectl("kubectl_apply_label_patch_explain_wait_cp_and_delete_work", deploy::kubectl_tour),
-    told("pods_reach_pods_on_other_nodes_through_vxlan_without_fragments", network::pods_reach_pods),
+    told(
+        "pods_reach_pods_on_other_nodes_through_vxlan_without_fragments",
+        network::pods_reach_pods,
+    ),
     told("a_pod_resolves_and_reaches_the_service_and_itself_through_it", network::services_and_dns),
     told("a_pod_reaches_the_api_server_by_its_service", network::kubernetes_service),
     told("config_maps_secrets_and_tokens_are_mounted", deploy::volumes),
@@ -64,7 +70,12 @@ fn nodeinfo(lab: &TestLab, count: usize, limit: Duration) -> anyhow::Result<Vec<
     ready_pods(lab, "app=nodeinfo", count, limit)
 }
 
-fn ready_pods(lab: &TestLab, selector: &str, count: usize, limit: Duration) -> anyhow::Result<Vec<Pod>> {
+fn ready_pods(
+    lab: &TestLab,
+    selector: &str,
+    count: usize,
+    limit: Duration,
+) -> anyhow::Result<Vec<Pod>> {
     eventually(&format!("{count} ready pods with {selector}"), limit, || {
         let pods = lab.pods(selector)?;
         if pods.len() != count || pods.iter().any(|pod| !pod.ready || pod.leaving) {

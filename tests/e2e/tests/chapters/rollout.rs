@@ -25,7 +25,8 @@ pub(super) fn scale(lab: &TestLab) -> anyhow::Result<()> {
 pub(super) fn rollout_loses_no_request(lab: &TestLab) -> anyhow::Result<()> {
     let before = nodeinfo(lab, 3, SOON)?;
     let service = lab.json(&["service", "nodeinfo"])?;
-    let cluster_ip: Ipv4Addr = service["spec"]["clusterIP"].as_str().context("a ClusterIP")?.parse()?;
+    let cluster_ip: Ipv4Addr =
+        service["spec"]["clusterIP"].as_str().context("a ClusterIP")?.parse()?;
     let outside = Load::start(None, lab.node("node-1", 30080)?, 25);
     let inside = Load::start(Some(lab.netns("node-2")), SocketAddr::from((cluster_ip, 80)), 25);
 
