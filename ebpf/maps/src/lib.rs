@@ -1,0 +1,293 @@
+//! What the eBPF programs, the agent and the `policy` plugin share, in Rust.
+//!
+//! Twins of the structs in `ebpf/progs/include/maps.h`, which says how they work together; a test of the loader compares
+//! the two through BTF. [`Reason`] is the twin of `reasons.h`. Types only.
+//!
+//! Addresses and ports are in network byte order in the kernel; the constructors take Rust's types.
+
+use std::net::Ipv4Addr;
+
+mod reason;
+
+pub use reason::{Direction, Reason};
+
+/// Part of the pin folder's name: programs and maps of one layout belong together.
+pub const LAYOUT_VERSION: u32 = 1;
+/// Endpoints of one node.
+pub const MAX_ENDPOINTS: u32 = 4096;
+/// Entries of one class map.
+pub const MAX_CLASS_ENTRIES: u32 = 262_144;
+/// Entries of one rule table.
+pub const MAX_RULE_ENTRIES: u32 = 262_144;
+/// Class of an address that no entry covers.
+pub const CLASS_NONE: u32 = 0;
+/// Prefix length of a rule for all protocols and ports.
+pub const ANY_PROTOCOL: u32 = 40;
+/// Prefix length of a rule for all ports of one protocol.
+pub const ANY_PORT: u32 = 48;
+/// Prefix length of a rule for one port.
+pub const ONE_PORT: u32 = 64;
+
+/// States of an [`Endpoint`].
+pub mod state {
+    /// Made by the plugin; nobody has said what applies.
+    pub const PENDING: u8 = 1;
+    /// The agent has said what applies.
+    pub const READY: u8 = 2;
+    /// Its policy does not fit into maps.
+    pub const LOCKED: u8 = 3;
+}
+
+/// [`Endpoint::flags`]: policies apply to what comes to the pod.
+pub const ISOLATED_INGRESS: u8 = 0x01;
+/// [`Endpoint::flags`]: policies apply to what the pod sends.
+pub const ISOLATED_EGRESS: u8 = 0x02;
+
+/// [`Address::flags`]: this node's own.
+pub const ADDRESS_NODE: u32 = 0x01;
+/// [`Address::flags`]: gets translated, and is judged after that.
+pub const ADDRESS_SERVICE: u32 = 0x02;
+/// [`Address::flags`]: another node of the cluster.
+pub const ADDRESS_REMOTE_NODE: u32 = 0x04;
+
+/// One pod.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Endpoint {
+    /// New for every attachment.
+    pub uid: u32,
+    /// Host end of the pod's veth.
+    pub ifindex: u32,
+    /// Grows with every change of what applies.
+    pub generation: u32,
+    /// Key in `class_maps`.
+    pub class_map: u32,
+    /// Key in `tables`.
+    pub table: u32,
+    /// Address of the pod, network byte order.
+    pub addr: u32,
+    /// MAC of the pod's end.
+    pub mac: [u8; 6],
+    /// One of [`state`].
+    pub state: u8,
+    /// [`ISOLATED_INGRESS`], [`ISOLATED_EGRESS`].
+    pub flags: u8,
+    /// Of the policies that are in force.
+    pub revision: u64,
+}
+
+/// Key of a class map and of `addresses`. The value of a class map is the peer class, a `u32`.
+///
+/// With aya's `LpmTrie<K, V>` this is `Key<u32>` (prefix length, data): [`ClassKey::data`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClassKey {
+    /// 0..=32.
+    pub prefix_len: u32,
+    /// Network byte order.
+    pub addr: u32,
+}
+
+impl ClassKey {
+    /// The key of a network.
+    #[must_use]
+    pub fn new(network: Ipv4Addr, prefix_len: u8) -> Self {
+        Self { prefix_len: prefix_len.into(), addr: network.to_bits().to_be() }
+    }
+
+    /// The key of one address.
+    #[must_use]
+    pub fn host(addr: Ipv4Addr) -> Self {
+        Self::new(addr, 32)
+    }
+
+    /// The network and its prefix length.
+    #[must_use]
+    pub fn network(self) -> (Ipv4Addr, u32) {
+        (Ipv4Addr::from_bits(u32::from_be(self.addr)), self.prefix_len)
+    }
+}
+
+/// Key of a rule table without the prefix length.
+///
+/// A lookup finds the longest prefix; class and direction are always whole, so prefix lengths are [`ANY_PROTOCOL`],
+/// [`ANY_PORT`], or up to [`ONE_PORT`] for a prefix of ports. A class either has no entry at all in a direction, and then
+/// [`CLASS_NONE`] is asked, or all its answers are its own: it then has an [`ANY_PROTOCOL`] entry. Nothing found means
+/// denied.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RuleKey {
+    /// 40..=64.
+    pub prefix_len: u32,
+    /// The peer's class.
+    pub peer_class: u32,
+    /// [`Direction`] as a number.
+    pub direction: u8,
+    /// IP protocol; 0 with [`ANY_PROTOCOL`].
+    pub protocol: u8,
+    /// Destination port, network byte order; 0 with [`ANY_PORT`].
+    pub port: u16,
+}
+
+impl RuleKey {
+    /// Every protocol and port.
+    #[must_use]
+    pub fn any(peer_class: u32, direction: Direction) -> Self {
+        let direction = direction as u8;
+        Self { prefix_len: ANY_PROTOCOL, peer_class, direction, protocol: 0, port: 0 }
+    }
+
+    /// Every port of one protocol.
+    #[must_use]
+    pub fn protocol(peer_class: u32, direction: Direction, protocol: u8) -> Self {
+        Self { prefix_len: ANY_PORT, protocol, ..Self::any(peer_class, direction) }
+    }
+
+    /// Ports whose first `bits` bits are those of `port`; the others have to be 0 in it.
+    #[must_use]
+    pub fn ports(peer_class: u32, direction: Direction, protocol: u8, port: u16, bits: u8) -> Self {
+        let prefix_len = ANY_PORT + u32::from(bits.min(16));
+        Self { prefix_len, port: port.to_be(), ..Self::protocol(peer_class, direction, protocol) }
+    }
+}
+
+/// What a rule says.
+#[repr(u8)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Action {
+    /// Dropped.
+    Deny = 0,
+    /// Passes.
+    Allow = 1,
+}
+
+/// Value of a rule table.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Rule {
+    /// Which policy and rule decided, as the compiler numbers them; 0 = none (the default of an isolated pod).
+    pub id: u32,
+    /// [`Action`] as a number.
+    pub action: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+impl Rule {
+    /// A rule.
+    #[must_use]
+    pub fn new(id: u32, action: Action) -> Self {
+        Self { id, action: action as u8, pad: [0; 3] }
+    }
+}
+
+/// What an address is to this node.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Address {
+    /// [`ADDRESS_NODE`], [`ADDRESS_SERVICE`], [`ADDRESS_REMOTE_NODE`].
+    pub flags: u32,
+}
+
+/// A flow of one endpoint, in the direction in which it was opened.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// Of the endpoint.
+    pub uid: u32,
+    /// Network byte order, as all that follow.
+    pub saddr: u32,
+    /// Destination.
+    pub daddr: u32,
+    /// Source port.
+    pub sport: u16,
+    /// Destination port.
+    pub dport: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// [`Direction`] as a number.
+    pub direction: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+
+/// What is known of a flow.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flow {
+    /// `CLOCK_MONOTONIC`.
+    pub last_ns: u64,
+    /// Packets in both directions.
+    pub packets: u64,
+    /// Of the endpoint, when the flow was judged.
+    pub generation: u32,
+    /// The rule that allowed it.
+    pub rule: u32,
+    /// All that were seen.
+    pub tcp_flags: u8,
+    /// Zero.
+    pub pad: [u8; 7],
+}
+
+/// A flow was dropped, or opened.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Event {
+    /// `CLOCK_MONOTONIC`.
+    pub time_ns: u64,
+    /// Of the endpoint.
+    pub uid: u32,
+    /// Host end of its veth.
+    pub ifindex: u32,
+    /// Network byte order, as the next three.
+    pub saddr: u32,
+    /// Destination.
+    pub daddr: u32,
+    /// Source port.
+    pub sport: u16,
+    /// Destination port.
+    pub dport: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// [`Direction`] as a number.
+    pub direction: u8,
+    /// [`Reason`] as a number.
+    pub reason: u8,
+    /// Zero.
+    pub pad: u8,
+    /// The rule that decided, 0 if none.
+    pub rule: u32,
+    /// Class of the other end.
+    pub peer_class: u32,
+}
+
+/// The agent's settings.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Config {
+    /// [`LAYOUT_VERSION`] once the agent has filled everything.
+    pub version: u32,
+    /// Network byte order.
+    pub vxlan_port: u16,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rule_keys_have_whole_prefixes() {
+        assert_eq!(RuleKey::any(7, Direction::Egress).prefix_len, 40);
+        let https = RuleKey::ports(7, Direction::Ingress, 6, 443, 16);
+        assert_eq!((https.prefix_len, https.port), (ONE_PORT, 443_u16.to_be()));
+        assert_eq!(RuleKey::ports(7, Direction::Ingress, 6, 0x8000, 1).prefix_len, 49);
+    }
+
+    #[test]
+    fn a_class_key_reads_back() {
+        let key = ClassKey::new(Ipv4Addr::new(10, 244, 1, 0), 24);
+        assert_eq!(key.network(), (Ipv4Addr::new(10, 244, 1, 0), 24));
+    }
+}

@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
+ *
+ * What the programs, the agent and the `policy` plugin share: the structs and the maps. ebpf/maps has the Rust twins;
+ * a test compares the two through BTF. A change here that is not only an addition of maps needs a new LAYOUT_VERSION,
+ * which is part of the pin folder's name.
+ *
+ * How a verdict is made. Every pod has an `endpoint` row. The row names a class map (address -> peer class) and a rule
+ * table (class, direction, protocol, port -> action). Both are built aside by the agent and never changed once a row
+ * names them, except that addresses are added; so one write of the row switches an endpoint from one whole policy to
+ * the next. The row's generation goes into every conntrack entry: an entry of another generation is judged again.
+ */
+#pragma once
+
+#include "bpf.h"
+
+#define LAYOUT_VERSION 1
+
+#define MAX_ENDPOINTS 4096
+#define MAX_TABLES 8192
+#define MAX_CLASS_MAPS 64
+#define MAX_CLASS_ENTRIES 262144
+#define MAX_RULE_ENTRIES 262144
+#define MAX_ADDRESSES 65536
+#define MAX_FLOWS 262144
+#define MAX_FRAGMENTS 8192
+
+/* A direction as NetworkPolicy says it: seen from the pod. */
+enum direction {
+	INGRESS = 0,
+	EGRESS = 1,
+};
+
+/* What an endpoint is allowed to do at all. There is no state "open without policy". */
+enum endpoint_state {
+	/* Made by the plugin; nobody has said what applies. Only its own node reaches it. */
+	ENDPOINT_PENDING = 1,
+	/* The agent has said what applies. */
+	ENDPOINT_READY = 2,
+	/* Its policy cannot be put into maps (too big, map full). As PENDING, but said aloud. */
+	ENDPOINT_LOCKED = 3,
+};
+
+/* endpoint.flags: without the flag everything is allowed in that direction and no table is asked. */
+#define ISOLATED_INGRESS 0x01
+#define ISOLATED_EGRESS 0x02
+
+/* One pod. The plugin inserts it PENDING, the agent replaces it whole. */
+struct endpoint {
+	/* Made up by the plugin, new for every attachment: flows of an earlier pod in this slot are not this one's. */
+	__u32 uid;
+	/* Host end of the pod's veth. */
+	__u32 ifindex;
+	/* Grows with every change of what applies. */
+	__u32 generation;
+	/* Key in `class_maps`. */
+	__u32 class_map;
+	/* Key in `tables`. */
+	__u32 table;
+	/* Address of the pod. */
+	__be32 addr;
+	/* MAC of the pod's end. */
+	__u8 mac[6];
+	__u8 state;
+	__u8 flags;
+	/* Of the policies that are in force, for people: what the agent last compiled. */
+	__u64 revision;
+};
+
+/* Key of a class map: LPM over an address. The value is the peer class, a __u32. */
+struct class_key {
+	__u32 prefix_len; /* 0..32 */
+	__be32 addr;
+};
+
+/* An address that has no entry in the class map: anything outside of what policies and pods mention. */
+#define CLASS_NONE 0
+
+/* Key of a rule table: LPM. The first 40 bits (class and direction) are always given, so prefix_len is
+ * 40 (any protocol), 48 (any port) or 49..64 (a prefix of ports). A class either has no entry at all in a direction, and
+ * then CLASS_NONE is asked, or all its answers are its own: the compiler then writes a /40 entry for it. Nothing found
+ * means denied. The longest prefix decides.
+ */
+struct rule_key {
+	__u32 prefix_len;
+	__u32 peer_class;
+	__u8 direction;
+	__u8 protocol;
+	__be16 port; /* destination port; 0 for what has none */
+};
+
+enum rule_action {
+	RULE_DENY = 0,
+	RULE_ALLOW = 1,
+};
+
+struct rule {
+	/* Which policy and rule decided, as the agent numbers them. */
+	__u32 id;
+	__u8 action;
+	__u8 pad[3];
+};
+
+/* What an address is to this node, independent of any policy. LPM; keys as in a class map. */
+#define ADDRESS_NODE 0x01	 /* this node's own: always reachable from and to its pods */
+#define ADDRESS_SERVICE 0x02	 /* gets translated: judged after that */
+#define ADDRESS_REMOTE_NODE 0x04 /* no pod talks VXLAN to it */
+
+struct address {
+	__u32 flags;
+};
+
+/* A flow of one endpoint, in the direction in which it was opened. */
+struct flow_key {
+	__u32 uid;
+	__be32 saddr;
+	__be32 daddr;
+	__be16 sport;
+	__be16 dport;
+	__u8 protocol;
+	__u8 direction;
+	__u8 pad[2];
+};
+
+struct flow {
+	__u64 last_ns; /* CLOCK_MONOTONIC */
+	__u64 packets;
+	__u32 generation;
+	__u32 rule;
+	__u8 tcp_flags; /* all that were seen */
+	__u8 pad[7];
+};
+
+struct fragment_key {
+	__u32 uid;
+	__be32 saddr;
+	__be32 daddr;
+	__be16 id;
+	__u8 protocol;
+	__u8 direction;
+};
+
+struct fragment {
+	__be16 sport;
+	__be16 dport;
+};
+
+/* Told to user space: a flow was dropped, or opened. */
+struct event {
+	__u64 time_ns; /* CLOCK_MONOTONIC */
+	__u32 uid;
+	__u32 ifindex;
+	__be32 saddr;
+	__be32 daddr;
+	__be16 sport;
+	__be16 dport;
+	__u8 protocol;
+	__u8 direction;
+	__u8 reason;
+	__u8 pad;
+	__u32 rule;
+	__u32 peer_class;
+};
+
+/* The agent's settings. One element. */
+struct config {
+	__u32 version; /* LAYOUT_VERSION, once the agent has filled everything */
+	__be16 vxlan_port;
+	__u8 pad[2];
+};
