@@ -69,7 +69,12 @@ impl DockerRuntime {
     }
 
     fn unavailable(&self, error: &bollard::errors::Error) -> Error {
-        Error::Unavailable { socket: self.socket.display().to_string(), reason: error.to_string() }
+        // The innermost cause is the kernel's word; what is around it names layers of the HTTP client.
+        let mut cause: &dyn std::error::Error = error;
+        while let Some(inner) = cause.source() {
+            cause = inner;
+        }
+        Error::Unavailable { socket: self.socket.display().to_string(), reason: cause.to_string() }
     }
 
     /// Turns the client's error into the boundary's; a lost connection is negotiated anew next time.

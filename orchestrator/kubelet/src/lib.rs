@@ -38,11 +38,11 @@ use crate::node::machine::Machine;
 /// Why the kubelet cannot run at all. Everything else is waited for.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("listen on {address}: {source}; another agent may be running on this node")]
+    #[error("listen on {address}; another agent may be running on this node")]
     Listen { address: std::net::SocketAddr, source: std::io::Error },
     #[error("serving certificate of the kubelet: {0}")]
     Certificate(String),
-    #[error("make {}: {source}", path.display())]
+    #[error("make {}", path.display())]
     Folder { path: std::path::PathBuf, source: std::io::Error },
 }
 

@@ -371,21 +371,25 @@ fn from_etcd(error: Error) -> StoreError {
     {
         return StoreError::TooLarge(message.to_owned());
     }
+    // Only the message: a status' own text repeats code and causes as Rust prints them.
+    let words = || with_causes(message.to_owned(), std::error::Error::source(status));
     match status.code() as i32 {
         DEADLINE_EXCEEDED | RESOURCE_EXHAUSTED | ABORTED | UNAVAILABLE => {
-            StoreError::Unavailable(chain(status))
+            StoreError::Unavailable(words())
         }
         // The transport reports a connection that broke in the middle of a call as Unknown or Cancelled or Internal,
         // with the cause behind it; etcd's own errors have none.
-        _ if std::error::Error::source(status).is_some() => StoreError::Unavailable(chain(status)),
+        _ if std::error::Error::source(status).is_some() => StoreError::Unavailable(words()),
         _ => StoreError::Internal(format!("etcd: {message}")),
     }
 }
 
 /// The error and its causes in one line.
 fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut next = error.source();
+    with_causes(error.to_string(), error.source())
+}
+
+fn with_causes(mut line: String, mut next: Option<&(dyn std::error::Error + 'static)>) -> String {
     while let Some(cause) = next {
         let cause_text = cause.to_string();
         if !line.contains(&cause_text) {

@@ -173,7 +173,8 @@ async fn supervise(options: Options, first: Etcd, cancel: CancellationToken) {
         if started.elapsed() >= SOUND {
             pause = BACKOFF.0;
         }
-        error!(how, log = %options.log_file.display(), retry_in = ?pause, "etcd has ended");
+        let last_words = last_words(&options.log_file);
+        error!(how, last_words, log = %options.log_file.display(), retry_in = ?pause, "etcd has ended");
         etcd = loop {
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -241,6 +242,16 @@ fn launch(options: &Options) -> Result<Etcd, Error> {
         })?;
     info!(pid = child.id(), log = %options.log_file.display(), "etcd started");
     Ok(Etcd::Child(child))
+}
+
+/// What etcd wrote last: the `error` of its last line, or the line.
+fn last_words(log_file: &Path) -> String {
+    let text = std::fs::read(log_file).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let line = text.lines().last().unwrap_or_default();
+    let entry: Option<serde_json::Value> = serde_json::from_str(line).ok();
+    let error = entry.as_ref().and_then(|entry| entry["error"].as_str().or(entry["msg"].as_str()));
+    error.unwrap_or(line).to_owned()
 }
 
 fn open_log(path: &Path) -> Result<File, Error> {
