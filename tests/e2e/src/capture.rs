@@ -114,21 +114,31 @@ fn open() -> anyhow::Result<OwnedFd> {
     }
     // SAFETY: the descriptor was just opened and is owned by nobody else.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // Every packet is seen several times, on each port that it crosses; the usual 200 KiB would lose most of them.
+    let room: libc::c_int = 64 << 20;
     let limit = libc::timeval { tv_sec: 0, tv_usec: 50_000 };
+    set(&socket, libc::SO_RCVBUFFORCE, &room).context("enlarge the buffer of a packet socket")?;
+    set(&socket, libc::SO_RCVTIMEO, &limit).context("set the time-out of a packet socket")?;
+    Ok(socket)
+}
+
+/// Sets a socket option whose value is the plain C type `T`.
+fn set<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> anyhow::Result<()> {
+    let size = u32::try_from(size_of::<T>())?;
     // SAFETY: the value outlives the call and its size is passed.
     let set = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
-            libc::SO_RCVTIMEO,
-            (&raw const limit).cast(),
-            u32::try_from(size_of::<libc::timeval>())?,
+            option,
+            std::ptr::from_ref(value).cast(),
+            size,
         )
     };
     if set != 0 {
-        return Err(std::io::Error::last_os_error()).context("set the time-out of a packet socket");
+        return Err(std::io::Error::last_os_error().into());
     }
-    Ok(socket)
+    Ok(())
 }
 
 #[cfg(test)]
