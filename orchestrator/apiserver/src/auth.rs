@@ -187,6 +187,7 @@ const AGENT_RULES: &[(&str, &str, &[Verb])] = &[
     ("services", "", &[Verb::Get, Verb::List, Verb::Watch]),
     ("endpointslices", "", &[Verb::Get, Verb::List, Verb::Watch]),
     ("namespaces", "", &[Verb::Get, Verb::List, Verb::Watch]),
+    ("certificatesigningrequests", "", &[Verb::Get, Verb::Create, Verb::Watch]),
     ("networkpolicies", "", &[Verb::Get, Verb::List, Verb::Watch]),
 ];
 
@@ -195,8 +196,21 @@ pub(crate) fn allowed(user: &User, info: &RequestInfo) -> bool {
     if user.is_in("system:masters") {
         return true;
     }
+    // How a new node learns the cluster's authority, before it has any credentials (kubeadm's discovery).
+    if info.verb == Verb::Get
+        && (info.resource.as_str(), info.subresource.as_str()) == ("configmaps", "")
+        && (info.namespace.as_str(), info.name.as_str()) == ("kube-public", "cluster-info")
+    {
+        return true;
+    }
     if !user.is_in("system:authenticated") {
         return false;
+    }
+    // All that a bootstrap token is good for: to ask for a certificate and to fetch it.
+    if user.is_in(crate::certificates::BOOTSTRAPPERS) {
+        return info.resource == crate::certificates::PLURAL
+            && info.subresource.is_empty()
+            && matches!(info.verb, Verb::Create | Verb::Get);
     }
     let self_review = info.resource.starts_with("selfsubject") && info.verb == Verb::Create;
     if self_review {
@@ -352,12 +366,22 @@ mod tests {
         let admin = User::new("admin", &["system:masters"]);
         let agent = User::new("system:node:a", &["system:nodes"]);
         let account = User::new("system:serviceaccount:a:b", &["system:serviceaccounts"]);
+        let newcomer = User::new("system:bootstrap:abcdef", &["system:bootstrappers"]);
+        let mut public = info(Verb::Get, "configmaps", "");
+        (public.namespace, public.name) = ("kube-public".to_owned(), "cluster-info".to_owned());
+        assert!(allowed(&User::anonymous(), &public));
+        public.name = "other".to_owned();
+        assert!(!allowed(&User::anonymous(), &public));
         for (user, verb, resource, subresource, expected) in [
             (&admin, Verb::Delete, "nodes", "", true),
             (&agent, Verb::Patch, "pods", "status", true),
             (&agent, Verb::Create, "pods", "", false),
             (&agent, Verb::List, "secrets", "", false),
             (&account, Verb::Get, "pods", "", false),
+            (&newcomer, Verb::Create, "certificatesigningrequests", "", true),
+            (&newcomer, Verb::Update, "certificatesigningrequests", "approval", false),
+            (&newcomer, Verb::Get, "secrets", "", false),
+            (&agent, Verb::Create, "certificatesigningrequests", "", true),
             (&account, Verb::Create, "selfsubjectaccessreviews", "", true),
             (&User::anonymous(), Verb::Create, "selfsubjectreviews", "", false),
         ] {

@@ -11,6 +11,7 @@
 mod admission;
 mod auth;
 mod bootstrap;
+mod certificates;
 mod compress;
 mod decode;
 mod discovery;

@@ -131,6 +131,9 @@ pub(crate) fn columns(plural: &str) -> &'static [Column] {
         "serviceaccounts" => const { &[NAME, number("Secrets"), AGE] },
         "leases" => const { &[NAME, text("Holder"), AGE] },
         "networkpolicies" => const { &[NAME, text("Pod-Selector"), AGE] },
+        "certificatesigningrequests" => {
+            const { &[NAME, AGE, text("SignerName"), text("Requestor"), text("Condition")] }
+        }
         _ => const { &[NAME, AGE] },
     }
 }
@@ -155,6 +158,16 @@ pub(crate) fn cells(plural: &str, object: &Value, now: Timestamp) -> Vec<Value> 
         "secrets" => vec![name, object["type"].clone(), json!(entries(&object["data"])), age],
         "serviceaccounts" => vec![name, json!(items(&object["secrets"]).len()), age],
         "leases" => vec![name, text_or(&object["spec"]["holderIdentity"], ""), age],
+        "certificatesigningrequests" => {
+            let spec = &object["spec"];
+            vec![
+                name,
+                age,
+                spec["signerName"].clone(),
+                text_or(&spec["username"], "<none>"),
+                json!(crate::certificates::condition(object)),
+            ]
+        }
         "networkpolicies" => vec![name, json!(selector(&object["spec"]["podSelector"])), age],
         _ => vec![name, age],
     }

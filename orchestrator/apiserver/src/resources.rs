@@ -166,6 +166,8 @@ const POD_SUBRESOURCES: &[Subresource] = &[
     Subresource { name: "log", group: "", version: "v1", kind: "Pod", verbs: GET },
 ];
 
+const CSR_FIELDS: &[(&str, &str)] = &[("spec.signerName", "/spec/signerName")];
+
 /// All stored resources.
 pub(crate) static RESOURCES: &[Resource] = &[
     Resource { short_names: &["cm"], ..Resource::new("", "configmaps", "configmap", "ConfigMap") },
@@ -240,6 +242,25 @@ pub(crate) static RESOURCES: &[Resource] = &[
         generation: true,
         fields: &[("status.replicas", "/status/replicas")],
         ..Resource::new("apps", "replicasets", "replicaset", "ReplicaSet")
+    },
+    Resource {
+        short_names: &["csr"],
+        namespaced: false,
+        status: true,
+        subresources: &[Subresource {
+            name: "approval",
+            group: "certificates.k8s.io",
+            version: "v1",
+            kind: "CertificateSigningRequest",
+            verbs: &["get", "patch", "update"],
+        }],
+        fields: CSR_FIELDS,
+        ..Resource::new(
+            "certificates.k8s.io",
+            "certificatesigningrequests",
+            "certificatesigningrequest",
+            "CertificateSigningRequest",
+        )
     },
     Resource { ..Resource::new("coordination.k8s.io", "leases", "lease", "Lease") },
     Resource {

@@ -36,7 +36,7 @@ use crate::resources;
 use crate::state::{Shared, start_caches};
 use crate::strategy::Part;
 use crate::write::Call;
-use crate::{discovery, events, read, respond, subresources, watch};
+use crate::{certificates, discovery, events, read, respond, subresources, watch};
 
 /// Upper bound of a request body, upstream's.
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
@@ -74,9 +74,7 @@ pub struct Options {
 /// Why the server cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error(
-        "listen on {address}: {source}; another process has the port, or the address is not this host's"
-    )]
+    #[error("listen on {address}; another process has the port, or the address is not this host's")]
     Listen { address: SocketAddr, source: std::io::Error },
     #[error("TLS: {0}")]
     Tls(String),
@@ -388,6 +386,13 @@ async fn route(
             .await?;
             return Ok(events::answer(answer, info.verb == Verb::Watch).await);
         }
+        if (info.verb, info.group.as_str(), info.resource.as_str())
+            == (Verb::Create, certificates::GROUP, certificates::PLURAL)
+            && info.subresource.is_empty()
+        {
+            let (headers, body) = certificates::request(user, &parts.headers, &query, &body)?;
+            return resource(shared, &info, &parts.method, &headers, &query, &body, upgrade).await;
+        }
         if path != CUSTOM_RESOURCES {
             return resource(shared, &info, &parts.method, &parts.headers, &query, &body, upgrade)
                 .await;
@@ -567,6 +572,12 @@ async fn subresource(
         (name, _) if !resource.subresources.iter().any(|sub| sub.name == name) => {
             Err(ApiError::no_such_path())
         }
+        ("approval", Verb::Get) => {
+            let form = respond::negotiate(call.headers)?;
+            read::get(call.shared, call.stored, call.namespace, call.name, call.query, form).await
+        }
+        ("approval", Verb::Update) => call.update(Part::Status).await,
+        ("approval", Verb::Patch) => call.patch(Part::Status).await,
         ("binding", Verb::Create) => subresources::bind(call).await,
         ("eviction", Verb::Create) => subresources::evict(call).await,
         ("token", Verb::Create) => subresources::token(call).await,

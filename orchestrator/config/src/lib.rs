@@ -24,6 +24,9 @@ pub const KUBELET_PORT: u16 = 10250;
 /// TCP port on which etcd serves clients.
 pub const ETCD_CLIENT_PORT: u16 = 2379;
 
+/// TCP port on which members of etcd serve each other.
+pub const ETCD_PEER_PORT: u16 = 2380;
+
 /// VXLAN network identifier of the pod network (flannel's default).
 pub const VXLAN_VNI: u32 = 1;
 /// UDP port of the overlay: flannel's Linux default, not IANA's 4789.

@@ -5,9 +5,10 @@
 //! what only time tells (a node that went silent, a rollout that is late).
 //!
 //! A Deployment becomes ReplicaSets ([`deployment`]), a ReplicaSet becomes pods ([`replicaset`]), ready pods become
-//! endpoints of Services ([`endpointslice`]), pods leave dead nodes ([`node_lifecycle`], [`pod_gc`]), and what lost its
+//! endpoints of Services ([`endpointslice`]), nodes get their certificates ([`certificates`]), pods leave dead nodes ([`node_lifecycle`], [`pod_gc`]), and what lost its
 //! owner is removed ([`gc`], [`namespace`]).
 
+mod certificates;
 mod context;
 mod deployment;
 mod endpointslice;
@@ -30,6 +31,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+pub use crate::certificates::Signers;
 pub use crate::options::Options;
 
 use crate::context::Context;
@@ -81,8 +83,18 @@ async fn work(client: Client, options: Options, cancel: CancellationToken) -> Re
     let (nodes, q5) = node_lifecycle::Nodes::new(cx.clone());
     let (pod_gc, q6) = pod_gc::PodGc::new(cx.clone());
     let (collector, q7) = gc::Collector::new(kinds);
+    let signer = cx
+        .options
+        .signers
+        .clone()
+        .map(|signers| certificates::Certificates::new(cx.clone(), signers));
+    let signer_synced = async {
+        if let Some((signer, _)) = &signer {
+            signer.synced().await;
+        }
+    };
     tokio::select! {
-        () = async { cx.synced().await; collector.synced().await } => {}
+        () = async { cx.synced().await; collector.synced().await; signer_synced.await } => {}
         () = cancel.cancelled() => return Ok(()),
     }
     info!("the controllers' caches are filled");
@@ -93,6 +105,9 @@ async fn work(client: Client, options: Options, cancel: CancellationToken) -> Re
     loops.spawn(nodes, q5, 4);
     loops.spawn(pod_gc, q6, 1);
     loops.spawn(collector, q7, 20);
+    if let Some((signer, queue)) = signer {
+        loops.spawn(signer, queue, 1);
+    }
     let first = loops.tasks.join_next().await;
     if cancel.is_cancelled() {
         while loops.tasks.join_next().await.is_some() {}

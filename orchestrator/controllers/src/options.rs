@@ -19,6 +19,8 @@ pub struct Options {
     pub force_delete_lost_pods: bool,
     /// How long pods of a Node object that was deleted are kept.
     pub pod_gc_quarantine: Duration,
+    /// Who signs the nodes' certificates. None: nobody does.
+    pub signers: Option<crate::Signers>,
     /// Set where several control planes run: only the holder of the Lease works. Differs between all processes.
     pub leader_identity: Option<String>,
 }
@@ -32,6 +34,7 @@ impl Default for Options {
             eviction_after: None,
             force_delete_lost_pods: false,
             pod_gc_quarantine: Duration::from_secs(40),
+            signers: None,
             leader_identity: None,
         }
     }

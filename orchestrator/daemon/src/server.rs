@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use ipnetwork::Ipv4Network;
 use orch_config::Paths;
-use orch_pki::ClusterPki;
+use orch_pki::{ClusterPki, ServerNames};
 use orch_store::{EtcdConfig, EtcdStore};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -17,6 +17,9 @@ use crate::parts::Parts;
 
 /// How long the server waits for etcd between two words about it.
 const STORE_RETRY: Duration = Duration::from_secs(1);
+
+/// Name of the Lease that picks the process whose scheduler works.
+const SCHEDULER_LEASE: &str = "kube-scheduler";
 
 /// Flags of `orchestrator server`.
 #[derive(clap::Args)]
@@ -31,8 +34,26 @@ pub(crate) struct Flags {
     #[arg(long, default_value_t = orch_config::API_SERVER_PORT)]
     port: u16,
     /// etcd client URLs; without them the server runs an etcd of its own
-    #[arg(long = "etcd", value_delimiter = ',')]
+    #[arg(long = "etcd", value_delimiter = ',', conflicts_with = "etcd_member")]
     etcd: Vec<String>,
+    /// Name of the server's own etcd among the members of a cluster; without it that etcd is alone for good
+    #[arg(long, value_name = "NAME")]
+    etcd_member: Option<String>,
+    /// Names and peer URLs of all members at the start: `a=https://10.0.0.1:2380,b=…`; without it only this one
+    #[arg(long, value_name = "NAME=URL", value_delimiter = ',', value_parser = peer, requires = "etcd_member")]
+    etcd_peers: Vec<(String, String)>,
+    /// The own etcd joins members that run already
+    #[arg(long, requires = "etcd_peers")]
+    etcd_join: bool,
+    /// Give network agents no more of etcd than the network's keys; their certificates say who they are
+    #[arg(long)]
+    restrict_etcd: bool,
+    /// Further names and addresses for the server's certificate
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    tls_san: Vec<String>,
+    /// Several servers share the work: controllers and scheduler work in the one that holds the Lease
+    #[arg(long)]
+    elect: bool,
     /// Network that ClusterIPs come from
     #[arg(long, default_value = orch_config::SERVICE_CIDR)]
     service_cidr: Ipv4Network,
@@ -56,6 +77,7 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
                 key: pki.path("etcd-server.key"),
                 client_ca: pki.path("etcd-ca.crt"),
             }),
+            membership: membership(&flags),
             // The pods' subnets and all objects hang on it: it goes on while the server is upgraded.
             keep_running_on_exit: true,
         };
@@ -64,13 +86,19 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
     } else {
         flags.etcd.clone()
     };
-    let Some(store) = connect(&pki, endpoints, &stop).await? else { return Ok(()) };
+    let Some(store) = connect(&pki, endpoints.clone(), &stop).await? else { return Ok(()) };
+    if flags.restrict_etcd {
+        restrict(&pki, endpoints).await?;
+    }
 
     let server = orch_apiserver::ApiServer::start(api_options(&flags, &pki, store)?, stop.clone())
         .await
         .context("start the API server")?;
+    let identity = format!("{}_{}", flags.advertise_address, uuid::Uuid::new_v4());
     let controllers = orch_controllers::Options {
         cluster_ca: pki.read("ca.crt")?,
+        signers: Some(orch_controllers::Signers { cluster: pki.ca(), etcd: pki.etcd_ca() }),
+        leader_identity: flags.elect.then(|| identity.clone()),
         ..if flags.fast_failover {
             orch_controllers::Options::fast()
         } else {
@@ -82,24 +110,83 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
         (client("system:kube-controller-manager"), client("system:kube-scheduler"));
     let mut parts = Parts::new(stop.clone());
     parts.spawn("controllers", orch_controllers::run(controller_client, controllers, stop.clone()));
-    let scheduler = orch_scheduler::Options::default();
-    parts.spawn("scheduler", orch_scheduler::run(scheduler_client, scheduler, stop.clone()));
+    if flags.elect {
+        parts.spawn("scheduler", elected_scheduler(scheduler_client, identity, stop.clone()));
+    } else {
+        let scheduler = orch_scheduler::Options::default();
+        parts.spawn("scheduler", orch_scheduler::run(scheduler_client, scheduler, stop.clone()));
+    }
     parts.spawn("API server", server.serve(stop));
     parts.join().await
 }
 
+/// The scheduler, whenever this process holds its Lease.
+async fn elected_scheduler(
+    client: orch_client::Client,
+    identity: String,
+    stop: CancellationToken,
+) -> Result<(), orch_scheduler::Error> {
+    while !stop.is_cancelled() {
+        let election = orch_reconcile::Election::new("kube-system", SCHEDULER_LEASE, &identity);
+        let outcome = orch_reconcile::lead(client.clone(), election, stop.clone(), |leading| {
+            orch_scheduler::run(client.clone(), orch_scheduler::Options::default(), leading)
+        });
+        if let Some(outcome) = outcome.await {
+            return outcome;
+        }
+    }
+    Ok(())
+}
+
+/// `NAME=URL`.
+fn peer(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, url)) if !name.is_empty() && url.starts_with("https://") => {
+            Ok((name.to_owned(), url.to_owned()))
+        }
+        _ => Err("expected NAME=https://ADDRESS:2380".to_owned()),
+    }
+}
+
+fn membership(flags: &Flags) -> Option<orch_store::managed::Membership> {
+    let name = flags.etcd_member.clone()?;
+    let own = format!("https://{}:{}", flags.advertise_address, orch_config::ETCD_PEER_PORT);
+    let initial = if flags.etcd_peers.is_empty() {
+        vec![(name.clone(), own.clone())]
+    } else {
+        flags.etcd_peers.clone()
+    };
+    Some(orch_store::managed::Membership { name, peer_url: own, initial, joining: flags.etcd_join })
+}
+
 fn open_pki(flags: &Flags, paths: &Paths) -> anyhow::Result<ClusterPki> {
-    let addresses = [
+    let names = ServerNames::new(
         IpAddr::V4(flags.advertise_address),
-        IpAddr::V4(Ipv4Addr::LOCALHOST),
         IpAddr::V4(orch_config::kubernetes_service_ip(flags.service_cidr)),
-    ];
-    let mut names: Vec<String> =
-        ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
-            .map(str::to_owned)
-            .into();
-    names.push(format!("kubernetes.default.svc.{}", orch_config::CLUSTER_DOMAIN));
-    ClusterPki::ensure(&paths.pki(), &addresses, &names).context("open the cluster's certificates")
+        orch_config::CLUSTER_DOMAIN,
+        &flags.tls_san,
+    );
+    ClusterPki::ensure(&paths.pki(), &names.addresses, &names.names)
+        .context("open the cluster's certificates")
+}
+
+fn etcd_config(pki: &ClusterPki, endpoints: Vec<String>) -> anyhow::Result<EtcdConfig> {
+    Ok(EtcdConfig {
+        endpoints,
+        ca_pem: Some(pki.read("etcd-ca.crt")?),
+        cert_pem: Some(pki.read("etcd-client.crt")?),
+        key_pem: Some(pki.read("etcd-client.key")?),
+    })
+}
+
+/// Closes etcd to everything that a network agent does not need.
+async fn restrict(pki: &ClusterPki, endpoints: Vec<String>) -> anyhow::Result<()> {
+    let mut admin = orch_store::admin::Admin::connect(&etcd_config(pki, endpoints)?).await?;
+    let prefix = format!("{}/", orch_config::ETCD_NETWORK_PREFIX);
+    admin
+        .restrict(orch_pki::ETCD_ROOT_USER, orch_pki::ETCD_NETWORK_USER, &prefix)
+        .await
+        .context("restrict what network agents may do in etcd")
 }
 
 /// Waits for etcd and says so; `None` when the process is to stop.
@@ -108,12 +195,7 @@ async fn connect(
     endpoints: Vec<String>,
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<Arc<EtcdStore>>> {
-    let config = EtcdConfig {
-        endpoints: endpoints.clone(),
-        ca_pem: Some(pki.read("etcd-ca.crt")?),
-        cert_pem: Some(pki.read("etcd-client.crt")?),
-        key_pem: Some(pki.read("etcd-client.key")?),
-    };
+    let config = etcd_config(pki, endpoints.clone())?;
     loop {
         let error = match EtcdStore::connect(config.clone()).await {
             Ok(store) => match orch_store::Store::revision(&store).await {

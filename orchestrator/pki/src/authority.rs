@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, SanType,
+    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
 };
 use time::{Duration, OffsetDateTime};
 
@@ -16,6 +16,8 @@ use time::{Duration, OffsetDateTime};
 const AUTHORITY_DAYS: i64 = 3650;
 /// How long a leaf certificate is valid.
 const LEAF_DAYS: i64 = 365;
+/// Leaf certificates are made anew at the next start when they end within this time.
+const RENEW_DAYS: i64 = 60;
 /// Certificates are valid a little before they were made: clocks of hosts differ.
 const CLOCK_SKEW: Duration = Duration::minutes(10);
 
@@ -134,43 +136,64 @@ impl Authority {
     /// A name does not fit into a certificate.
     pub fn issue(&self, identity: &Identity) -> Result<(String, String), Error> {
         let make = || -> Result<(String, String), rcgen::Error> {
-            let mut params = CertificateParams::new(identity.dns_names.clone())?;
-            params
-                .subject_alt_names
-                .extend(identity.addresses.iter().copied().map(SanType::IpAddress));
-            params.distinguished_name = DistinguishedName::new();
-            if let Some(group) = &identity.group {
-                params.distinguished_name.push(DnType::OrganizationName, group.as_str());
-            }
-            params.distinguished_name.push(DnType::CommonName, identity.user.as_str());
-            params.key_usages =
-                vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
-            params.extended_key_usages = match identity.usage {
-                Usage::Client => vec![ExtendedKeyUsagePurpose::ClientAuth],
-                Usage::Server => vec![ExtendedKeyUsagePurpose::ServerAuth],
-                Usage::Both => {
-                    vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
-                }
-            };
-            params.use_authority_key_identifier_extension = true;
-            set_validity(&mut params, LEAF_DAYS);
             let key = KeyPair::generate()?;
-            let certificate = params.signed_by(&key, &self.issuer()?)?;
-            Ok((certificate.pem(), key.serialize_pem()))
+            Ok((self.certify(identity, &key)?, key.serialize_pem()))
         };
         make().map_err(|source| Error::Make { subject: identity.user.clone(), source })
     }
 
-    /// Issues into `<dir>/<name>.crt` and `<name>.key` unless both are there.
+    /// A certificate for `identity` and a public key.
+    pub(crate) fn certify(
+        &self,
+        identity: &Identity,
+        key: &impl PublicKeyData,
+    ) -> Result<String, rcgen::Error> {
+        let mut params = CertificateParams::new(identity.dns_names.clone())?;
+        params.subject_alt_names.extend(subject_alt_names(&identity.addresses));
+        params.distinguished_name = DistinguishedName::new();
+        if let Some(group) = &identity.group {
+            params.distinguished_name.push(DnType::OrganizationName, group.as_str());
+        }
+        params.distinguished_name.push(DnType::CommonName, identity.user.as_str());
+        params.key_usages =
+            vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+        params.extended_key_usages = match identity.usage {
+            Usage::Client => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            Usage::Server => vec![ExtendedKeyUsagePurpose::ServerAuth],
+            Usage::Both => {
+                vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
+            }
+        };
+        params.use_authority_key_identifier_extension = true;
+        set_validity(&mut params, LEAF_DAYS);
+        Ok(params.signed_by(key, &self.issuer()?)?.pem())
+    }
+
+    /// Issues into `<dir>/<name>.crt` and `<name>.key` unless both are there, name all of `identity` and are valid for
+    /// another [`RENEW_DAYS`] days.
     ///
     /// # Errors
     /// As [`Authority::issue`], and when the files cannot be written.
     pub fn ensure(&self, dir: &Path, name: &str, identity: &Identity) -> Result<(), Error> {
         let (cert_path, key_path) =
             (dir.join(format!("{name}.crt")), dir.join(format!("{name}.key")));
-        if cert_path.exists() && key_path.exists() {
+        if key_path.exists()
+            && let Ok(pem) = fs::read_to_string(&cert_path)
+            && crate::certificate::Certificate::parse(&pem)
+                .is_ok_and(|found| found.serves(identity, RENEW_DAYS))
+        {
             return Ok(());
         }
+        self.reissue(dir, name, identity)
+    }
+
+    /// Issues into `<dir>/<name>.crt` and `<name>.key`, whatever is there.
+    ///
+    /// # Errors
+    /// As [`Authority::issue`], and when the files cannot be written.
+    pub fn reissue(&self, dir: &Path, name: &str, identity: &Identity) -> Result<(), Error> {
+        let (cert_path, key_path) =
+            (dir.join(format!("{name}.crt")), dir.join(format!("{name}.key")));
         let (certificate, key) = self.issue(identity)?;
         write_private(&key_path, &key)?;
         write_public(&cert_path, &certificate)
@@ -185,6 +208,10 @@ pub fn public_key_pem(key_pem: &str) -> Result<String, Error> {
     KeyPair::from_pem(key_pem)
         .map(|key| key.public_key_pem())
         .map_err(|source| Error::Make { subject: "the public key".to_owned(), source })
+}
+
+pub(crate) fn subject_alt_names(addresses: &[IpAddr]) -> impl Iterator<Item = SanType> {
+    addresses.iter().copied().map(SanType::IpAddress)
 }
 
 fn set_validity(params: &mut CertificateParams, days: i64) {

@@ -2,9 +2,48 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::authority::{self, Authority, Error, Identity, Usage};
 use crate::kubeconfig;
+
+/// Common name by which etcd knows the control plane: it may do all.
+pub const ETCD_ROOT_USER: &str = "kube-apiserver";
+/// Common name by which etcd knows the network agents: they may read and write the network's keys only.
+pub const ETCD_NETWORK_USER: &str = "netagent";
+
+/// How a server is reached: what its certificates have to name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerNames {
+    pub addresses: Vec<IpAddr>,
+    pub names: Vec<String>,
+}
+
+impl ServerNames {
+    /// The server at `advertise`, the Service `kubernetes` at `kubernetes_ip`, loopback, and `extra` names or addresses.
+    #[must_use]
+    pub fn new(
+        advertise: IpAddr,
+        kubernetes_ip: IpAddr,
+        cluster_domain: &str,
+        extra: &[String],
+    ) -> Self {
+        let mut addresses =
+            vec![advertise, IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), kubernetes_ip];
+        let mut names: Vec<String> =
+            ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
+                .map(str::to_owned)
+                .into();
+        names.push(format!("kubernetes.default.svc.{cluster_domain}"));
+        for name in extra {
+            match name.parse() {
+                Ok(address) => addresses.push(address),
+                Err(_) => names.push(name.clone()),
+            }
+        }
+        Self { addresses, names }
+    }
+}
 
 /// The PKI folder of a control plane.
 ///
@@ -12,8 +51,8 @@ use crate::kubeconfig;
 /// (leafs), `sa.key` (signs ServiceAccount tokens), `admin.conf` (kubeconfig).
 pub struct ClusterPki {
     dir: PathBuf,
-    ca: Authority,
-    etcd_ca: Authority,
+    ca: Arc<Authority>,
+    etcd_ca: Arc<Authority>,
 }
 
 /// PEM texts and the kubeconfig of one agent.
@@ -35,8 +74,8 @@ impl ClusterPki {
     /// # Errors
     /// A file cannot be read, written or understood.
     pub fn ensure(dir: &Path, addresses: &[IpAddr], names: &[String]) -> Result<Self, Error> {
-        let ca = Authority::load_or_create(dir, "ca", "orch-ca")?;
-        let etcd_ca = Authority::load_or_create(dir, "etcd-ca", "orch-etcd-ca")?;
+        let ca = Authority::load_or_create(dir, "ca", "orch-ca").map(Arc::new)?;
+        let etcd_ca = Authority::load_or_create(dir, "etcd-ca", "orch-etcd-ca").map(Arc::new)?;
         let server = |user: &str, usage| Identity {
             user: user.to_owned(),
             group: None,
@@ -51,7 +90,7 @@ impl ClusterPki {
             &Identity::client("kube-apiserver-kubelet-client", Some("system:masters")),
         )?;
         etcd_ca.ensure(dir, "etcd-server", &server("etcd-server", Usage::Both))?;
-        etcd_ca.ensure(dir, "etcd-client", &Identity::client("kube-apiserver", None))?;
+        etcd_ca.ensure(dir, "etcd-client", &Identity::client(ETCD_ROOT_USER, None))?;
         let token_key = dir.join("sa.key");
         if !token_key.exists() {
             let key = rcgen::KeyPair::generate().map_err(|source| Error::Make {
@@ -75,6 +114,18 @@ impl ClusterPki {
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// The cluster's authority.
+    #[must_use]
+    pub fn ca(&self) -> Arc<Authority> {
+        self.ca.clone()
+    }
+
+    /// etcd's authority.
+    #[must_use]
+    pub fn etcd_ca(&self) -> Arc<Authority> {
+        self.etcd_ca.clone()
     }
 
     /// The administrator's kubeconfig (`admin.conf`, mode 0600), made when absent or when `server` changed.
@@ -119,7 +170,7 @@ impl ClusterPki {
             usage: Usage::Server,
         })?;
         let (etcd_certificate, etcd_key) =
-            self.etcd_ca.issue(&Identity::client(format!("netagent:{node}"), None))?;
+            self.etcd_ca.issue(&Identity::client(ETCD_NETWORK_USER, None))?;
         Ok(AgentCredentials {
             kubeconfig: kubeconfig::kubeconfig(
                 server,

@@ -6,9 +6,13 @@
 //! Start with [`Authority`]; [`ClusterPki`] is the set of files of one control plane.
 
 mod authority;
+mod certificate;
 mod cluster;
 mod kubeconfig;
+mod request;
 
 pub use authority::{Authority, Error, Identity, Usage, public_key_pem};
-pub use cluster::{AgentCredentials, ClusterPki};
+pub use certificate::{Certificate, Unreadable};
+pub use cluster::{AgentCredentials, ClusterPki, ETCD_NETWORK_USER, ETCD_ROOT_USER, ServerNames};
 pub use kubeconfig::kubeconfig;
+pub use request::{Asked, Request, read_request};

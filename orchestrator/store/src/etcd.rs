@@ -59,32 +59,14 @@ impl EtcdStore {
     /// # Errors
     /// [`StoreError::Internal`] when an endpoint or the certificates cannot be used.
     pub async fn connect(config: EtcdConfig) -> Result<Self, StoreError> {
-        let mut options = ConnectOptions::new()
-            .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
-            .with_connect_timeout(CONNECT_TIMEOUT)
-            // A member that lost its quorum says so at once instead of serving a watch that stands still.
-            .with_require_leader(true);
-        if config.endpoints.iter().any(|url| url.starts_with("https://")) {
-            let mut tls = TlsOptions::new();
-            if let Some(ca) = &config.ca_pem {
-                tls = tls.ca_certificate(Certificate::from_pem(ca));
-            }
-            if let (Some(cert), Some(key)) = (&config.cert_pem, &config.key_pem) {
-                tls = tls.identity(Identity::from_pem(cert, key));
-            }
-            options = options.with_tls(tls);
-        }
-        let client =
-            Client::connect(&config.endpoints, Some(options)).await.map_err(
-                |error| match error {
-                    Error::GRpcStatus(_) => from_etcd(error),
-                    other => StoreError::Internal(format!(
-                        "connect to {}: {}",
-                        config.endpoints.join(","),
-                        chain(&other)
-                    )),
-                },
-            )?;
+        let client = connect(&config, None).await.map_err(|error| match error {
+            Error::GRpcStatus(_) => from_etcd(error),
+            other => StoreError::Internal(format!(
+                "connect to {}: {}",
+                config.endpoints.join(","),
+                chain(&other)
+            )),
+        })?;
         Ok(Self {
             kv: client.kv_client().max_decoding_message_size(MAX_MESSAGE),
             watch: client.watch_client().max_decoding_message_size(MAX_MESSAGE),
@@ -345,6 +327,29 @@ fn key_value(kv: etcd_client::KeyValue) -> Result<KeyValue, StoreError> {
 }
 
 /// Sorts etcd's errors by what the caller can do. gRPC codes as numbers: the crate that names them is not ours.
+/// A connection with our settings. Connects on first use.
+pub(crate) async fn connect(config: &EtcdConfig, limit: Option<Duration>) -> Result<Client, Error> {
+    let mut options = ConnectOptions::new()
+        .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
+        .with_connect_timeout(CONNECT_TIMEOUT);
+    match limit {
+        Some(limit) => options = options.with_timeout(limit),
+        // A member that lost its quorum says so at once instead of serving a watch that stands still.
+        None => options = options.with_require_leader(true),
+    }
+    if config.endpoints.iter().any(|url| url.starts_with("https://")) {
+        let mut tls = TlsOptions::new();
+        if let Some(ca) = &config.ca_pem {
+            tls = tls.ca_certificate(Certificate::from_pem(ca));
+        }
+        if let (Some(cert), Some(key)) = (&config.cert_pem, &config.key_pem) {
+            tls = tls.identity(Identity::from_pem(cert, key));
+        }
+        options = options.with_tls(tls);
+    }
+    Client::connect(&config.endpoints, Some(options)).await
+}
+
 fn from_etcd(error: Error) -> StoreError {
     const DEADLINE_EXCEEDED: i32 = 4;
     const RESOURCE_EXHAUSTED: i32 = 8;
@@ -385,7 +390,7 @@ fn from_etcd(error: Error) -> StoreError {
 }
 
 /// The error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     with_causes(error.to_string(), error.source())
 }
 

@@ -49,8 +49,23 @@ pub struct Options {
     pub client_urls: Vec<String>,
     /// Certificates; with them, clients have to show one too. `None` is for plain HTTP on loopback, in tests.
     pub tls: Option<Tls>,
+    /// Its place among several members; `None` for one that is alone for good, which nobody else can join.
+    pub membership: Option<Membership>,
     /// Whether etcd goes on when we are cancelled.
     pub keep_running_on_exit: bool,
+}
+
+/// The place of a member in a cluster of several. etcd reads it at its first start only; later its data says.
+#[derive(Debug, Clone)]
+pub struct Membership {
+    /// Its name.
+    pub name: String,
+    /// Where the other members reach it, `https://10.0.0.1:2380`. They show the certificates of [`Options::tls`].
+    pub peer_url: String,
+    /// Names and peer URLs of all members, this one among them.
+    pub initial: Vec<(String, String)>,
+    /// It joins members that run already, instead of starting with them.
+    pub joining: bool,
 }
 
 /// Files for TLS.
@@ -263,20 +278,28 @@ fn open_log(path: &Path) -> Result<File, Error> {
         .map_err(|source| Error::Log { path: path.to_owned(), source })
 }
 
-/// The command line. A cluster of one member: its peer address is never used, but etcd wants one; a socket in its own
+/// The command line. For a cluster of one the peer address is never used, but etcd wants one; a socket in its own
 /// folder is one that nobody else can reach.
 fn arguments(options: &Options) -> Vec<String> {
     const NAME: &str = "orch";
     const PEER: &str = "unix://peer:0";
     let urls = options.client_urls.join(",");
+    let (name, peer, initial) = match &options.membership {
+        Some(member) => {
+            let initial: Vec<String> =
+                member.initial.iter().map(|(name, url)| format!("{name}={url}")).collect();
+            (member.name.as_str(), member.peer_url.as_str(), initial.join(","))
+        }
+        None => (NAME, PEER, format!("{NAME}={PEER}")),
+    };
     let mut arguments = vec![
-        format!("--name={NAME}"),
+        format!("--name={name}"),
         process::data_dir_argument(&options.data_dir),
         format!("--listen-client-urls={urls}"),
         format!("--advertise-client-urls={urls}"),
-        format!("--listen-peer-urls={PEER}"),
-        format!("--initial-advertise-peer-urls={PEER}"),
-        format!("--initial-cluster={NAME}={PEER}"),
+        format!("--listen-peer-urls={peer}"),
+        format!("--initial-advertise-peer-urls={peer}"),
+        format!("--initial-cluster={initial}"),
         format!("--quota-backend-bytes={QUOTA_BYTES}"),
         format!("--snapshot-count={SNAPSHOT_COUNT}"),
         // Nobody uses it, and it would call etcd with the server's certificate, which is none for clients.
@@ -291,6 +314,21 @@ fn arguments(options: &Options) -> Vec<String> {
             format!("--trusted-ca-file={}", tls.client_ca.display()),
             "--client-cert-auth".to_owned(),
         ]);
+    }
+    if let Some(member) = &options.membership {
+        if member.joining {
+            arguments.push("--initial-cluster-state=existing".to_owned());
+        }
+        // A member that lost its disk must not come back as one that remembers.
+        arguments.push("--strict-reconfig-check".to_owned());
+        if let Some(tls) = &options.tls {
+            arguments.extend([
+                format!("--peer-cert-file={}", tls.cert.display()),
+                format!("--peer-key-file={}", tls.key.display()),
+                format!("--peer-trusted-ca-file={}", tls.client_ca.display()),
+                "--peer-client-cert-auth".to_owned(),
+            ]);
+        }
     }
     arguments
 }

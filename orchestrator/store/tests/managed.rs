@@ -56,6 +56,7 @@ async fn etcd_ends_with_its_supervisor_if_told_so() {
         log_file: dir.path().join("etcd.log"),
         client_urls: vec!["unix://client:0".to_owned()],
         tls: None,
+        membership: None,
         keep_running_on_exit: false,
     };
     let cancel = CancellationToken::new();
@@ -95,6 +96,7 @@ async fn with_tls_only_clients_with_a_certificate_get_in() {
             key: path("server.key", &server_key),
             client_ca: path("ca.crt", &pki.ca_pem),
         }),
+        membership: None,
         keep_running_on_exit: false,
     };
     let cancel = CancellationToken::new();

@@ -59,6 +59,7 @@ impl Cluster {
             log_file: dir.path().join("log/etcd.log"),
             client_urls: vec![format!("http://127.0.0.1:{}", free_port())],
             tls: None,
+            membership: None,
             keep_running_on_exit: true,
         };
         let etcd_cancel = CancellationToken::new();

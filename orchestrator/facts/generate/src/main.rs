@@ -18,6 +18,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("api/authentication/v1", "io.k8s.api.authentication.v1"),
     ("api/authorization/v1", "io.k8s.api.authorization.v1"),
     ("api/autoscaling/v1", "io.k8s.api.autoscaling.v1"),
+    ("api/certificates/v1", "io.k8s.api.certificates.v1"),
     ("api/coordination/v1", "io.k8s.api.coordination.v1"),
     ("api/core/v1", "io.k8s.api.core.v1"),
     ("api/discovery/v1", "io.k8s.api.discovery.v1"),
@@ -41,6 +42,7 @@ const ROOTS: &[(&str, &str, &[&str])] = &[
         &["SelfSubjectAccessReview", "SelfSubjectRulesReview", "SubjectAccessReview"],
     ),
     ("io.k8s.api.autoscaling.v1", "autoscaling", &["Scale"]),
+    ("io.k8s.api.certificates.v1", "certificates.k8s.io", &["CertificateSigningRequest"]),
     ("io.k8s.api.coordination.v1", "coordination.k8s.io", &["Lease"]),
     (
         "io.k8s.api.core.v1",

@@ -77,17 +77,13 @@ async fn start(lab: &Lab, programs: &Programs) -> anyhow::Result<Client> {
 fn pki(lab: &Lab) -> anyhow::Result<ClusterPki> {
     let address = lab.address(SERVER)?;
     let service_cidr = orch_config::SERVICE_CIDR.parse().context("service CIDR")?;
-    let addresses = [
+    let names = orch_pki::ServerNames::new(
         IpAddr::V4(address),
-        IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
         IpAddr::V4(orch_config::kubernetes_service_ip(service_cidr)),
-    ];
-    let names = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
-        .map(str::to_owned)
-        .into_iter()
-        .chain([format!("kubernetes.default.svc.{}", orch_config::CLUSTER_DOMAIN)])
-        .collect::<Vec<_>>();
-    let pki = ClusterPki::ensure(&lab.paths(SERVER).pki(), &addresses, &names)?;
+        orch_config::CLUSTER_DOMAIN,
+        &[],
+    );
+    let pki = ClusterPki::ensure(&lab.paths(SERVER).pki(), &names.addresses, &names.names)?;
     let admin = pki.ensure_admin_kubeconfig(&lab.api_url()?)?;
     std::fs::copy(&admin, lab.kubeconfig())
         .with_context(|| format!("write {}", lab.kubeconfig().display()))?;

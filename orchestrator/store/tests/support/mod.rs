@@ -42,6 +42,7 @@ impl Etcd {
             log_file: dir.path().join("log/etcd.log"),
             client_urls: vec![format!("http://127.0.0.1:{port}")],
             tls: None,
+            membership: None,
             keep_running_on_exit: true,
         };
         let cancel = CancellationToken::new();
