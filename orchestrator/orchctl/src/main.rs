@@ -6,6 +6,7 @@
 mod image;
 mod kube;
 mod lab;
+mod net;
 mod output;
 mod progress;
 
@@ -39,6 +40,9 @@ enum Command {
     /// Images in the engines of the nodes
     #[command(subcommand)]
     Image(ImageCommand),
+    /// The pod network explained: leases, peers, what is wrong, the way of a packet
+    #[command(subcommand)]
+    Net(net::Command),
     #[command(flatten)]
     Kube(kube::Command),
 }
@@ -106,6 +110,10 @@ async fn run(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
         Command::Lab(command) => lab::run(command, &cli.lab_dir).await,
         Command::Image(command) => run_image(command, &cli.lab_dir).await.map(|()| 0),
+        Command::Net(command) => {
+            let connect = || kube::connect(cli.kubeconfig.as_deref(), &cli.lab_dir);
+            net::run(command, &cli.lab_dir, connect).await
+        }
         Command::Kube(command) => {
             let client = kube::connect(cli.kubeconfig.as_deref(), &cli.lab_dir)?;
             kube::run(command, client, &cli.lab_dir).await

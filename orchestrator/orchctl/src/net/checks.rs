@@ -1,0 +1,691 @@
+//! What is wrong with the overlay, from what the nodes show and what etcd says. Pure.
+//!
+//! [`check`] goes through the nodes one by one and then compares the leases with each other. A finding says what is
+//! wrong, on which node, and which command mends it. What follows from something else that was found is left out: a
+//! device that is missing has no routes either.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+
+use cni_netlink::{Link, MacBytes, Route};
+use ipnetwork::{IpNetwork, Ipv4Network};
+use serde::Serialize;
+
+use super::firewall::{self, Subject};
+use super::leases::{LeaseView, Leases};
+use super::view::View;
+
+/// Protocol number that the agent marks its routes with.
+const ROUTE_PROTOCOL: u8 = 0x6f;
+/// Bytes VXLAN takes from the underlay MTU when the outer header is IPv4 (RFC 7348 §5).
+pub(super) const VXLAN_OVERHEAD_IPV4: u32 = 50;
+/// First kernel whose VXLAN devices compute inner checksums right whatever the hardware (ea64d8d6c675).
+const CHECKSUM_FIXED_IN: (u32, u32) = (5, 7);
+/// Agents renew every five minutes; one that is silent for this long does not renew.
+const RENEWAL_LATE_SECS: i64 = 20 * 60;
+/// Clocks may differ by this much.
+const CLOCK_SLACK_SECS: u64 = 60;
+/// Protocol number of routes that the kernel makes itself.
+const PROTOCOL_KERNEL: u8 = 2;
+
+/// Something that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct Finding {
+    /// On which node; `etcd` for what concerns all.
+    pub(super) node: String,
+    /// Kind, for programs.
+    pub(super) check: Check,
+    /// What is wrong.
+    pub(super) problem: String,
+    /// Command that mends it, to be run on the node; empty where it takes a person to decide.
+    pub(super) fix: String,
+}
+
+/// Kind of a finding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Check {
+    /// The agent does not run, or says that something is wrong.
+    Agent,
+    /// The subnet lease is missing, doubled, not renewed, or etcd is away.
+    Lease,
+    /// Two leases claim the same.
+    DuplicateSubnet,
+    /// A clock is wrong.
+    Clock,
+    /// The link below the overlay.
+    Underlay,
+    /// The VXLAN device.
+    Device,
+    /// MTUs that do not fit together.
+    Mtu,
+    /// Checksums that are computed too early, or wrongly.
+    ChecksumOffload,
+    /// A route to a node's subnet is missing, or another one takes its place.
+    Route,
+    /// A neighbour entry is missing, wrong, or left over.
+    Neighbour,
+    /// A forwarding entry is missing, wrong, or left over.
+    Fdb,
+    /// The kernel does not forward.
+    IpForward,
+    /// The kernel drops what comes by another link than the way back.
+    RpFilter,
+    /// A rule drops overlay or pod traffic.
+    Firewall,
+    /// Packets do not arrive.
+    Unreachable,
+    /// Something could not be looked at.
+    Unreadable,
+}
+
+impl Check {
+    /// Whether this alone explains that no packet arrives over the overlay.
+    pub(super) fn explains_silence(self) -> bool {
+        matches!(
+            self,
+            Self::Lease
+                | Self::DuplicateSubnet
+                | Self::Underlay
+                | Self::Device
+                | Self::Route
+                | Self::Neighbour
+                | Self::Fdb
+        )
+    }
+}
+
+/// A MAC as people write it.
+pub(super) fn mac_text(mac: &MacBytes) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// Everything that is wrong. `leases` is why etcd could not be read, if it could not.
+pub(super) fn check(
+    views: &[View],
+    leases: &Result<Leases, String>,
+    now_secs: u64,
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    match leases {
+        Ok(leases) => check_leases(leases, &mut findings),
+        Err(why) => findings.push(Finding {
+            node: "etcd".to_owned(),
+            check: Check::Lease,
+            problem: format!("etcd cannot be read: {why}"),
+            fix: String::new(),
+        }),
+    }
+    for view in views {
+        let mut node = Node { view, leases: leases.as_ref().ok(), findings: &mut findings };
+        node.check(now_secs);
+    }
+    findings
+}
+
+/// Compares the leases with each other.
+fn check_leases(leases: &Leases, findings: &mut Vec<Finding>) {
+    let mut found = |problem: String, lease: &LeaseView| {
+        findings.push(Finding {
+            node: "etcd".to_owned(),
+            check: Check::DuplicateSubnet,
+            problem,
+            fix: format!(
+                "etcdctl del '{}/subnets/{}'",
+                orch_config::ETCD_NETWORK_PREFIX,
+                lease.key
+            ),
+        });
+    };
+    for (at, lease) in leases.leases.iter().enumerate() {
+        if lease.subnet.is_none() && lease.subnet_v6.is_none() {
+            found(format!("the key {:?} names no subnet", lease.key), lease);
+            continue;
+        }
+        if let (Some(subnet), Some(network)) = (lease.subnet, leases.network)
+            && !(network.contains(subnet.network()) && network.contains(subnet.broadcast()))
+        {
+            found(format!("the subnet {subnet} is outside the pod network {network}"), lease);
+        }
+        for other in &leases.leases[..at] {
+            // The younger of the two is the one that should not be there.
+            let younger = if other.mod_revision > lease.mod_revision { other } else { lease };
+            let both = format!("the leases {} and {}", other.key, lease.key);
+            if let (Some(a), Some(b)) = (lease.subnet, other.subnet)
+                && a.overlaps(b)
+            {
+                found(format!("{both} overlap: packets for one node go to the other"), younger);
+            }
+            if let (Some(a), Some(b)) = (lease.subnet_v6, other.subnet_v6)
+                && (a.contains(b.network()) || b.contains(a.network()))
+            {
+                found(format!("{both} overlap: packets for one node go to the other"), younger);
+            }
+            if lease.public_ip.is_some()
+                && lease.public_ip == other.public_ip
+                && lease.public_ip != Some(Ipv4Addr::UNSPECIFIED)
+                && lease.backend.is_some()
+                && other.backend.is_some()
+            {
+                let ip = lease.public_ip.map(|ip| ip.to_string()).unwrap_or_default();
+                found(format!("{both} have one address, {ip}"), younger);
+            } else if lease.vtep_mac.is_some() && lease.vtep_mac == other.vtep_mac {
+                let mac = lease.vtep_mac.as_deref().unwrap_or_default();
+                found(
+                    format!(
+                        "{both} have one VTEP MAC, {mac}: the kernel drops the packets as a loop"
+                    ),
+                    younger,
+                );
+            }
+        }
+    }
+}
+
+/// One node under the eyes of the doctor.
+struct Node<'a> {
+    view: &'a View,
+    leases: Option<&'a Leases>,
+    findings: &'a mut Vec<Finding>,
+}
+
+impl Node<'_> {
+    fn found(&mut self, check: Check, problem: impl Into<String>, fix: impl Into<String>) {
+        self.findings.push(Finding {
+            node: self.view.node.clone(),
+            check,
+            problem: problem.into(),
+            fix: fix.into(),
+        });
+    }
+
+    fn check(&mut self, now_secs: u64) {
+        self.agent(now_secs);
+        for what in self.view.unreadable.clone() {
+            self.found(Check::Unreadable, what, "");
+        }
+        let own = self.own_lease(now_secs);
+        let usable = self.underlay() && self.device(own.as_ref());
+        self.mtus();
+        if usable && let Some(leases) = self.leases {
+            self.peers(leases, own.as_ref());
+        }
+        self.sysctls();
+        self.firewall();
+    }
+
+    fn agent(&mut self, now_secs: u64) {
+        let view = self.view;
+        if view.agent.is_none() {
+            self.found(
+                Check::Agent,
+                "the agent does not run: the node neither renews its lease nor follows the other nodes",
+                RESTART,
+            );
+        }
+        let Some(status) = &view.status else {
+            if view.agent.is_some() {
+                self.found(Check::Agent, "the agent runs, but has written no status", RESTART);
+            }
+            return;
+        };
+        if status.changed_at > now_secs + CLOCK_SLACK_SECS {
+            let ahead = status.changed_at - now_secs;
+            self.found(
+                Check::Clock,
+                format!("its status is {ahead} s from the future: the clock was set back, or is wrong here"),
+                "timedatectl set-ntp true",
+            );
+        }
+        if view.agent.is_some() {
+            if !matches!(status.etcd.as_str(), "" | "healthy" | "unknown") {
+                self.found(
+                    Check::Lease,
+                    format!("the agent does not reach etcd: {}", status.etcd),
+                    "",
+                );
+            }
+            for problem in &status.problems {
+                self.found(Check::Agent, format!("the agent reports: {problem}"), "");
+            }
+        }
+    }
+
+    fn own_lease(&mut self, _now_secs: u64) -> Option<LeaseView> {
+        let (view, leases) = (self.view, self.leases?);
+        let address = view.address?;
+        let own = leases.leases.iter().find(|lease| lease.public_ip == Some(address));
+        let Some(own) = own else {
+            self.found(
+                Check::Lease,
+                format!("no lease in etcd is for {address}: the other nodes do not know this one"),
+                RESTART,
+            );
+            return None;
+        };
+        if let (Some(ttl), Some(granted)) = (own.ttl_secs, own.granted_secs)
+            && granted - ttl > RENEWAL_LATE_SECS
+        {
+            let minutes = (granted - ttl) / 60;
+            self.found(
+                Check::Lease,
+                format!(
+                    "the lease {} was not renewed for {minutes} min and ends in {} min",
+                    own.key,
+                    ttl / 60
+                ),
+                RESTART,
+            );
+        }
+        if let (Some(file), Some(subnet)) = (view.env_subnet, own.subnet)
+            && file.network() != subnet.network()
+        {
+            self.found(
+                Check::Lease,
+                format!("new pods get addresses of {file}, but the lease is for {subnet}"),
+                RESTART,
+            );
+        }
+        Some(own.clone())
+    }
+
+    fn underlay(&mut self) -> bool {
+        let Some(address) = self.view.address else {
+            self.found(Check::Underlay, "the node's address on the underlay is not known", RESTART);
+            return false;
+        };
+        let Some(link) = self.view.underlay() else {
+            self.found(
+                Check::Underlay,
+                format!("no link has the node's address {address}"),
+                format!("ip address add {address}/24 dev eth0"),
+            );
+            return false;
+        };
+        if !link.up || !link.carrier {
+            let name = link.name.clone();
+            let what = if link.up { "has no carrier" } else { "is down" };
+            let fix = if link.up { String::new() } else { format!("ip link set {name} up") };
+            self.found(Check::Underlay, format!("the underlay link {name} {what}"), fix);
+            return false;
+        }
+        true
+    }
+
+    /// Whether there is any use in looking at what hangs on the device.
+    fn device(&mut self, own: Option<&LeaseView>) -> bool {
+        let view = self.view;
+        let name = &view.device_name;
+        let status = view.status.as_ref().and_then(|status| status.device.as_ref());
+        let vni = self.leases.map(|leases| leases.vni).or(status.map(|device| device.vni));
+        let port = self.leases.map(|leases| leases.port).or(status.map(|device| device.port));
+        let (vni, port) =
+            (vni.unwrap_or(orch_config::VXLAN_VNI), port.unwrap_or(orch_config::VXLAN_PORT));
+        let mac = own
+            .and_then(|own| own.vtep_mac.clone())
+            .or_else(|| status.map(|device| device.vtep_mac.clone()));
+        let address = view.address.map(|ip| ip.to_string()).unwrap_or_default();
+        let underlay = view.underlay().map(|link| link.name.clone()).unwrap_or_default();
+        let base = own.and_then(|own| own.subnet).map(|subnet| subnet.network());
+        // As the agent would make it; a running agent then adds what is missing.
+        let make = format!(
+            "ip link add {name} {}type vxlan id {vni} dstport {port} local {address} dev {underlay} nolearning{} && ip link set {name} up",
+            mac.as_ref().map(|mac| format!("address {mac} ")).unwrap_or_default(),
+            base.map(|base| format!(" && ip address add {base}/32 dev {name}")).unwrap_or_default(),
+        );
+        let Some(device) = view.device() else {
+            self.found(Check::Device, format!("the VXLAN device {name} is missing"), make);
+            return false;
+        };
+        let anew = format!("ip link delete {name} && {make}");
+        let Some(vxlan) = view.vxlan() else {
+            self.found(Check::Device, format!("{name} is no VXLAN device"), anew);
+            return false;
+        };
+        let mut wrong = Vec::new();
+        if vxlan.vni != vni {
+            wrong.push(format!("VNI {}, not {vni}", vxlan.vni));
+        }
+        if vxlan.port != port {
+            wrong.push(format!("UDP port {}, not {port}", vxlan.port));
+        }
+        if vxlan.local != view.address.map(IpAddr::V4) {
+            let local = vxlan.local.map_or_else(|| "none".to_owned(), |ip| ip.to_string());
+            wrong.push(format!("local address {local}, not {address}"));
+        }
+        if vxlan.learning {
+            wrong.push("learning on: a forged packet can redirect traffic".to_owned());
+        }
+        if !wrong.is_empty() {
+            self.found(Check::Device, format!("{name} has {}", wrong.join(", ")), anew);
+            return false;
+        }
+        let seen = mac_text(&device.mac);
+        if let Some(mac) = mac.filter(|mac| *mac != seen) {
+            self.found(
+                Check::Device,
+                format!("{name} has the MAC {seen}, but the other nodes send to {mac}"),
+                format!("ip link set {name} address {mac}"),
+            );
+        }
+        let offloads = view.kernel >= CHECKSUM_FIXED_IN;
+        if view.tx_checksum == Some(false) && offloads {
+            self.found(
+                Check::ChecksumOffload,
+                format!("TX checksum offload of {name} is off, which also turns segmentation offload off: about a third of the throughput is left"),
+                format!("ethtool -K {name} tx on"),
+            );
+        } else if view.tx_checksum == Some(true) && !offloads {
+            let (major, minor) = view.kernel;
+            self.found(
+                Check::ChecksumOffload,
+                format!("Linux {major}.{minor} may send wrong checksums inside VXLAN (fixed in 5.7); connections then stall for a minute"),
+                format!("ethtool -K {name} tx-checksum-ip-generic off"),
+            );
+        }
+        if !device.up {
+            self.found(
+                Check::Device,
+                format!("{name} is down; the kernel has dropped its routes and neighbours"),
+                format!("ip link set {name} up"),
+            );
+            return false;
+        }
+        if let Some(base) = base {
+            let has = |(link, found): &(u32, IpNetwork)| {
+                *link == device.index && found.ip() == IpAddr::V4(base)
+            };
+            if !view.addresses.iter().any(has) {
+                self.found(
+                    Check::Device,
+                    format!("{name} lacks the address {base}: nodes that talk to this one's pods get no answer"),
+                    format!("ip address add {base}/32 dev {name}"),
+                );
+            }
+        }
+        true
+    }
+
+    fn mtus(&mut self) {
+        let view = self.view;
+        let (Some(underlay), Some(device)) = (view.underlay(), view.device()) else { return };
+        let room = underlay.mtu.saturating_sub(VXLAN_OVERHEAD_IPV4);
+        if device.mtu != room {
+            let what = if device.mtu > room {
+                "large packets are lost"
+            } else {
+                "packets are smaller than need be"
+            };
+            self.found(
+                Check::Mtu,
+                format!(
+                    "{} has MTU {}, but {} on {} leaves {room}: {what}",
+                    device.name, device.mtu, underlay.mtu, underlay.name
+                ),
+                format!("ip link set {} mtu {room}", device.name),
+            );
+        }
+        if let Some(mtu) = view.env_mtu.filter(|mtu| *mtu != room) {
+            self.found(
+                Check::Mtu,
+                format!("new pods get MTU {mtu} (subnet.env), but the overlay carries {room}"),
+                RESTART,
+            );
+        }
+        let Some(bridge) = view.bridge() else { return };
+        let ports = view.links.iter().filter(|link| link.master == Some(bridge.index));
+        let large: Vec<&Link> =
+            std::iter::once(bridge).chain(ports).filter(|link| link.mtu > room).collect();
+        if !large.is_empty() {
+            let names: Vec<_> = large.iter().map(|link| link.name.as_str()).collect();
+            let fix: Vec<_> =
+                names.iter().map(|name| format!("ip link set {name} mtu {room}")).collect();
+            self.found(
+                Check::Mtu,
+                format!("{} have a larger MTU than the overlay's {room}; their pods must be made anew as well", names.join(", ")),
+                fix.join(" && "),
+            );
+        }
+    }
+
+    fn peers(&mut self, leases: &Leases, own: Option<&LeaseView>) {
+        let view = self.view;
+        let Some(device) = view.device() else { return };
+        let (name, index) = (device.name.clone(), device.index);
+        // A lease without owner, or of a node that speaks something else, is nobody to send to.
+        let others: Vec<&LeaseView> = leases
+            .leases
+            .iter()
+            .filter(|lease| own.is_none_or(|own| own.key != lease.key))
+            .filter(|lease| lease.is_vxlan(leases.vni) && lease.public_ip != view.address)
+            .collect();
+        let mut bases = BTreeSet::new();
+        let mut macs: BTreeMap<String, Ipv4Addr> = BTreeMap::new();
+        let mut subnets: BTreeSet<Ipv4Network> = BTreeSet::new();
+        for lease in &others {
+            let (Some(subnet), Some(node), Some(mac)) =
+                (lease.subnet, lease.public_ip, lease.vtep_mac.as_deref())
+            else {
+                continue;
+            };
+            subnets.insert(subnet);
+            bases.insert(subnet.network());
+            macs.insert(mac.to_owned(), node);
+            self.peer_routes(subnet, node, &name, index);
+            if self.is_direct(subnet, node) {
+                continue;
+            }
+            self.peer_entries(subnet, node, mac, &name);
+        }
+        for neighbour in view.neighbours.iter().filter(|neighbour| neighbour.permanent) {
+            if let IpAddr::V4(ip) = neighbour.ip
+                && !bases.contains(&ip)
+            {
+                self.found(
+                    Check::Neighbour,
+                    format!("the neighbour entry {ip} on {name} belongs to no lease"),
+                    format!("ip neighbour delete {ip} dev {name}"),
+                );
+            }
+        }
+        for entry in &view.fdb {
+            let mac = mac_text(&entry.mac);
+            if let Some(dst) = entry.dst
+                && dst.is_ipv4()
+                && !macs.contains_key(&mac)
+            {
+                self.found(
+                    Check::Fdb,
+                    format!("the forwarding entry {mac} → {dst} on {name} belongs to no lease"),
+                    format!("bridge fdb delete {mac} dev {name} dst {dst} self"),
+                );
+            }
+        }
+        let ours = |route: &&Route| route.protocol == ROUTE_PROTOCOL;
+        for route in view.routes.iter().filter(ours) {
+            if let IpNetwork::V4(dst) = route.dst
+                && !subnets.contains(&dst)
+            {
+                self.found(
+                    Check::Route,
+                    format!("the route to {dst} belongs to no lease"),
+                    format!("ip route delete {dst} proto {ROUTE_PROTOCOL}"),
+                );
+            }
+        }
+    }
+
+    /// Whether packets to a node go without VXLAN, as `host-gw` and `DirectRouting` have it.
+    fn is_direct(&self, subnet: Ipv4Network, node: Ipv4Addr) -> bool {
+        let direct = |route: &Route| {
+            route.dst == IpNetwork::V4(subnet)
+                && route.protocol == ROUTE_PROTOCOL
+                && route.via == Some(IpAddr::V4(node))
+        };
+        self.view.routes.iter().any(direct)
+    }
+
+    fn peer_routes(&mut self, subnet: Ipv4Network, node: Ipv4Addr, device: &str, index: u32) {
+        let view = self.view;
+        let base = subnet.network();
+        let right = |route: &Route| {
+            route.dst == IpNetwork::V4(subnet)
+                && ((route.link == Some(index) && route.via == Some(IpAddr::V4(base)))
+                    || route.via == Some(IpAddr::V4(node)))
+        };
+        let put = format!(
+            "ip route replace {subnet} via {base} dev {device} onlink proto {ROUTE_PROTOCOL}"
+        );
+        if !view.routes.iter().any(right) {
+            self.found(
+                Check::Route,
+                format!("the route to {subnet} ({node}) is missing: packets for its pods are lost"),
+                put,
+            );
+        }
+        for route in &view.routes {
+            let IpNetwork::V4(dst) = route.dst else { continue };
+            let inside = subnet.contains(dst.network()) && dst.prefix() >= subnet.prefix();
+            if !inside
+                || right(route)
+                || route.protocol == PROTOCOL_KERNEL && route.link == Some(index)
+            {
+                continue;
+            }
+            // The same destination with a larger metric takes no packet.
+            let shadowed = dst == subnet
+                && view.route_to(base).is_some_and(|taken| right(taken) && taken.dst == route.dst);
+            if shadowed {
+                continue;
+            }
+            let via = route.via.map(|via| format!(" via {via}")).unwrap_or_default();
+            let link = view.name_of(route.link).to_owned();
+            self.found(
+                Check::Route,
+                format!(
+                    "a foreign route to {dst}{via} dev {link} takes packets for {node}'s pods away"
+                ),
+                format!("ip route delete {dst}{via} dev {link}"),
+            );
+        }
+    }
+
+    fn peer_entries(&mut self, subnet: Ipv4Network, node: Ipv4Addr, mac: &str, device: &str) {
+        let view = self.view;
+        let base = subnet.network();
+        let put = format!("ip neighbour replace {base} lladdr {mac} dev {device} nud permanent");
+        let neighbour = view.neighbours.iter().find(|neighbour| neighbour.ip == IpAddr::V4(base));
+        match neighbour {
+            None => self.found(
+                Check::Neighbour,
+                format!("the neighbour entry {base} ({node}) is missing"),
+                put,
+            ),
+            Some(seen) if mac_text(&seen.mac) != mac => self.found(
+                Check::Neighbour,
+                format!(
+                    "the neighbour entry {base} is stale: it has {}, but {node} has {mac}",
+                    mac_text(&seen.mac)
+                ),
+                put,
+            ),
+            Some(_) => {}
+        }
+        let entries: Vec<IpAddr> = view
+            .fdb
+            .iter()
+            .filter(|entry| mac_text(&entry.mac) == mac)
+            .filter_map(|entry| entry.dst)
+            .collect();
+        let right = IpAddr::V4(node);
+        if entries.is_empty() {
+            self.found(
+                Check::Fdb,
+                format!("the forwarding entry {mac} → {node} is missing"),
+                format!("bridge fdb replace {mac} dev {device} dst {node} self permanent"),
+            );
+        }
+        for stale in entries.iter().filter(|dst| **dst != right) {
+            self.found(
+                Check::Fdb,
+                format!("the forwarding entry of {mac} is stale: it leads to {stale}, but the node is at {node}"),
+                format!(
+                    "bridge fdb delete {mac} dev {device} dst {stale} self; bridge fdb replace {mac} dev {device} dst {node} self permanent"
+                ),
+            );
+        }
+    }
+
+    fn sysctls(&mut self) {
+        let view = self.view;
+        let value = |key: &str| view.sysctls.get(key).map(String::as_str);
+        if value("ipv4/ip_forward") == Some("0") {
+            self.found(
+                Check::IpForward,
+                "the kernel does not forward: pods reach nothing outside their bridge",
+                "sysctl -w net.ipv4.ip_forward=1",
+            );
+        }
+        let underlay = view.underlay().map(|link| link.name.clone());
+        let mut links: Vec<String> =
+            vec![view.device_name.clone(), orch_config::POD_BRIDGE.to_owned()];
+        for link in &links {
+            if value("ipv4/ip_forward") != Some("0")
+                && value(&format!("ipv4/conf/{link}/forwarding")) == Some("0")
+            {
+                self.found(
+                    Check::IpForward,
+                    format!("the kernel does not forward what comes from {link}"),
+                    format!("sysctl -w net/ipv4/conf/{link}/forwarding=1"),
+                );
+            }
+        }
+        links.extend(underlay);
+        // The kernel takes the larger of both: strict is 1, loose is 2.
+        let all = value("ipv4/conf/all/rp_filter").unwrap_or("0").to_owned();
+        let strict: Vec<String> = links
+            .iter()
+            .filter(|link| {
+                let own = value(&format!("ipv4/conf/{link}/rp_filter"));
+                own.is_some_and(|own| own.max(all.as_str()) == "1")
+            })
+            .cloned()
+            .collect();
+        if !strict.is_empty() {
+            self.found(
+                Check::RpFilter,
+                format!(
+                    "rp_filter is strict on {}: what a node sends to a remote pod gets no answer",
+                    strict.join(", ")
+                ),
+                "sysctl -w net.ipv4.conf.all.rp_filter=2",
+            );
+        }
+    }
+
+    fn firewall(&mut self) {
+        let view = self.view;
+        let subject = Subject {
+            port: self.leases.map_or(orch_config::VXLAN_PORT, |leases| leases.port),
+            network: self.leases.and_then(|leases| leases.network),
+            links: vec![view.device_name.clone(), orch_config::POD_BRIDGE.to_owned()],
+        };
+        for drop in firewall::drops(&view.nft, &view.iptables, &subject) {
+            self.found(
+                Check::Firewall,
+                format!(
+                    "{} are dropped by the {}",
+                    drop.what,
+                    drop.place.trim_start_matches("the ")
+                ),
+                drop.fix,
+            );
+        }
+    }
+}
+
+/// Stands for "start the agent again" in [`Finding::fix`]; how that is done differs from host to host.
+pub(super) const RESTART: &str = "\u{1}restart";
+
+#[cfg(test)]
+mod tests;

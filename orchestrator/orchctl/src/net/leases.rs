@@ -1,0 +1,202 @@
+//! The subnet leases as they stand in etcd, read with plain eyes: what does not parse is shown too.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use etcd_client::{
+    Certificate, Client, ConnectOptions, GetOptions, Identity, LeaseTimeToLiveOptions, TlsOptions,
+};
+use ipnetwork::{Ipv4Network, Ipv6Network};
+use serde::Serialize;
+use serde_json::Value;
+
+/// One call to etcd, a leader election included.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
+
+/// The network as etcd has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Leases {
+    /// The whole pod network.
+    pub(super) network: Option<Ipv4Network>,
+    /// The same for IPv6.
+    pub(super) network_v6: Option<Ipv6Network>,
+    /// `vxlan`, `host-gw` …
+    pub(super) backend: String,
+    /// VXLAN network identifier.
+    pub(super) vni: u32,
+    /// UDP port.
+    pub(super) port: u16,
+    /// Whether nodes on one link may do without VXLAN.
+    pub(super) direct_routing: bool,
+    /// All keys below `subnets/`.
+    pub(super) leases: Vec<LeaseView>,
+}
+
+/// One key below `subnets/`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct LeaseView {
+    /// The last part of the key.
+    pub(super) key: String,
+    /// IPv4 subnet of the node.
+    pub(super) subnet: Option<Ipv4Network>,
+    /// IPv6 subnet of the node.
+    pub(super) subnet_v6: Option<Ipv6Network>,
+    /// Its address on the underlay.
+    pub(super) public_ip: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    pub(super) public_ip_v6: Option<Ipv6Addr>,
+    /// `vxlan`, `host-gw` …; `None` is a reservation.
+    pub(super) backend: Option<String>,
+    /// VXLAN network identifier.
+    pub(super) vni: Option<u32>,
+    /// MAC of its VTEP.
+    pub(super) vtep_mac: Option<String>,
+    /// Seconds that the lease lives without renewal; `None` is for ever.
+    pub(super) ttl_secs: Option<i64>,
+    /// Seconds that it lives after each renewal.
+    pub(super) granted_secs: Option<i64>,
+    /// etcd's revision of the last change.
+    pub(super) mod_revision: i64,
+}
+
+impl LeaseView {
+    /// Whether the node behind it takes part in the overlay.
+    pub(super) fn is_vxlan(&self, vni: u32) -> bool {
+        self.backend.as_deref() == Some("vxlan") && self.vni.unwrap_or(vni) == vni
+    }
+}
+
+/// Reads configuration and leases.
+///
+/// # Errors
+/// etcd does not answer, or its certificates cannot be read.
+pub(super) async fn read(urls: &[String], pki: &Path, prefix: &str) -> anyhow::Result<Leases> {
+    let limit = tokio::time::timeout(CALL_LIMIT, read_all(urls, pki, prefix)).await;
+    match limit {
+        Ok(outcome) => outcome,
+        Err(_) => bail!("etcd at {} does not answer", urls.join(",")),
+    }
+    .context("read the subnet leases")
+}
+
+async fn read_all(urls: &[String], pki: &Path, prefix: &str) -> anyhow::Result<Leases> {
+    let mut options = ConnectOptions::new().with_connect_timeout(CALL_LIMIT);
+    if urls.iter().any(|url| url.starts_with("https://")) {
+        let file = |name: &str| {
+            let path = pki.join(name);
+            std::fs::read(&path).with_context(|| format!("read {}", path.display()))
+        };
+        let tls = TlsOptions::new()
+            .ca_certificate(Certificate::from_pem(file("etcd-ca.crt")?))
+            .identity(Identity::from_pem(file("etcd-client.crt")?, file("etcd-client.key")?));
+        options = options.with_tls(tls);
+    }
+    let mut client = Client::connect(urls, Some(options)).await.context("connect to etcd")?;
+    let config = client.get(format!("{prefix}/config"), None).await?;
+    let mut leases = config.kvs().first().map(|kv| parse_config(kv.value())).unwrap_or_default();
+    let folder = format!("{prefix}/subnets/");
+    let found = client.get(folder.clone(), Some(GetOptions::new().with_prefix())).await?;
+    for kv in found.kvs() {
+        let key = String::from_utf8_lossy(kv.key());
+        let key = key.strip_prefix(&folder).unwrap_or(&key);
+        let mut view = parse_lease(key, kv.value());
+        view.mod_revision = kv.mod_revision();
+        if kv.lease() != 0 {
+            // One call a key is right for a command that a person runs now and then, and only for that.
+            let life =
+                client.lease_time_to_live(kv.lease(), None::<LeaseTimeToLiveOptions>).await?;
+            view.ttl_secs = Some(life.ttl());
+            view.granted_secs = Some(life.granted_ttl());
+        }
+        leases.leases.push(view);
+    }
+    Ok(leases)
+}
+
+/// Reads flannel's configuration, with flannel's defaults. Pure.
+pub(super) fn parse_config(json: &[u8]) -> Leases {
+    let config: Value = serde_json::from_slice(json).unwrap_or_default();
+    let backend = &config["Backend"];
+    let number = |upper: &str, lower: &str| backend[upper].as_u64().or(backend[lower].as_u64());
+    Leases {
+        network: config["Network"].as_str().and_then(|text| text.parse().ok()),
+        network_v6: config["IPv6Network"].as_str().and_then(|text| text.parse().ok()),
+        backend: backend["Type"].as_str().unwrap_or("udp").to_owned(),
+        vni: number("VNI", "vni")
+            .and_then(|vni| u32::try_from(vni).ok())
+            .unwrap_or(orch_config::VXLAN_VNI),
+        port: number("Port", "port")
+            .and_then(|port| u16::try_from(port).ok())
+            .filter(|port| *port != 0)
+            .unwrap_or(orch_config::VXLAN_PORT),
+        direct_routing: backend["DirectRouting"]
+            .as_bool()
+            .or(backend["directRouting"].as_bool())
+            .unwrap_or(false),
+        leases: Vec::new(),
+    }
+}
+
+/// Reads one key and its value. Pure.
+pub(super) fn parse_lease(key: &str, json: &[u8]) -> LeaseView {
+    let value: Value = serde_json::from_slice(json).unwrap_or_default();
+    let subnets: Vec<String> = key
+        .split('&')
+        .filter_map(|part| part.rsplit_once('-').map(|(ip, len)| format!("{ip}/{len}")))
+        .collect();
+    let text = |name: &str| value[name].as_str();
+    // A node without IPv4 has its VXLAN data in the other field.
+    let data = match &value["BackendData"] {
+        Value::Null => &value["BackendV6Data"],
+        data => data,
+    };
+    LeaseView {
+        key: key.to_owned(),
+        subnet: subnets.iter().find_map(|subnet| subnet.parse().ok()),
+        subnet_v6: subnets.iter().find_map(|subnet| subnet.parse().ok()),
+        public_ip: text("PublicIP").and_then(|text| text.parse().ok()),
+        public_ip_v6: text("PublicIPv6").and_then(|text| text.parse().ok()),
+        backend: text("BackendType").map(str::to_owned),
+        vni: data["VNI"].as_u64().and_then(|vni| u32::try_from(vni).ok()),
+        vtep_mac: data["VtepMAC"].as_str().map(str::to_lowercase),
+        ..LeaseView::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flannels_keys_and_values_are_read() {
+        let view = parse_lease(
+            "10.5.52.0-24&fc00:0:0:3::-64",
+            br#"{"PublicIP":"192.0.2.1","PublicIPv6":"2001:db8::1","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"AA:bb:cc:00:11:22"}}"#,
+        );
+        assert_eq!(view.subnet.map(|subnet| subnet.to_string()).as_deref(), Some("10.5.52.0/24"));
+        assert_eq!(view.subnet_v6, "fc00:0:0:3::/64".parse().ok());
+        assert_eq!(view.public_ip, Some(Ipv4Addr::new(192, 0, 2, 1)));
+        assert_eq!(view.vtep_mac.as_deref(), Some("aa:bb:cc:00:11:22"));
+        assert!(view.is_vxlan(1) && !view.is_vxlan(7));
+    }
+
+    #[test]
+    fn what_is_damaged_is_shown_and_not_dropped() {
+        let view = parse_lease("nonsense", b"{");
+        assert_eq!(view.key, "nonsense");
+        assert_eq!((view.subnet, view.public_ip, view.backend), (None, None, None));
+    }
+
+    #[test]
+    fn a_configuration_has_flannels_defaults() {
+        let config =
+            parse_config(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Port":0}}"#);
+        assert_eq!((config.vni, config.port), (1, 8472));
+        assert!(!config.direct_routing);
+        assert_eq!(parse_config(b"{}").backend, "udp");
+    }
+}

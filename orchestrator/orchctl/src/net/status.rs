@@ -1,0 +1,82 @@
+//! What a node's network agent wrote about itself, as far as it is shown here. The file is JSON, so an agent of another
+//! version is read as well.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+/// `net-status.json` of a node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct NetStatus {
+    /// Name of the node.
+    pub(super) node: String,
+    /// Its address on the underlay.
+    pub(super) node_ip: String,
+    /// Seconds since the epoch at the last change.
+    pub(super) changed_at: u64,
+    /// `unknown`, `healthy`, or why etcd is away.
+    pub(super) etcd: String,
+    /// The pod network.
+    pub(super) network: Option<String>,
+    /// This node's subnet.
+    pub(super) subnet: Option<String>,
+    /// The VXLAN device.
+    pub(super) device: Option<Device>,
+    /// Remote nodes that are programmed.
+    pub(super) peers: Vec<Peer>,
+    /// Services in the kernel.
+    pub(super) services: Services,
+    /// What is wrong and wants a person.
+    pub(super) problems: Vec<String>,
+}
+
+/// The VXLAN device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Device {
+    pub(super) name: String,
+    pub(super) vtep_mac: String,
+    pub(super) mtu: u32,
+    pub(super) vni: u32,
+    pub(super) port: u16,
+}
+
+/// A remote node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Peer {
+    pub(super) subnet: String,
+    pub(super) public_ip: String,
+    pub(super) vtep_mac: String,
+}
+
+/// Services in the kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Services {
+    pub(super) ports: usize,
+    pub(super) endpoints: usize,
+    pub(super) in_force: bool,
+}
+
+impl NetStatus {
+    /// Reads a node's file; `None` if there is none, or it is not ours.
+    pub(super) fn read(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_of_another_version_is_read_too() {
+        let text =
+            r#"{"node":"n","peers":[{"publicIp":"192.0.2.2","new":1}],"subnet":null,"more":{}}"#;
+        let status: NetStatus = serde_json::from_str(text).expect("readable");
+        assert_eq!((status.node.as_str(), status.peers.len()), ("n", 1));
+        assert_eq!(status.peers[0].public_ip, "192.0.2.2");
+    }
+}

@@ -1,0 +1,222 @@
+//! What one node's kernel, files and processes show. Only reading happens here.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsRawFd as _;
+use std::process::Command;
+
+use super::status::NetStatus;
+use anyhow::Context as _;
+use cni_netlink::{FdbEntry, Link, LinkKind, Neighbour, Netlink, Route, RouteFilter, Vxlan};
+use ipnetwork::{IpNetwork, Ipv4Network};
+
+use super::hosts::Host;
+
+/// Name of the bridge that pods hang on.
+const BRIDGE: &str = orch_config::POD_BRIDGE;
+
+/// One node as it is.
+#[derive(Debug, Clone, Default)]
+pub(super) struct View {
+    /// Its name.
+    pub(super) node: String,
+    /// Its address on the underlay.
+    pub(super) address: Option<Ipv4Addr>,
+    /// PID of its agent.
+    pub(super) agent: Option<i32>,
+    /// What its agent says.
+    pub(super) status: Option<NetStatus>,
+    /// Name that its VXLAN device should have.
+    pub(super) device_name: String,
+    /// `FLANNEL_MTU` of `subnet.env`.
+    pub(super) env_mtu: Option<u32>,
+    /// `FLANNEL_SUBNET` of `subnet.env`.
+    pub(super) env_subnet: Option<Ipv4Network>,
+    /// All links.
+    pub(super) links: Vec<Link>,
+    /// Addresses by the index of their link.
+    pub(super) addresses: Vec<(u32, IpNetwork)>,
+    /// Routes of the main table.
+    pub(super) routes: Vec<Route>,
+    /// Neighbours on the VXLAN device.
+    pub(super) neighbours: Vec<Neighbour>,
+    /// Its forwarding entries.
+    pub(super) fdb: Vec<FdbEntry>,
+    /// Kernel settings by their path below `/proc/sys/net`.
+    pub(super) sysctls: BTreeMap<String, String>,
+    /// Whether the VXLAN device hands checksums to the kernel's offload; `None` if it cannot be asked.
+    pub(super) tx_checksum: Option<bool>,
+    /// All rules of nftables, and so of `iptables-nft`, as nft's JSON.
+    pub(super) nft: String,
+    /// The filter table of the older iptables, where it has one, as `iptables-save` writes it.
+    pub(super) iptables: String,
+    /// Version of the kernel.
+    pub(super) kernel: (u32, u32),
+    /// What could not be read, and why.
+    pub(super) unreadable: Vec<String>,
+}
+
+impl View {
+    /// A link by its name.
+    pub(super) fn link(&self, name: &str) -> Option<&Link> {
+        self.links.iter().find(|link| link.name == name)
+    }
+
+    /// Name of a link.
+    pub(super) fn name_of(&self, index: Option<u32>) -> &str {
+        let found = index.and_then(|index| self.links.iter().find(|link| link.index == index));
+        found.map_or("?", |link| link.name.as_str())
+    }
+
+    /// The VXLAN device.
+    pub(super) fn device(&self) -> Option<&Link> {
+        self.link(&self.device_name)
+    }
+
+    /// What the VXLAN device is made of.
+    pub(super) fn vxlan(&self) -> Option<&Vxlan> {
+        match &self.device()?.kind {
+            LinkKind::Vxlan(vxlan) => Some(vxlan),
+            _ => None,
+        }
+    }
+
+    /// The bridge of the pods.
+    pub(super) fn bridge(&self) -> Option<&Link> {
+        self.link(BRIDGE)
+    }
+
+    /// The link that has the node's address.
+    pub(super) fn underlay(&self) -> Option<&Link> {
+        let address = IpAddr::V4(self.address?);
+        let (index, _) = self.addresses.iter().find(|(_, found)| found.ip() == address)?;
+        self.links.iter().find(|link| link.index == *index)
+    }
+
+    /// Route that the kernel takes to an address: the longest prefix, then the lowest metric.
+    pub(super) fn route_to(&self, ip: Ipv4Addr) -> Option<&Route> {
+        let fits = |route: &&Route| route.dst.is_ipv4() && route.dst.contains(IpAddr::V4(ip));
+        self.routes
+            .iter()
+            .filter(fits)
+            .max_by_key(|route| (route.dst.prefix(), std::cmp::Reverse(route.metric.unwrap_or(0))))
+    }
+}
+
+/// Looks at a node. What cannot be read is noted and leaves its part empty.
+///
+/// # Errors
+/// Its namespace cannot be entered.
+pub(super) fn observe(host: &Host) -> anyhow::Result<View> {
+    let status = NetStatus::read(&host.paths.net_status());
+    let env = std::fs::read_to_string(host.paths.subnet_env()).unwrap_or_default();
+    let env = |name: &str| {
+        env.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=').map(str::to_owned))
+    };
+    let device_name = status
+        .as_ref()
+        .and_then(|status| status.device.as_ref())
+        .map_or_else(|| orch_config::VXLAN_DEVICE.to_owned(), |device| device.name.clone());
+    let mut view = View {
+        node: host.name.clone(),
+        address: host
+            .address
+            .or_else(|| status.as_ref().and_then(|status| status.node_ip.parse().ok())),
+        agent: host.agent,
+        status,
+        device_name,
+        env_mtu: env("FLANNEL_MTU").and_then(|text| text.parse().ok()),
+        env_subnet: env("FLANNEL_SUBNET").and_then(|text| text.parse().ok()),
+        kernel: kernel_version(),
+        ..View::default()
+    };
+    let netns = host.open()?;
+    netns.run(|| -> anyhow::Result<()> {
+        look_inside(&mut view).with_context(|| format!("look into {}", host.name))
+    })?;
+    Ok(view)
+}
+
+/// In the node's namespace, on a thread of its own.
+fn look_inside(view: &mut View) -> anyhow::Result<()> {
+    let netlink = Netlink::open()?;
+    view.links = netlink.links()?;
+    for link in &view.links {
+        let found = netlink.addresses(link.index)?;
+        view.addresses.extend(found.into_iter().map(|address| (link.index, address)));
+    }
+    view.routes = netlink.routes(&RouteFilter::default())?;
+    if let Some(device) = view.device().map(|device| device.index) {
+        view.neighbours = netlink.neighbours(device)?;
+        view.fdb = netlink.fdb(device)?;
+        view.tx_checksum = tx_checksum(&view.device_name);
+    }
+    let mut keys = vec!["ipv4/ip_forward".to_owned(), "ipv4/conf/all/rp_filter".to_owned()];
+    let underlay = view.underlay().map(|link| link.name.clone());
+    for link in [Some(view.device_name.clone()), underlay, Some(BRIDGE.to_owned())] {
+        for setting in ["rp_filter", "forwarding"] {
+            keys.extend(link.as_ref().map(|link| format!("ipv4/conf/{link}/{setting}")));
+        }
+    }
+    for key in keys {
+        // `/proc/sys/net` is that of the thread's namespace; a link that is missing has no settings.
+        if let Ok(value) = std::fs::read_to_string(format!("/proc/sys/net/{key}")) {
+            view.sysctls.insert(key, value.trim().to_owned());
+        }
+    }
+    match nft_ruleset() {
+        Ok(ruleset) => view.nft = ruleset,
+        Err(error) => view.unreadable.push(format!("the firewall's rules: {error:#}")),
+    }
+    // Asking creates the tables in the kernel, so it is done only where they are.
+    let legacy = std::fs::read_to_string("/proc/thread-self/net/ip_tables_names");
+    if legacy.is_ok_and(|names| names.lines().any(|name| name == "filter"))
+        && let Ok(output) = Command::new("iptables-legacy-save").args(["-t", "filter"]).output()
+    {
+        view.iptables = String::from_utf8_lossy(&output.stdout).into_owned();
+    }
+    Ok(())
+}
+
+fn nft_ruleset() -> anyhow::Result<String> {
+    let output = Command::new("nft")
+        .args(["-j", "list", "ruleset"])
+        .output()
+        .context("run nft; is the package nftables installed?")?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        anyhow::bail!("nft list ruleset: {}", said.lines().next().unwrap_or("failed"));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// `ETHTOOL_GTXCSUM` (`linux/ethtool.h`).
+const ETHTOOL_GET_TX_CHECKSUM: u32 = 0x16;
+
+/// Whether a link computes checksums late (or in hardware), as ethtool asks it.
+fn tx_checksum(link: &str) -> Option<bool> {
+    #[repr(C)]
+    struct EthtoolValue {
+        cmd: u32,
+        data: u32,
+    }
+    let name = CString::new(link).ok()?;
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    let mut value = EthtoolValue { cmd: ETHTOOL_GET_TX_CHECKSUM, data: 0 };
+    // SAFETY: all-zero bytes are a valid `ifreq`, which is plain data.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.as_bytes()).take(libc::IFNAMSIZ - 1) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    // SAFETY: the request points to `value`, which outlives the call and has the layout of `struct ethtool_value`.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) };
+    (done == 0).then_some(value.data != 0)
+}
+
+fn kernel_version() -> (u32, u32) {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map(|part| part.trim().parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
