@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use cni_netlink::{AddressOptions, Bridge, Link, Neighbour, NetNs, Netlink, PortVlan, VethPair};
-use cni_spec::{Error, IfName};
+use cni_spec::{Error, IfName, code};
 use ipnetwork::IpNetwork;
 
 use crate::conf::{DEFAULT_VLAN, Settings};
@@ -55,6 +55,13 @@ pub(crate) fn ensure_bridge(netlink: &Netlink, settings: &Settings) -> Result<Li
                     // Another ADD was first, or a bridge vanished under us: look again.
                     Err(KernelError::Netlink(error))
                         if error.is_exists() || error.is_not_found() => {}
+                    Err(KernelError::Netlink(error))
+                        if error.is_unsupported() && !settings.vlans.is_empty() =>
+                    {
+                        let msg =
+                            "\"vlan\" and \"vlanTrunk\" need a kernel whose bridges filter VLANs";
+                        return Err(Error::from_chain(code::UNSUPPORTED_FIELD, &error).context(msg));
+                    }
                     done => done?,
                 }
             }

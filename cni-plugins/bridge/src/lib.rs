@@ -85,7 +85,7 @@ impl Plugin for Bridge {
         host::set_up_port(&netlink, &port, &settings)?;
         let pod = pod::set_up(&netns, &req.ifname, &settings, &given)?;
         if settings.check_spoofing {
-            spoof::guard(&port.name, pod.link.mac)?;
+            spoof::guard(&req.name, &port.name, pod.link.mac)?;
         }
         set_up_gateway(&netlink, &bridge, &settings, &given)?;
         if settings.masquerade {
@@ -140,7 +140,7 @@ impl Plugin for Bridge {
             Err(error) => failures.push(error),
         }
         if req.conf.macspoofchk {
-            failures.extend(spoof::release(&stale).err());
+            failures.extend(release_stale(&req, stale).err());
         }
         if req.conf.ip_masq && req.valid.is_empty() {
             failures.extend(masquerade::remove(&req.name).err());
@@ -237,7 +237,11 @@ impl<'a> HostVeth<'a> {
         };
         let link = made.map_err(|error| match error.is_exists() {
             true => taken(format!("the container has an interface {} already", req.ifname)),
-            false => netlink_error(error),
+            // The pair may have been made, and only the look at it after that have failed.
+            false => match remove_unmarked(netlink, &name) {
+                Ok(()) => netlink_error(error),
+                Err(undo) => netlink_error(error).with_details(format!("undo: {undo}")),
+            },
         })?;
         let veth = Self { netlink, link, check_spoofing: settings.check_spoofing, finished: false };
         let alias = name::half_alias(&req.name, &req.attachment());
@@ -250,6 +254,14 @@ impl<'a> HostVeth<'a> {
         self.netlink.set_alias(self.link.index, alias).map_err(netlink_error)?;
         self.finished = true;
         Ok(())
+    }
+}
+
+/// Removes a link that nobody has said to be an attachment's, if there is one.
+fn remove_unmarked(netlink: &Netlink, name: &str) -> Result<(), cni_netlink::NetlinkError> {
+    match netlink.link(name)? {
+        Some(link) if link.alias.is_none() => netlink.delete_link(link.index),
+        _ => Ok(()),
     }
 }
 
@@ -363,6 +375,17 @@ fn stale_ports(req: &GcRequest<NetConf>) -> Result<(Netlink, Vec<Link>), Error> 
             && !valid.contains(&port.name)
     });
     Ok((netlink, ports))
+}
+
+/// Ends the spoof checks of ports that went just now, and of those that went before without it: a namespace that ends
+/// takes its link along, but no rules.
+fn release_stale(req: &GcRequest<NetConf>, gone: Vec<String>) -> Result<(), Error> {
+    let mut stale = spoof::guarded(&req.name)?;
+    for attachment in &req.valid {
+        stale.remove(&host_veth_name(&req.name, attachment));
+    }
+    stale.extend(gone);
+    spoof::release(&stale.into_iter().collect::<Vec<_>>())
 }
 
 fn has_program(name: &str) -> bool {

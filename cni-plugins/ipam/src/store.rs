@@ -134,10 +134,17 @@ impl Store {
         lock.lock().map_err(at("lock", &path))?;
         let store = Self { dir: dir.to_owned(), index: dir.join(INDEX), _lock: lock };
         fs::create_dir_all(&store.index).map_err(at("make folder", &store.index))?;
+        // Under the lock nobody is at work on a draft: one that is there is that of an ADD that was killed.
+        let draft = store.draft_file();
+        remove(&draft).map_err(at("remove", &draft))?;
         if store.folder_time()?.as_bytes() != fs::read(store.stamp()).unwrap_or_default() {
             store.reindex()?;
         }
         Ok(store)
+    }
+
+    fn draft_file(&self) -> PathBuf {
+        self.index.join(".new")
     }
 
     fn stamp(&self) -> PathBuf {
@@ -234,7 +241,7 @@ impl Store {
 
     /// A lease for this attachment, ready to be put under an address.
     pub(crate) fn draft(&self, id: &AttachmentId) -> Result<Draft<'_>, StoreError> {
-        let path = self.index.join(".new");
+        let path = self.draft_file();
         let text = format!("{}\r\n{}", id.container_id, id.ifname);
         let _ = fs::remove_file(&path);
         let mut options = OpenOptions::new();

@@ -13,6 +13,8 @@ pub enum Family {
     Ip6,
     /// Both.
     Inet,
+    /// Frames that a bridge passes.
+    Bridge,
 }
 
 impl fmt::Display for Family {
@@ -21,6 +23,7 @@ impl fmt::Display for Family {
             Self::Ip => "ip",
             Self::Ip6 => "ip6",
             Self::Inet => "inet",
+            Self::Bridge => "bridge",
         })
     }
 }

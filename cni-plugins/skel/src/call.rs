@@ -186,19 +186,34 @@ fn decode_conf<C: DeserializeOwned>(raw: &Map<String, Value>) -> Result<C, Error
         // serde names no key. The same text with one key per line makes the line number of its error a name.
         let text = serde_json::to_string_pretty(&value).unwrap_or_default();
         let error = serde_json::from_str::<C>(&text).err().unwrap_or(first);
-        let line = error.line().checked_sub(1).and_then(|index| text.lines().nth(index));
+        let line = keyed_line(&text, error.line());
         let mut msg = format!("network configuration: {error}");
         if let Some(position) = msg.find(" at line ") {
             msg.truncate(position);
         }
-        if let Some(line) =
-            line.map(|line| line.trim().trim_end_matches(',')).filter(|l| l.contains(':'))
-        {
+        if let Some(line) = line.map(|line| line.trim().trim_end_matches(',')) {
             msg.push_str(", found in ");
             msg.extend(line.chars().take(200));
         }
         Error::new(code::INVALID_CONFIG, msg)
     })
+}
+
+/// The line of this number in pretty-printed JSON if it has a key, else the one of the list or object it is part of.
+fn keyed_line(text: &str, number: usize) -> Option<&str> {
+    const KEY_END: &str = "\": ";
+    let lines: Vec<&str> = text.lines().collect();
+    let depth = |line: &str| line.len() - line.trim_start().len();
+    let mut line = *lines.get(number.checked_sub(1)?)?;
+    for before in lines[..number - 1].iter().rev() {
+        if line.contains(KEY_END) {
+            break;
+        }
+        if depth(before) < depth(line) {
+            line = before;
+        }
+    }
+    line.contains(KEY_END).then_some(line)
 }
 
 /// A container that has our own network namespace is a mistake of the caller: the plugin would take apart the

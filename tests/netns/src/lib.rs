@@ -10,7 +10,7 @@ use std::fs;
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
@@ -23,13 +23,16 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Names under which the executable is put on `CNI_PATH`.
-const PLUGINS: &[&str] = &["bridge", "host-local", "loopback", "vxlan"];
+const PLUGINS: &[&str] = &["bridge", "host-local", "loopback", "portmap", "vxlan"];
 /// How long a connection may take that is expected to work.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A host.
 pub struct Testbed {
-    path: TempDir,
+    /// The folder on `CNI_PATH`.
+    pub plugins: PathBuf,
+    /// Keeps that folder where it is ours.
+    _links: Option<TempDir>,
     /// Folder for leases and the like.
     pub state: TempDir,
     /// Its namespace.
@@ -131,12 +134,24 @@ impl Testbed {
             }
             .with_context(|| format!("put {} on CNI_PATH", executable.display()))?;
         }
+        Self::with(path.path().to_owned(), Some(path))
+    }
+
+    /// A host with somebody else's plugins on `CNI_PATH`.
+    ///
+    /// # Errors
+    /// Without root.
+    pub fn with_plugins(folder: &Path) -> anyhow::Result<Self> {
+        Self::with(folder.to_owned(), None)
+    }
+
+    fn with(plugins: PathBuf, links: Option<TempDir>) -> anyhow::Result<Self> {
         let host = new_netns()?;
         let netlink = Netlink::open_in(&host)?;
         let lo = netlink.link("lo")?.context("no lo")?;
         netlink.set_up(lo.index)?;
         let state = tempfile::tempdir().context("make a folder for state")?;
-        Ok(Self { path, state, host, netlink, pods: AtomicU32::new(0) })
+        Ok(Self { plugins, _links: links, state, host, netlink, pods: AtomicU32::new(0) })
     }
 
     /// A container.
@@ -187,7 +202,7 @@ impl Testbed {
         variables: &[(&str, &str)],
         conf: &Value,
     ) -> anyhow::Result<Child> {
-        let plugin = self.path.path().join(plugin);
+        let plugin = self.plugins.join(plugin);
         let mut command = match observer.split_first() {
             Some((program, arguments)) => {
                 let mut command = Command::new(program);
@@ -197,7 +212,7 @@ impl Testbed {
             None => Command::new(plugin),
         };
         command
-            .env("CNI_PATH", self.path.path())
+            .env("CNI_PATH", &self.plugins)
             .envs(variables.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
