@@ -11,10 +11,11 @@ use std::process::ExitCode;
 type Main = fn() -> ExitCode;
 
 /// Each plugin by its name.
-const PLUGINS: [(&str, Main); 4] = [
+const PLUGINS: [(&str, Main); 5] = [
     ("bridge", cni_bridge::main),
     ("host-local", || cni_skel::main(&cni_ipam::HostLocal)),
     ("loopback", cni_loopback::main),
+    ("portmap", cni_portmap::main),
     ("vxlan", || cni_skel::main(&cni_vxlan::Vxlan)),
 ];
 

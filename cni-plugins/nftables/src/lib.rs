@@ -7,10 +7,18 @@
 //!
 //! Text instead of the tool's JSON: nft 1.1.4 changed the JSON of port matches and broke its users
 //! (netavark #1303), while the language itself is what distributions test.
+//!
+//! Who only adds and deletes elements, once per pod, does so without a process: [`Netfilter`]. [`forget_flows`] makes
+//! conntrack forget what it has decided by rules that are no more.
 
+mod conntrack;
+mod netfilter;
 mod script;
 mod table;
 mod tool;
+mod wire;
 
+pub use conntrack::{Flows, forget_flows};
+pub use netfilter::{COMMENT_MAX, Element, Netfilter, NetfilterError, Target, Transaction};
 pub use table::{Base, Chain, Family, Hook, Set, SetKind, Table};
 pub use tool::{Nft, NftError};

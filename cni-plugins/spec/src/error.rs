@@ -38,6 +38,8 @@ pub mod code {
     pub const CHECK_FAILED: u32 = 101;
     /// Ours: the attachment has what ADD was to give it; it is alive and keeps it.
     pub const ALREADY_ATTACHED: u32 = 102;
+    /// Ours: another container has the port of the host.
+    pub const HOST_PORT_TAKEN: u32 = 103;
 }
 
 /// An error as the specification has it: a code for the runtime, a message for people.

@@ -21,6 +21,7 @@ pub const LAYERS: &[(&str, u8)] = &[
     ("orch-netagent", 4),
     ("cni-bridge", 4),
     ("cni-loopback", 4),
+    ("cni-portmap", 4),
     ("cni-vxlan", 4),
     ("cni-ipam", 4),
     // Engines.
