@@ -29,6 +29,7 @@ pub const LAYERS: &[(&str, u8)] = &[
     ("orch-reconcile", 3),
     ("orch-cri", 3),
     ("orch-pki", 3),
+    ("orch-policy", 3),
     ("cni-invoke", 3),
     ("cni-skel", 3),
     // Hands.

@@ -1,0 +1,627 @@
+//! The compiler: a world in, peer classes and decision tables out.
+//!
+//! 1. `select`: which policies select which endpoint; endpoints with equal selections (and equal named ports, where
+//!    these are asked for) share a *template*. Only policies that select some endpoint go on.
+//! 2. `group`: every prefix that is known (pods, nodes, blocks and their exceptions) gets its *traits*: which peer lists
+//!    of the rules it is in, and what the port names of egress rules mean there. Prefixes with equal traits are a group.
+//!    One lookup of an address then answers pods and blocks together; exceptions need no negative logic.
+//! 3. `decide`: for each template and group the rules become rows over protocol × port.
+//! 4. [`number`](crate::number) gives the groups class numbers, those of the previous output where it can.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::index::QueryIndex;
+use crate::number;
+use crate::prefix::{Prefix, PrefixMap};
+use crate::spec::{Namespaces, PeerSpec, PortSpec, RuleSpec};
+use crate::table::{Class, Direction, Ports, Row, Rows, RuleId, Table, Verdict, port_prefixes};
+use crate::world::{Name, PeerKind, PodFacts, PortName, Protocol, World};
+
+/// What an address is to the policies of this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Peer {
+    pub class: Class,
+    pub kind: PeerKind,
+}
+
+/// Names what decided.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RuleRef {
+    pub policy: Name,
+    pub direction: Direction,
+    /// Place in the policy's list; `None`: the policy isolates the endpoint, and no rule of any policy allows.
+    pub index: Option<u32>,
+}
+
+/// What the data plane of one node shall hold.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Compiled {
+    /// By longest match; an address without entry is [`Class::OUTSIDE`].
+    pub peers: BTreeMap<Prefix, Peer>,
+    /// The table of each pod of this node; equal tables are one.
+    pub endpoints: BTreeMap<Name, Arc<Table>>,
+    /// Names of the numbers in the tables.
+    pub rules: BTreeMap<RuleId, RuleRef>,
+    /// Numbers at and above were never used. An agent that starts over with maps of an earlier life sets these above
+    /// all that is in them.
+    pub next_class: Class,
+    pub next_rule: RuleId,
+}
+
+/// One rule of a policy that selects an endpoint.
+struct Rule<'a> {
+    id: RuleId,
+    /// Its peer list in [`Input::lists`]; `None`: everyone.
+    list: Option<usize>,
+    ports: Option<&'a [PortSpec]>,
+}
+
+/// A policy's part for one direction.
+struct Part<'a> {
+    /// Number of "isolated by this policy".
+    isolates: RuleId,
+    rules: Vec<Rule<'a>>,
+}
+
+/// Which policies select an endpoint, and its own numbers of the port names in their ingress rules.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct TemplateKey<'a> {
+    ingress: Vec<&'a Name>,
+    egress: Vec<&'a Name>,
+    ports: Vec<(&'a PortName, &'a [u16])>,
+}
+
+/// What decides about a prefix; equal traits are one group. Group 0 is that of addresses without entry.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+struct Traits<'a> {
+    kind: PeerKind,
+    /// Peer lists that contain it, ascending.
+    lists: Vec<usize>,
+    ports: Vec<(&'a PortName, &'a [u16])>,
+}
+
+/// Rows of one template and direction: those of the outside and those of groups that differ from it.
+pub(crate) struct Decisions {
+    pub(crate) outside: Rc<Rows>,
+    pub(crate) groups: HashMap<usize, Rc<Rows>>,
+}
+
+impl Decisions {
+    pub(crate) fn of(&self, group: usize) -> &Rows {
+        self.groups.get(&group).unwrap_or(&self.outside)
+    }
+}
+
+/// Prefixes by group.
+pub(crate) struct Groups {
+    /// Every known prefix with its group.
+    pub(crate) prefixes: PrefixMap<usize>,
+    pub(crate) kinds: Vec<PeerKind>,
+}
+
+/// Compiles the world for its node. `previous` is the last output: it gives class and rule numbers, so that what did not
+/// change stays equal, and an unchanged table stays the same allocation. A first run takes the default.
+#[must_use]
+pub fn compile(world: &World, previous: &Compiled) -> Compiled {
+    let owners = owners(world);
+    let (templates, endpoints) = select(world);
+    let (parts, lists, rules, next_rule) = intern(world, &templates, previous);
+    let (groups, traits) = group(world, &owners, &parts, &lists);
+    let members = Members::new(traits, lists.len());
+    let decisions: Vec<[Decisions; 2]> =
+        templates.iter().map(|template| decide(template, &parts, &members)).collect();
+
+    let pairs = endpoints.iter().filter_map(|(name, template)| {
+        Some((previous.endpoints.get(*name)?, &decisions[*template]))
+    });
+    let (classes, next_class) = number::number(&groups, pairs, previous);
+    let peers = peers(&groups, &classes);
+    let endpoints = assemble(&endpoints, &decisions, &classes, previous);
+    Compiled { peers, endpoints, rules, next_class, next_rule }
+}
+
+/// The pod that has each address now.
+fn owners(world: &World) -> BTreeMap<IpAddr, (&Name, &PodFacts)> {
+    let mut owners: BTreeMap<IpAddr, (&Name, &PodFacts)> = BTreeMap::new();
+    for (name, pod) in world.pods.iter().filter(|(_, pod)| pod.is_selectable()) {
+        for ip in &pod.ips {
+            let rank = |pod: &PodFacts| (!pod.leaving, pod.created);
+            let owner = owners.entry(*ip).or_insert((name, pod));
+            if rank(pod) > rank(owner.1) {
+                *owner = (name, pod);
+            }
+        }
+    }
+    owners
+}
+
+type Endpoints<'a> = Vec<(&'a Name, usize)>;
+
+/// Endpoints of the node with the place of their template.
+fn select(world: &World) -> (Vec<TemplateKey<'_>>, Endpoints<'_>) {
+    let mut subjects: HashMap<&str, QueryIndex<'_, &Name>> = HashMap::new();
+    for (name, policy) in &world.policies {
+        subjects.entry(&name.namespace).or_default().insert(policy.subject.as_ref(), name);
+    }
+    let mut places: HashMap<Rc<TemplateKey<'_>>, usize> = HashMap::new();
+    let mut endpoints = Vec::new();
+    let local = |pod: &PodFacts| pod.node == world.node && pod.is_selectable();
+    for (name, pod) in world.pods.iter().filter(|(_, pod)| local(pod)) {
+        let mut selecting: Vec<&Name> = subjects
+            .get(name.namespace.as_str())
+            .map(|index| index.matching(&pod.labels).copied().collect())
+            .unwrap_or_default();
+        selecting.sort_unstable();
+        let speak = |has: fn(&crate::Policy) -> bool| -> Vec<&Name> {
+            selecting.iter().copied().filter(|name| has(&world.policies[*name])).collect()
+        };
+        let ingress = speak(|policy| policy.ingress.is_some());
+        let asked = ingress.iter().filter_map(|name| world.policies[*name].ingress.as_deref());
+        let key = TemplateKey {
+            ports: resolve(port_names(asked.flatten()), pod),
+            egress: speak(|policy| policy.egress.is_some()),
+            ingress,
+        };
+        let next = places.len();
+        endpoints.push((name, *places.entry(Rc::new(key)).or_insert(next)));
+    }
+    let mut templates: Vec<_> = places.into_iter().collect();
+    templates.sort_unstable_by_key(|(_, place)| *place);
+    let templates = templates.into_iter();
+    (
+        templates.map(|(key, _)| Rc::into_inner(key).expect("the map was the one owner")).collect(),
+        endpoints,
+    )
+}
+
+/// Port names that rules ask for, in order and each once.
+fn port_names<'a>(rules: impl Iterator<Item = &'a RuleSpec>) -> BTreeSet<&'a PortName> {
+    rules
+        .filter_map(|rule| rule.ports.as_deref())
+        .flatten()
+        .filter_map(|port| match port {
+            PortSpec::Named(name) => Some(name),
+            PortSpec::Range(..) => None,
+        })
+        .collect()
+}
+
+fn resolve<'a>(names: BTreeSet<&'a PortName>, pod: &'a PodFacts) -> Vec<(&'a PortName, &'a [u16])> {
+    names
+        .into_iter()
+        .filter_map(|name| pod.ports.get(name).map(|numbers| (name, numbers.as_slice())))
+        .collect()
+}
+
+type Parts<'a> = HashMap<(&'a Name, Direction), Part<'a>>;
+/// Distinct peer lists with the port names that egress rules ask of their members.
+type Lists<'a> = Vec<(&'a [PeerSpec], BTreeSet<&'a PortName>)>;
+
+/// Numbers the rules of all policies in use and finds equal peer lists.
+fn intern<'a>(
+    world: &'a World,
+    templates: &[TemplateKey<'a>],
+    previous: &Compiled,
+) -> (Parts<'a>, Lists<'a>, BTreeMap<RuleId, RuleRef>, RuleId) {
+    let known: HashMap<&RuleRef, RuleId> =
+        previous.rules.iter().map(|(id, rule)| (rule, *id)).collect();
+    let mut next = previous.next_rule.max(RuleId(RuleId::NO_POLICY.0 + 1));
+    let mut rules = BTreeMap::new();
+    let mut number = |rule: RuleRef| {
+        let id = known.get(&rule).copied().unwrap_or_else(|| {
+            let id = next;
+            next = RuleId(next.0 + 1);
+            id
+        });
+        rules.insert(id, rule);
+        id
+    };
+    let mut parts: Parts<'a> = HashMap::new();
+    let mut lists: Lists<'a> = Vec::new();
+    let mut places: HashMap<&'a [PeerSpec], usize> = HashMap::new();
+    let used: BTreeSet<(&Name, Direction)> = templates
+        .iter()
+        .flat_map(|template| {
+            let ingress = template.ingress.iter().map(|name| (*name, Direction::Ingress));
+            ingress.chain(template.egress.iter().map(|name| (*name, Direction::Egress)))
+        })
+        .collect();
+    for (name, direction) in used {
+        let policy = &world.policies[name];
+        let specs = match direction {
+            Direction::Ingress => policy.ingress.as_deref(),
+            Direction::Egress => policy.egress.as_deref(),
+        };
+        let reference = |index| RuleRef { policy: name.clone(), direction, index };
+        let mut part = Part { isolates: number(reference(None)), rules: Vec::new() };
+        for (index, spec) in (0_u32..).zip(specs.unwrap_or_default()) {
+            let list = spec.peers.as_deref().map(|peers| {
+                let place = *places.entry(peers).or_insert_with(|| {
+                    lists.push((peers, BTreeSet::new()));
+                    lists.len() - 1
+                });
+                if direction == Direction::Egress {
+                    lists[place].1.extend(port_names(std::iter::once(spec)));
+                }
+                place
+            });
+            let ports = spec.ports.as_deref();
+            part.rules.push(Rule { id: number(reference(Some(index))), list, ports });
+        }
+        parts.insert((name, direction), part);
+    }
+    (parts, lists, rules, next)
+}
+
+/// Finds the peer lists of prefixes.
+#[derive(Default)]
+struct Finder<'a> {
+    /// Blocks by their prefix: list, and number of the block.
+    blocks: PrefixMap<Vec<(usize, usize)>>,
+    /// Numbers of the blocks that except a prefix.
+    excepts: PrefixMap<Vec<usize>>,
+    /// Pod peers: list, and place of the namespace condition.
+    pods: QueryIndex<'a, (usize, usize)>,
+    conditions: Vec<&'a Namespaces>,
+    /// Which conditions hold, by namespace.
+    holding: HashMap<&'a str, Vec<bool>>,
+}
+
+impl<'a> Finder<'a> {
+    fn new(world: &'a World, lists: &Lists<'a>) -> Self {
+        let mut finder = Self::default();
+        let mut conditions: HashMap<&Namespaces, usize> = HashMap::new();
+        let mut count = 0;
+        for (list, (peers, _)) in lists.iter().enumerate() {
+            for peer in *peers {
+                match peer {
+                    PeerSpec::Block { cidr, except } => {
+                        finder.blocks.entry(*cidr).push((list, count));
+                        for inner in except {
+                            finder.excepts.entry(*inner).push(count);
+                        }
+                        count += 1;
+                    }
+                    PeerSpec::Pods { namespaces, pods } => {
+                        let place = *conditions.entry(namespaces).or_insert_with(|| {
+                            finder.conditions.push(namespaces);
+                            finder.conditions.len() - 1
+                        });
+                        finder.pods.insert(pods.as_ref(), (list, place));
+                    }
+                }
+            }
+        }
+        let holds = |namespace: &str, condition: &&Namespaces| match condition {
+            Namespaces::Own(own) => own == namespace,
+            Namespaces::Matching(query) => {
+                world.namespaces.get(namespace).is_some_and(|labels| query.matches(labels))
+            }
+        };
+        for name in world.pods.keys() {
+            finder.holding.entry(&name.namespace).or_insert_with(|| {
+                finder
+                    .conditions
+                    .iter()
+                    .map(|condition| holds(&name.namespace, condition))
+                    .collect()
+            });
+        }
+        finder
+    }
+
+    /// Lists with the prefix, ascending and each once.
+    fn lists(&self, prefix: Prefix, owner: Option<(&Name, &PodFacts)>) -> Vec<usize> {
+        let mut all = Vec::new();
+        let excepted: Vec<usize> =
+            self.excepts.around(prefix).flat_map(|(_, blocks)| blocks).copied().collect();
+        for (list, block) in self.blocks.around(prefix).flat_map(|(_, blocks)| blocks) {
+            if !excepted.contains(block) {
+                all.push(*list);
+            }
+        }
+        if let Some((name, pod)) = owner {
+            let holding = &self.holding[name.namespace.as_str()];
+            let matching = self.pods.matching(&pod.labels);
+            all.extend(matching.filter(|(_, place)| holding[*place]).map(|(list, _)| *list));
+        }
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+}
+
+/// All known prefixes with their groups, and the traits of these.
+fn group<'a>(
+    world: &'a World,
+    owners: &BTreeMap<IpAddr, (&'a Name, &'a PodFacts)>,
+    parts: &Parts<'a>,
+    lists: &Lists<'a>,
+) -> (Groups, Vec<Traits<'a>>) {
+    let finder = Finder::new(world, lists);
+    // Names that egress rules to everyone ask for.
+    let everyone: BTreeSet<&PortName> = parts
+        .iter()
+        .filter(|((_, direction), _)| *direction == Direction::Egress)
+        .flat_map(|(_, part)| part.rules.iter().filter(|rule| rule.list.is_none()))
+        .filter_map(|rule| rule.ports)
+        .flatten()
+        .filter_map(|port| match port {
+            PortSpec::Named(name) => Some(name),
+            PortSpec::Range(..) => None,
+        })
+        .collect();
+
+    let mut kinds: BTreeMap<Prefix, PeerKind> = BTreeMap::new();
+    for peer in lists.iter().flat_map(|(peers, _)| peers.iter()) {
+        if let PeerSpec::Block { cidr, except } = peer {
+            kinds.extend(
+                std::iter::once(cidr).chain(except).map(|prefix| (*prefix, PeerKind::Outside)),
+            );
+        }
+    }
+    for (prefix, kind) in &mut kinds {
+        if world.pod_ranges.iter().any(|range| range.contains(*prefix)) {
+            *kind = PeerKind::UnknownPod;
+        }
+    }
+    kinds.extend(world.pod_ranges.iter().map(|range| (*range, PeerKind::UnknownPod)));
+    kinds.extend(owners.keys().map(|ip| (Prefix::host(*ip), PeerKind::Pod)));
+    for (node, ips) in &world.nodes {
+        let kind = if *node == world.node { PeerKind::LocalNode } else { PeerKind::RemoteNode };
+        kinds.extend(ips.iter().map(|ip| (Prefix::host(*ip), kind)));
+    }
+
+    let mut places: HashMap<Traits<'a>, usize> = HashMap::new();
+    let mut prefixes: PrefixMap<usize> = PrefixMap::default();
+    // Wider prefixes come first.
+    for (prefix, kind) in kinds {
+        let owner = match kind {
+            PeerKind::Pod => owners.get(&prefix.addr()).copied(),
+            _ => None,
+        };
+        let lists_here = finder.lists(prefix, owner);
+        let ports = owner.map_or_else(Vec::new, |(_, pod)| {
+            let asked = lists_here.iter().flat_map(|list| lists[*list].1.iter().copied());
+            resolve(asked.chain(everyone.iter().copied()).collect(), pod)
+        });
+        let here = Traits { kind, lists: lists_here, ports };
+        if here == Traits::default() && prefixes.longest(prefix).is_none() {
+            continue;
+        }
+        let next = places.len() + 1;
+        *prefixes.entry(prefix) = *places.entry(here).or_insert(next);
+    }
+    let mut traits: Vec<_> = places.into_iter().collect();
+    traits.sort_unstable_by_key(|(_, place)| *place);
+    let traits: Vec<_> = std::iter::once(Traits::default())
+        .chain(traits.into_iter().map(|(traits, _)| traits))
+        .collect();
+    let kinds = traits.iter().map(|traits| traits.kind).collect();
+    (Groups { prefixes, kinds }, traits)
+}
+
+/// The groups seen from the rules.
+struct Members<'a> {
+    /// Groups of each peer list.
+    of_list: Vec<Vec<usize>>,
+    /// Groups whose members have port names that are asked for.
+    named: Vec<usize>,
+    traits: Vec<Traits<'a>>,
+}
+
+impl<'a> Members<'a> {
+    fn new(traits: Vec<Traits<'a>>, lists: usize) -> Self {
+        let mut of_list = vec![Vec::new(); lists];
+        for (group, traits) in traits.iter().enumerate() {
+            for list in &traits.lists {
+                of_list[*list].push(group);
+            }
+        }
+        let named =
+            |(group, traits): (usize, &Traits<'_>)| (!traits.ports.is_empty()).then_some(group);
+        Self { of_list, named: traits.iter().enumerate().filter_map(named).collect(), traits }
+    }
+}
+
+/// Ingress and egress of a template.
+fn decide(template: &TemplateKey<'_>, parts: &Parts<'_>, members: &Members<'_>) -> [Decisions; 2] {
+    Direction::BOTH.map(|direction| {
+        let policies = match direction {
+            Direction::Ingress => &template.ingress,
+            Direction::Egress => &template.egress,
+        };
+        let chosen: Vec<&Part<'_>> =
+            policies.iter().map(|name| &parts[&(*name, direction)]).collect();
+        let Some(first) = chosen.first() else {
+            let open = Verdict { allow: true, rule: RuleId::NO_POLICY };
+            return Decisions { outside: Rc::new([(Ports::ANY, open)]), groups: HashMap::new() };
+        };
+        let rules: Vec<&Rule<'_>> = chosen.iter().flat_map(|part| &part.rules).collect();
+        decide_rules(&rules, first.isolates, direction, &template.ports, members)
+    })
+}
+
+/// The rules of all policies that select a template, in the order of their names: the first that allows is named.
+fn decide_rules(
+    rules: &[&Rule<'_>],
+    isolates: RuleId,
+    direction: Direction,
+    own_ports: &[(&PortName, &[u16])],
+    members: &Members<'_>,
+) -> Decisions {
+    // Rules that mean each group, by their places; those for everyone come to all of them.
+    let mut touched: HashMap<usize, Vec<usize>> = HashMap::new();
+    let mut everyone = Vec::new();
+    for (place, rule) in rules.iter().enumerate() {
+        match rule.list {
+            Some(list) => {
+                for group in &members.of_list[list] {
+                    touched.entry(*group).or_default().push(place);
+                }
+            }
+            None => everyone.push(place),
+        }
+    }
+    let asks_names = direction == Direction::Egress
+        && rules
+            .iter()
+            .filter_map(|rule| rule.ports)
+            .flatten()
+            .any(|port| matches!(port, PortSpec::Named(_)));
+    let rows = |places: &[usize], peer_ports: &[(&PortName, &[u16])]| -> Rc<Rows> {
+        let ports = if direction == Direction::Ingress { own_ports } else { peer_ports };
+        allow_rows(places.iter().map(|place| rules[*place]), isolates, ports).into()
+    };
+    let outside = rows(&everyone, &[]);
+    let mut groups = HashMap::new();
+    // Many groups meet the same rules.
+    let mut seen: HashMap<(Vec<usize>, &[(&PortName, &[u16])]), Rc<Rows>> = HashMap::new();
+    if asks_names {
+        for group in &members.named {
+            touched.entry(*group).or_default();
+        }
+    }
+    for (group, mut places) in touched {
+        let ports = if asks_names { members.traits[group].ports.as_slice() } else { &[] };
+        places.extend(&everyone);
+        places.sort_unstable();
+        let rows =
+            seen.entry((places, ports)).or_insert_with_key(|(places, ports)| rows(places, ports));
+        if *rows != outside {
+            groups.insert(group, Rc::clone(rows));
+        }
+    }
+    Decisions { outside, groups }
+}
+
+/// Rows of rules that all apply to a peer: "denied" for every packet, and what is allowed in longer matches.
+fn allow_rows<'a>(
+    rules: impl Iterator<Item = &'a Rule<'a>> + Clone,
+    isolates: RuleId,
+    names: &[(&PortName, &[u16])],
+) -> Vec<(Ports, Verdict)> {
+    if let Some(rule) = rules.clone().find(|rule| rule.ports.is_none()) {
+        return vec![(Ports::ANY, Verdict { allow: true, rule: rule.id })];
+    }
+    let mut rows = vec![(Ports::ANY, Verdict { allow: false, rule: isolates })];
+    let mut steps: [Steps; 3] = Default::default();
+    for rule in rules {
+        for port in rule.ports.into_iter().flatten() {
+            match port {
+                PortSpec::Range(protocol, first, last) => {
+                    steps[*protocol as usize].fill(*first, *last, rule.id);
+                }
+                PortSpec::Named(name) => {
+                    let numbers = names.iter().find(|(known, _)| *known == name);
+                    for number in numbers.into_iter().flat_map(|(_, numbers)| numbers.iter()) {
+                        steps[name.protocol as usize].fill(*number, *number, rule.id);
+                    }
+                }
+            }
+        }
+    }
+    for (protocol, steps) in Protocol::ALL.into_iter().zip(&steps) {
+        for (first, last, rule) in steps.merged() {
+            rows.extend(port_prefixes(first, last).into_iter().map(|(port, bits)| {
+                let ports = Ports { protocol: Some(protocol), port, bits };
+                (ports, Verdict { allow: true, rule })
+            }));
+        }
+    }
+    rows.sort_unstable();
+    rows
+}
+
+/// Allowed ports of one protocol with the first rule that allows each: first port → last port and rule.
+#[derive(Default)]
+struct Steps(BTreeMap<u16, (u16, RuleId)>);
+
+impl Steps {
+    /// Gives what is free of `first..=last` to the rule.
+    fn fill(&mut self, first: u16, last: u16, rule: RuleId) {
+        let mut at = u32::from(first);
+        if let Some((_, (end, _))) = self.0.range(..=first).next_back() {
+            at = at.max(u32::from(*end) + 1);
+        }
+        let taken: Vec<(u16, u16)> =
+            self.0.range(first..=last).map(|(start, (end, _))| (*start, *end)).collect();
+        let stop = (u32::from(last) + 1, u32::from(last));
+        let taken = taken.into_iter().map(|(start, end)| (u32::from(start), u32::from(end)));
+        for (start, end) in taken.chain(std::iter::once(stop)) {
+            if at < start {
+                let narrow = |port: u32| u16::try_from(port).expect("at most the last port");
+                self.0.insert(narrow(at), (narrow(start - 1), rule));
+            }
+            at = at.max(end + 1);
+        }
+    }
+
+    /// Neighbours of one rule joined.
+    fn merged(&self) -> Vec<(u16, u16, RuleId)> {
+        let mut all: Vec<(u16, u16, RuleId)> = Vec::new();
+        for (first, (last, rule)) in &self.0 {
+            match all.last_mut() {
+                Some((_, end, own)) if *own == *rule && *first == *end + 1 => *end = *last,
+                _ => all.push((*first, *last, *rule)),
+            }
+        }
+        all
+    }
+}
+
+/// The entries that say something their surrounding does not.
+fn peers(groups: &Groups, classes: &[Class]) -> BTreeMap<Prefix, Peer> {
+    let mut all: PrefixMap<Peer> = PrefixMap::default();
+    // Wider prefixes come first.
+    for (prefix, group) in groups.prefixes.sorted() {
+        let peer = Peer { class: classes[*group], kind: groups.kinds[*group] };
+        if all.longest(prefix) != Some(&peer) {
+            *all.entry(prefix) = peer;
+        }
+    }
+    all.sorted().into_iter().map(|(prefix, peer)| (prefix, *peer)).collect()
+}
+
+fn assemble(
+    endpoints: &Endpoints<'_>,
+    decisions: &[[Decisions; 2]],
+    classes: &[Class],
+    previous: &Compiled,
+) -> BTreeMap<Name, Arc<Table>> {
+    // Equal contents become one allocation, that of the previous output where it had it.
+    let mut shared: HashMap<Arc<Table>, ()> =
+        previous.endpoints.values().map(|table| (Arc::clone(table), ())).collect();
+    let tables: Vec<Arc<Table>> = decisions
+        .iter()
+        .map(|both| {
+            let mut rows = Vec::new();
+            for (direction, decisions) in Direction::BOTH.into_iter().zip(both) {
+                let mut add = |class, part: &Rows| {
+                    rows.extend(part.iter().map(|(ports, verdict)| Row {
+                        class,
+                        direction,
+                        ports: *ports,
+                        verdict: *verdict,
+                    }));
+                };
+                add(Class::OUTSIDE, &decisions.outside);
+                for (group, part) in &decisions.groups {
+                    add(classes[*group], part);
+                }
+            }
+            let table = Arc::new(Table::new(rows));
+            match shared.get_key_value(&table) {
+                Some((known, ())) => Arc::clone(known),
+                None => {
+                    shared.insert(Arc::clone(&table), ());
+                    table
+                }
+            }
+        })
+        .collect();
+    endpoints.iter().map(|(name, place)| ((*name).clone(), Arc::clone(&tables[*place]))).collect()
+}
