@@ -50,14 +50,14 @@ pub const ADDRESS_SERVICE: u32 = 0x02;
 /// [`Address::flags`]: another node of the cluster.
 pub const ADDRESS_REMOTE_NODE: u32 = 0x04;
 
-/// One pod.
+/// One pod; the key is the index of the host end of its veth.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Endpoint {
     /// New for every attachment.
     pub uid: u32,
-    /// Host end of the pod's veth.
-    pub ifindex: u32,
+    /// 1..=65535: stands for the endpoint in packet marks.
+    pub slot: u32,
     /// Grows with every change of what applies.
     pub generation: u32,
     /// Key in `class_maps`.
@@ -211,6 +211,9 @@ pub struct FlowKey {
     pub pad: [u8; 2],
 }
 
+/// [`Flow::flags`]: the destination gets translated; the packets are judged again after that.
+pub const FLOW_DEFERRED: u8 = 0x01;
+
 /// What is known of a flow.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -225,8 +228,10 @@ pub struct Flow {
     pub rule: u32,
     /// All that were seen.
     pub tcp_flags: u8,
+    /// [`FLOW_DEFERRED`].
+    pub flags: u8,
     /// Zero.
-    pub pad: [u8; 7],
+    pub pad: [u8; 6],
 }
 
 /// A flow was dropped, or opened.
@@ -271,6 +276,19 @@ pub struct Config {
     pub vxlan_port: u16,
     /// Zero.
     pub pad: [u8; 2],
+}
+
+#[cfg(feature = "aya")]
+mod pod {
+    use super::{Address, Config, Endpoint, Event, Flow, FlowKey, Rule};
+
+    macro_rules! pod {
+        ($($name:ident)+) => { $(
+            // SAFETY: `repr(C)`, of integers only, and without implicit padding, which the layout test checks.
+            unsafe impl aya::Pod for $name {}
+        )+ };
+    }
+    pod!(Address Config Endpoint Event Flow FlowKey Rule);
 }
 
 #[cfg(test)]

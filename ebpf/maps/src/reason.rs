@@ -57,8 +57,6 @@ reasons! {
     Deferred = 4, "deferred", false;
     /// An ICMP error about a flow that is known.
     Related = 5, "related", false;
-    /// A known flow's state was lost; policy allows it, so it goes on.
-    Rescued = 6, "rescued", false;
     /// ARP for or from the pod.
     Arp = 7, "arp", false;
     /// A pod that reaches itself through its Service.

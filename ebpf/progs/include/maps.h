@@ -44,12 +44,12 @@ enum endpoint_state {
 #define ISOLATED_INGRESS 0x01
 #define ISOLATED_EGRESS 0x02
 
-/* One pod. The plugin inserts it PENDING, the agent replaces it whole. */
+/* One pod; the key is the index of the host end of its veth. The plugin inserts it PENDING, the agent replaces it whole. */
 struct endpoint {
 	/* Made up by the plugin, new for every attachment: flows of an earlier pod in this slot are not this one's. */
 	__u32 uid;
-	/* Host end of the pod's veth. */
-	__u32 ifindex;
+	/* 1..65535: stands for the endpoint in packet marks; key in `slots`. */
+	__u32 slot;
 	/* Grows with every change of what applies. */
 	__u32 generation;
 	/* Key in `class_maps`. */
@@ -121,13 +121,17 @@ struct flow_key {
 	__u8 pad[2];
 };
 
+/* flow.flags: the destination gets translated; the packets are judged again after that. */
+#define FLOW_DEFERRED 0x01
+
 struct flow {
 	__u64 last_ns; /* CLOCK_MONOTONIC */
 	__u64 packets;
 	__u32 generation;
 	__u32 rule;
 	__u8 tcp_flags; /* all that were seen */
-	__u8 pad[7];
+	__u8 flags;
+	__u8 pad[6];
 };
 
 struct fragment_key {
@@ -160,6 +164,13 @@ struct event {
 	__u32 rule;
 	__u32 peer_class;
 };
+
+/* skb->mark between the hooks of one packet: the sender's slot in the upper half, and whether somebody still has to judge.
+ * kube-proxy has 0x4000 and 0x8000, portmap 0x2000.
+ */
+#define MARK_SLOT_SHIFT 16
+#define MARK_SLOT_MASK 0xffff0000
+#define MARK_DEFERRED 0x0100
 
 /* The agent's settings. One element. */
 struct config {

@@ -1,0 +1,145 @@
+//! Puts programs and maps into the kernel, or takes over those that are there.
+
+use std::fs;
+use std::path::Path;
+
+use aya::maps::MapInfo;
+use aya::programs::{ProgramInfo, SchedClassifier};
+use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+
+use crate::attach::upgrade;
+use crate::{Error, Hook, Maps, Pins};
+
+/// The compiled programs.
+pub const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/policy.o"));
+
+/// Names of all maps.
+pub(crate) const MAPS: [&str; 11] = [
+    "endpoints",
+    "slots",
+    "class_maps",
+    "tables",
+    "addresses",
+    "flows",
+    "fragments",
+    "counters",
+    "events",
+    "event_budgets",
+    "settings",
+];
+
+/// Makes programs and maps of this build the pinned ones. Maps that are pinned stay, with all that is in them. Where the
+/// programs differ, every attached link changes over at once, without a packet in between.
+///
+/// # Errors
+/// If the kernel refuses, or if pinned maps have another layout.
+pub fn install(pins: &Pins) -> Result<Maps, Error> {
+    pins.ensure()?;
+    let mut loader = EbpfLoader::new();
+    for name in MAPS {
+        loader.map_pin_path(name, pins.map(name));
+    }
+    check_layouts(pins)?;
+    let mut object = loader.load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
+    for hook in Hook::ALL {
+        ensure_program(&mut object, hook, pins)?;
+    }
+    Maps::open(pins)
+}
+
+/// Pinned maps are opened without a look at what they are, so they are looked at here.
+fn check_layouts(pins: &Pins) -> Result<(), Error> {
+    let mut wanted: Option<Ebpf> = None;
+    for name in MAPS {
+        let path = pins.map(name);
+        let Ok(have) = MapInfo::from_pin(&path) else { continue };
+        // Maps of their own, which go when this is done.
+        if wanted.is_none() {
+            let fresh =
+                EbpfLoader::new().load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
+            wanted = Some(fresh);
+        }
+        let want = wanted
+            .as_ref()
+            .and_then(|object| object.map(name))
+            .ok_or_else(|| Error::Missing(name.to_owned()))?;
+        let want = info_of(want).map_err(Error::map("look at", "of the object"))?;
+        let text = |info: &MapInfo| {
+            format!(
+                "{:?} {}→{} of {}",
+                info.map_type().ok(),
+                info.key_size(),
+                info.value_size(),
+                info.max_entries()
+            )
+        };
+        let (have, want) = (text(&have), text(&want));
+        if have != want {
+            let name = name.to_owned();
+            return Err(Error::Layout { name, have, want, path: pins.folder().to_owned() });
+        }
+    }
+    Ok(())
+}
+
+fn info_of(map: &aya::maps::Map) -> Result<MapInfo, aya::maps::MapError> {
+    use aya::maps::Map;
+    let data = match map {
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LpmTrie(data)
+        | Map::LruHashMap(data)
+        | Map::HashOfMaps(data)
+        | Map::PerCpuArray(data)
+        | Map::RingBuf(data) => data,
+        other => {
+            return Err(aya::maps::MapError::InvalidName { name: format!("{other:?}") });
+        }
+    };
+    data.info()
+}
+
+fn ensure_program(object: &mut Ebpf, hook: Hook, pins: &Pins) -> Result<(), Error> {
+    let name = hook.program();
+    let program: &mut SchedClassifier = object
+        .program_mut(name)
+        .ok_or_else(|| Error::Missing(format!("program {name}")))?
+        .try_into()
+        .map_err(Error::program("use", name))?;
+    program.load().map_err(Error::program("load", name))?;
+    let path = pins.program(name);
+    let tag = program.info().map_err(Error::program("look at", name))?.tag();
+    match ProgramInfo::from_pin(&path) {
+        Ok(pinned) if pinned.tag() == tag => return Ok(()),
+        Ok(_) => {
+            // Links first: who is attached meanwhile by the old pin is found by the second look.
+            upgrade(program, hook, pins)?;
+            replace_pin(program, &path)?;
+            upgrade(program, hook, pins)?;
+        }
+        Err(_) => {
+            let _ = fs::remove_file(&path);
+            pin(program, &path)?;
+        }
+    }
+    Ok(())
+}
+
+fn pin(program: &mut SchedClassifier, path: &Path) -> Result<(), Error> {
+    program.pin(path).map_err(|error| Error::Pin { path: path.to_owned(), source: Box::new(error) })
+}
+
+/// A pin cannot be written over, but renamed over.
+fn replace_pin(program: &mut SchedClassifier, path: &Path) -> Result<(), Error> {
+    let next = path.with_file_name(format!(
+        "{}-next",
+        path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+    ));
+    let _ = fs::remove_file(&next);
+    pin(program, &next)?;
+    fs::rename(&next, path).map_err(|source| Error::File {
+        what: "replace",
+        path: path.to_owned(),
+        source,
+    })
+}

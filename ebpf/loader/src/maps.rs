@@ -1,0 +1,353 @@
+//! The maps, by what is done with them.
+
+use std::net::Ipv4Addr;
+
+use aya::maps::hash_map::HashMap;
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashOfMaps, Map, MapData, MapError, PerCpuArray, RingBuf};
+use orch_ebpf_maps::{
+    Address, ClassKey, Config, Direction, Endpoint, Flow, FlowKey, Reason, Rule, RuleKey,
+};
+
+use crate::{Error, Pins};
+
+/// `BPF_NOEXIST`: insert only.
+const NO_EXIST: u64 = 1;
+/// `BPF_F_NO_PREALLOC`, which LPM tries need.
+const NO_PREALLOC: u32 = 1;
+/// Reasons per direction in `counters`.
+const REASON_COUNT: u32 = 32;
+/// Slots that marks can carry.
+const SLOTS: u32 = 65535;
+
+/// A rule key as the kernel's trie has it behind the prefix length.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct RuleData {
+    peer_class: u32,
+    direction: u8,
+    protocol: u8,
+    port: u16,
+}
+
+// SAFETY: `repr(C)`, integers only, no padding: 4 + 1 + 1 + 2 bytes, aligned to 4.
+unsafe impl aya::Pod for RuleData {}
+
+/// A class map that nobody uses yet, or one that is in use.
+#[derive(Debug)]
+pub struct ClassMap(LpmTrie<MapData, u32, u32>);
+
+impl ClassMap {
+    /// A new one with these entries.
+    ///
+    /// # Errors
+    /// If the kernel has no memory for it.
+    pub fn build(entries: impl ExactSizeIterator<Item = (ClassKey, u32)>) -> Result<Self, Error> {
+        let size = u32::try_from(entries.len()).unwrap_or(u32::MAX).max(1);
+        let mut map = LpmTrie::create(size, NO_PREALLOC).map_err(Error::map("make", "class"))?;
+        for (key, class) in entries {
+            map.insert(&Key::new(key.prefix_len, key.addr), class, 0)
+                .map_err(Error::map("fill", "class"))?;
+        }
+        Ok(Self(map))
+    }
+}
+
+/// A rule table that nobody uses yet.
+#[derive(Debug)]
+pub struct RuleTable(LpmTrie<MapData, RuleData, Rule>);
+
+impl RuleTable {
+    /// A new one with these rules.
+    ///
+    /// # Errors
+    /// If the kernel has no memory for it.
+    pub fn build(rules: impl ExactSizeIterator<Item = (RuleKey, Rule)>) -> Result<Self, Error> {
+        let size = u32::try_from(rules.len()).unwrap_or(u32::MAX).max(1);
+        let mut map = LpmTrie::create(size, NO_PREALLOC).map_err(Error::map("make", "rule"))?;
+        for (key, rule) in rules {
+            let RuleKey { prefix_len, peer_class, direction, protocol, port } = key;
+            let data = RuleData { peer_class, direction, protocol, port };
+            map.insert(&Key::new(prefix_len, data), rule, 0).map_err(Error::map("fill", "rule"))?;
+        }
+        Ok(Self(map))
+    }
+}
+
+/// Handles on all maps.
+pub struct Maps {
+    endpoints: HashMap<MapData, u32, Endpoint>,
+    slots: HashMap<MapData, u32, u32>,
+    class_maps: HashOfMaps<MapData, u32, LpmTrie<MapData, u32, u32>>,
+    tables: HashOfMaps<MapData, u32, LpmTrie<MapData, RuleData, Rule>>,
+    addresses: LpmTrie<MapData, u32, Address>,
+    flows: HashMap<MapData, FlowKey, Flow>,
+    counters: PerCpuArray<MapData, u64>,
+    settings: Array<MapData, Config>,
+}
+
+impl Maps {
+    /// Opens the pinned maps.
+    ///
+    /// # Errors
+    /// If one is missing, or is of another type.
+    pub fn open(pins: &Pins) -> Result<Self, Error> {
+        fn open<M: TryFrom<Map, Error = MapError>>(
+            pins: &Pins,
+            name: &'static str,
+        ) -> Result<M, Error> {
+            MapData::from_pin(pins.map(name))
+                .and_then(Map::from_map_data)
+                .and_then(M::try_from)
+                .map_err(Error::map("open", name))
+        }
+        Ok(Self {
+            endpoints: open(pins, "endpoints")?,
+            slots: open(pins, "slots")?,
+            class_maps: open(pins, "class_maps")?,
+            tables: open(pins, "tables")?,
+            addresses: open(pins, "addresses")?,
+            flows: open(pins, "flows")?,
+            counters: open(pins, "counters")?,
+            settings: open(pins, "settings")?,
+        })
+    }
+
+    /// The endpoint behind a link.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn endpoint(&self, ifindex: u32) -> Result<Option<Endpoint>, Error> {
+        found(self.endpoints.get(&ifindex, 0)).map_err(Error::map("read", "endpoints"))
+    }
+
+    /// All endpoints by their link.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn endpoints(&self) -> Result<Vec<(u32, Endpoint)>, Error> {
+        self.endpoints.iter().collect::<Result<_, _>>().map_err(Error::map("read", "endpoints"))
+    }
+
+    /// Makes an endpoint with a slot of its own, or replaces the one that had the link's index before.
+    ///
+    /// # Errors
+    /// If the map is full.
+    pub fn insert_endpoint(
+        &mut self,
+        ifindex: u32,
+        mut endpoint: Endpoint,
+    ) -> Result<Endpoint, Error> {
+        self.remove_endpoint(ifindex)?;
+        endpoint.slot = self.take_slot(ifindex)?;
+        if let Err(error) = self.endpoints.insert(ifindex, endpoint, 0) {
+            let _ = self.slots.remove(&endpoint.slot);
+            return Err(Error::map("fill", "endpoints")(error));
+        }
+        Ok(endpoint)
+    }
+
+    fn take_slot(&mut self, ifindex: u32) -> Result<u32, Error> {
+        let mut last = MapError::KeyNotFound;
+        for step in 0..SLOTS {
+            let slot = (ifindex.wrapping_add(step)) % SLOTS + 1;
+            match self.slots.insert(slot, ifindex, NO_EXIST) {
+                Ok(()) => return Ok(slot),
+                Err(MapError::SyscallError(error))
+                    if error.io_error.kind() == std::io::ErrorKind::AlreadyExists =>
+                {
+                    last = MapError::SyscallError(error);
+                }
+                Err(error) => return Err(Error::map("fill", "slots")(error)),
+            }
+        }
+        Err(Error::map("fill", "slots")(last))
+    }
+
+    /// Replaces what applies to an endpoint that is there: one write, so packets see the old or the new.
+    ///
+    /// # Errors
+    /// If it is not there any more.
+    pub fn update_endpoint(&mut self, ifindex: u32, endpoint: Endpoint) -> Result<(), Error> {
+        /// `BPF_EXIST`: replace only.
+        const EXIST: u64 = 2;
+        self.endpoints.insert(ifindex, endpoint, EXIST).map_err(Error::map("write", "endpoints"))
+    }
+
+    /// Removes an endpoint; false if it was not there.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn remove_endpoint(&mut self, ifindex: u32) -> Result<bool, Error> {
+        let Some(endpoint) = self.endpoint(ifindex)? else { return Ok(false) };
+        gone(self.endpoints.remove(&ifindex)).map_err(Error::map("empty", "endpoints"))?;
+        gone(self.slots.remove(&endpoint.slot)).map_err(Error::map("empty", "slots"))?;
+        Ok(true)
+    }
+
+    /// Publishes a class map under a key.
+    ///
+    /// # Errors
+    /// If the outer map is full.
+    pub fn put_class_map(&mut self, key: u32, map: &ClassMap) -> Result<(), Error> {
+        let inner = &map.0;
+        self.class_maps.insert(key, inner, 0).map_err(Error::map("fill", "class_maps"))
+    }
+
+    /// Publishes a rule table under a key.
+    ///
+    /// # Errors
+    /// If the outer map is full.
+    pub fn put_table(&mut self, key: u32, table: &RuleTable) -> Result<(), Error> {
+        let inner = &table.0;
+        self.tables.insert(key, inner, 0).map_err(Error::map("fill", "tables"))
+    }
+
+    /// Removes class maps and rule tables that are not wanted.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn retain(
+        &mut self,
+        class_map: impl Fn(u32) -> bool,
+        table: impl Fn(u32) -> bool,
+    ) -> Result<(), Error> {
+        let keys: Vec<u32> = self.class_maps.keys().filter_map(Result::ok).collect();
+        for key in keys.into_iter().filter(|key| !class_map(*key)) {
+            gone(self.class_maps.remove(&key)).map_err(Error::map("empty", "class_maps"))?;
+        }
+        let keys: Vec<u32> = self.tables.keys().filter_map(Result::ok).collect();
+        for key in keys.into_iter().filter(|key| !table(*key)) {
+            gone(self.tables.remove(&key)).map_err(Error::map("empty", "tables"))?;
+        }
+        Ok(())
+    }
+
+    /// Keys of published class maps and rule tables.
+    #[must_use]
+    pub fn published(&self) -> (Vec<u32>, Vec<u32>) {
+        let class_maps = self.class_maps.keys().filter_map(Result::ok).collect();
+        (class_maps, self.tables.keys().filter_map(Result::ok).collect())
+    }
+
+    /// Says what an address is to this node.
+    ///
+    /// # Errors
+    /// If the map is full.
+    pub fn put_address(&mut self, key: ClassKey, flags: u32) -> Result<(), Error> {
+        self.addresses
+            .insert(&Key::new(key.prefix_len, key.addr), Address { flags }, 0)
+            .map_err(Error::map("fill", "addresses"))
+    }
+
+    /// What addresses are to this node.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn addresses(&self) -> Result<Vec<(ClassKey, u32)>, Error> {
+        self.addresses
+            .iter()
+            .map(|entry| {
+                entry.map(|(key, address)| {
+                    let (prefix_len, addr) = (key.prefix_len(), key.data());
+                    (ClassKey { prefix_len, addr }, address.flags)
+                })
+            })
+            .collect::<Result<_, _>>()
+            .map_err(Error::map("read", "addresses"))
+    }
+
+    /// Forgets an address.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn remove_address(&mut self, key: ClassKey) -> Result<(), Error> {
+        gone(self.addresses.remove(&Key::new(key.prefix_len, key.addr)))
+            .map_err(Error::map("empty", "addresses"))
+    }
+
+    /// All flows that are remembered.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn flows(&self) -> Result<Vec<(FlowKey, Flow)>, Error> {
+        self.flows.iter().collect::<Result<_, _>>().map_err(Error::map("read", "flows"))
+    }
+
+    /// Packets by direction and reason since the maps were made, those that are not 0.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn counters(&self) -> Result<Vec<(Direction, Reason, u64)>, Error> {
+        let mut counts = Vec::new();
+        for direction in [Direction::Ingress, Direction::Egress] {
+            for reason in Reason::ALL {
+                let index = direction as u32 * REASON_COUNT + *reason as u32;
+                let values =
+                    self.counters.get(&index, 0).map_err(Error::map("read", "counters"))?;
+                let packets = values.iter().sum();
+                if packets > 0 {
+                    counts.push((direction, *reason, packets));
+                }
+            }
+        }
+        Ok(counts)
+    }
+
+    /// The settings.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn settings(&self) -> Result<Config, Error> {
+        self.settings.get(&0, 0).map_err(Error::map("read", "settings"))
+    }
+
+    /// Writes the settings.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_settings(&mut self, config: Config) -> Result<(), Error> {
+        self.settings.set(0, config, 0).map_err(Error::map("write", "settings"))
+    }
+
+    /// The ring of events; one reader at a time.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn events(pins: &Pins) -> Result<RingBuf<MapData>, Error> {
+        MapData::from_pin(pins.map("events"))
+            .and_then(Map::from_map_data)
+            .and_then(RingBuf::try_from)
+            .map_err(Error::map("open", "events"))
+    }
+
+    /// The class of an address, as an endpoint's class map has it.
+    ///
+    /// # Errors
+    /// If the class map is gone.
+    pub fn class_of(&self, class_map: u32, addr: Ipv4Addr) -> Result<Option<u32>, Error> {
+        let map = self.class_maps.get(&class_map, 0).map_err(Error::map("read", "class_maps"))?;
+        let key = ClassKey::host(addr);
+        found(map.get(&Key::new(key.prefix_len, key.addr), 0)).map_err(Error::map("read", "class"))
+    }
+}
+
+fn found<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn gone(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,92 @@
+//! Where programs, maps and links are kept.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use orch_ebpf_maps::LAYOUT_VERSION;
+
+use crate::{Error, Hook};
+
+/// The folder of the pins: `<root>/sys/fs/bpf/orch/v<layout>`. Every node has its own, also when many nodes share a
+/// kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pins {
+    mount_point: PathBuf,
+    folder: PathBuf,
+}
+
+impl Pins {
+    /// The pins of the node whose files are below `root`.
+    #[must_use]
+    pub fn below(root: &Path) -> Self {
+        let mount_point = root.join("sys/fs/bpf");
+        let folder = mount_point.join(format!("orch/v{LAYOUT_VERSION}"));
+        Self { mount_point, folder }
+    }
+
+    /// Pins in a folder that is there already, by its path.
+    #[must_use]
+    pub fn at(folder: &Path) -> Self {
+        Self { mount_point: folder.to_owned(), folder: folder.to_owned() }
+    }
+
+    /// The folder itself.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Mounts the BPF file system if it is not, and makes the folders.
+    ///
+    /// # Errors
+    /// What could not be made.
+    pub fn ensure(&self) -> Result<(), Error> {
+        let make = |path: &Path| {
+            let failed = |source| Error::File { what: "make", path: path.to_owned(), source };
+            fs::create_dir_all(path).map_err(failed)
+        };
+        if !is_bpffs(&self.mount_point) {
+            make(&self.mount_point)?;
+            mount(Some("bpf"), &self.mount_point, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+                .map_err(|errno| Error::File {
+                    what: "mount the BPF file system at",
+                    path: self.mount_point.clone(),
+                    source: errno.into(),
+                })?;
+        }
+        for folder in ["maps", "programs", "links"] {
+            make(&self.folder.join(folder))?;
+        }
+        Ok(())
+    }
+
+    /// Whether somebody has put programs there.
+    #[must_use]
+    pub fn are_there(&self) -> bool {
+        Hook::ALL.iter().all(|hook| self.program(hook.program()).exists())
+    }
+
+    pub(crate) fn map(&self, name: &str) -> PathBuf {
+        self.folder.join("maps").join(name)
+    }
+
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.folder.join("programs").join(name)
+    }
+
+    pub(crate) fn links(&self) -> PathBuf {
+        self.folder.join("links")
+    }
+
+    /// A BPF file system allows no dots in names.
+    pub(crate) fn link(&self, ifindex: u32, hook: Hook) -> PathBuf {
+        self.links().join(format!("{ifindex}-{}", hook.program()))
+    }
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    // The parent's file system has the same type when the folder is only a folder in a BPF file system: good as well.
+    statfs(path).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC)
+}

@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
+ *
+ * The maps. Full never means open: what cannot be stored is dropped (flows) or leaves the endpoint as it was (the
+ * agent's tables).
+ */
+#pragma once
+
+#include "maps.h"
+#include "reasons.h"
+
+/* ifindex -> endpoint. Written by the plugin (PENDING) and the agent. Full: the plugin fails ADD. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_ENDPOINTS);
+	__type(key, __u32);
+	__type(value, struct endpoint);
+} endpoints SEC(".maps");
+
+/* slot -> ifindex. Written by the plugin. Full: the plugin fails ADD. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_ENDPOINTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} slots SEC(".maps");
+
+/* Clang 14 emits no BTF for a struct that only an inner map's key names, so inner maps give sizes. */
+struct class_map {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, MAX_CLASS_ENTRIES);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(key_size, sizeof(struct class_key));
+	__uint(value_size, sizeof(__u32));
+};
+
+struct rule_table {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, MAX_RULE_ENTRIES);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(key_size, sizeof(struct rule_key));
+	__uint(value_size, sizeof(struct rule));
+};
+
+/* Which class an address has: one inner map per state of the cluster. Written by the agent. Full: endpoints stay. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
+	__uint(max_entries, MAX_CLASS_MAPS);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+	__array(values, struct class_map);
+} class_maps SEC(".maps");
+
+/* What policies say: one inner map per distinct set of rules. Written by the agent. Full: endpoints are LOCKED. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
+	__uint(max_entries, MAX_TABLES);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+	__array(values, struct rule_table);
+} tables SEC(".maps");
+
+/* Written by the agent, and by the plugin for its gateway. Full: an address is not known as the node's. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, MAX_ADDRESSES);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct class_key);
+	__type(value, struct address);
+} addresses SEC(".maps");
+
+/* Written by the programs. Full: the oldest go; their flows are judged again. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct flow_key);
+	__type(value, struct flow);
+} flows SEC(".maps");
+
+/* Ports of fragmented datagrams. Written by the programs. Full: the oldest go; their later fragments are dropped. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FRAGMENTS);
+	__type(key, struct fragment_key);
+	__type(value, struct fragment);
+} fragments SEC(".maps");
+
+/* direction * REASON_COUNT + reason -> packets. Written by the programs, read by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 2 * REASON_COUNT);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+/* Drops and new flows, for people. Written by the programs, read by the agent. Full: events are lost, packets not. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} events SEC(".maps");
+
+/* Events of the current second, so that a flood of drops costs little. Written by the programs. */
+struct event_budget {
+	__u64 second;
+	__u64 spent;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct event_budget);
+} event_budgets SEC(".maps");
+
+/* Written by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct config);
+} settings SEC(".maps");

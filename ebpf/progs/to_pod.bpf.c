@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
+ *
+ * What a pod receives, at the egress of the host end of its veth. Judges the pod's ingress, and before that the egress of
+ * a pod of this node that reached this one through a Service.
+ */
+
+static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
+					 struct basis *basis)
+{
+	struct endpoint *sender;
+	struct eth_header eth;
+	struct flow_key key;
+	__u8 flags = 0;
+	int reason, full;
+
+	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
+		return REASON_MALFORMED;
+	/* Senders are checked where they send. */
+	if (eth.type == bpf_htons(ETH_P_ARP) && !skb->vlan_present)
+		return REASON_ARP;
+	if (eth.type != bpf_htons(ETH_P_IP) || skb->vlan_present)
+		return REASON_OTHER_PROTOCOL;
+	reason = parse_packet(skb, endpoint->uid, INGRESS, endpoint->addr, packet);
+	if (reason)
+		return reason;
+	/* Born in this node's namespace: the kubelet and whatever else runs there. Masqueraded traffic has the node's
+	 * address too, but came in by some link.
+	 */
+	if (!skb->ingress_ifindex)
+		return REASON_NODE;
+
+	sender = deferred_by(skb);
+	if (sender && sender->uid == endpoint->uid)
+		return REASON_HAIRPIN;
+	flow_key(endpoint, packet, INGRESS, &key);
+	if (endpoint->state == ENDPOINT_READY) {
+		reason = is_known(endpoint, packet, &key, &flags, basis);
+		if (is_drop(reason))
+			return reason;
+		/* An answer from behind a Service was let out by the sender's own entry. */
+		if (reason >= 0 && !sender)
+			return reason;
+	} else {
+		reason = -1;
+	}
+	if (sender) {
+		struct basis senders = {};
+		int egress = judge_deferred(sender, packet, &senders);
+
+		if (is_drop(egress)) {
+			act(skb, sender, packet, EGRESS, egress, &senders);
+			*basis = senders;
+			return egress;
+		}
+		if (reason >= 0)
+			return reason;
+	}
+	if (packet->is_error && is_related(skb, endpoint, packet, INGRESS))
+		return REASON_RELATED;
+	reason = judge_flow(endpoint, &key, basis);
+	if (is_drop(reason))
+		return reason;
+	full = remember(endpoint, &key, packet->tcp_flags, 0, basis);
+	return full ? full : reason;
+}
+
+SEC("classifier")
+int to_pod(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct endpoint *endpoint = bpf_map_lookup_elem(&endpoints, &ifindex);
+	struct packet packet = {};
+	struct basis basis = {};
+	int reason;
+
+	if (!endpoint) {
+		count(INGRESS, REASON_NO_ENDPOINT);
+		return TCX_DROP;
+	}
+	reason = decide_to_pod(skb, endpoint, &packet, &basis);
+	return act(skb, endpoint, &packet, INGRESS, reason, &basis);
+}
