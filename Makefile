@@ -12,7 +12,7 @@ LAB_NODES ?= 3
 BENCH_ROUNDS ?= 20
 FUZZ_CASES ?= 20000
 
-.PHONY: help deps build up down test test-unit test-e2e check bench fuzz install-cni
+.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes check bench bench-cni fuzz install-cni
 
 help: ## list the tasks
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,14 @@ test-unit: deps ## unit, property and crate tests only
 test-e2e: build ## the user's story in a lab of its own
 	@scripts/test e2e
 
+test-cni: build ## the CNI tables alone; CNI_UNDER_TEST=/usr/lib/cni says where other plugins fall short of them
+	@[ "$${CNI_UNDER_TEST:-}" != /usr/lib/cni ] || scripts/cni-peers plugins
+	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked -p tests-conformance --test conformance
+
+test-runtimes: build ## podman and containerd (installed if missing) with our CNI plugins
+	@scripts/cni-peers runtimes
+	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked -p tests-conformance --test runtimes
+
 check: deps ## what must hold for every commit: format, clippy, docs, dependency rules
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
@@ -48,6 +56,10 @@ check: deps ## what must hold for every commit: format, clippy, docs, dependency
 bench: build ## ratios against references in the same run, in the lab (started if need be)
 	@$(OUT)/orchctl lab up --nodes $(LAB_NODES)
 	@$(OUT)/orchctl lab bench --rounds $(BENCH_ROUNDS)
+
+bench-cni: build ## our CNI plugins, the reference ones (installed if missing) and bare netlink, by turns
+	@scripts/cni-peers plugins
+	@ORCH_BIN=$(abspath $(OUT)) cargo run --release --locked -q -p tests-conformance --bin bench-cni
 
 fuzz: deps ## property tests of everything that reads bytes from outside, with many more cases
 	PROPTEST_CASES=$(FUZZ_CASES) cargo test --release --workspace --lib fuzz

@@ -8,6 +8,7 @@
 //! `CNI_UNDER_TEST=FOLDER` points all of it at the plugins of that folder; without it, it is about ours. [`Bed`] is one
 //! host with the plugins under test.
 
+use std::fmt;
 use std::fs;
 use std::io::Write as _;
 use std::net::IpAddr;
@@ -50,7 +51,6 @@ impl Deref for Bed {
 }
 
 /// Everything a process said and how it ended.
-#[derive(Debug)]
 pub struct Reply {
     /// Whether it exited with 0.
     pub ok: bool,
@@ -58,6 +58,13 @@ pub struct Reply {
     pub stdout: Vec<u8>,
     /// What it said to people.
     pub stderr: String,
+}
+
+impl fmt::Debug for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stdout = String::from_utf8_lossy(&self.stdout);
+        write!(f, "ok={} stdout={stdout:?} stderr={:?}", self.ok, self.stderr)
+    }
 }
 
 impl Reply {

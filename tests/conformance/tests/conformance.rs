@@ -7,12 +7,17 @@ mod rows;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use tests_conformance::{Bed, foreign};
+use tests_conformance::{Bed, UNDER_TEST, foreign};
 
 use crate::rows::{Row, TABLES};
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
+    if let Some(folder) = foreign().filter(|folder| !folder.join("bridge").exists()) {
+        eprintln!("error: {UNDER_TEST}: {} has no plugin `bridge`", folder.display());
+        eprintln!("hint: Debian has the reference plugins as containernetworking-plugins");
+        return ExitCode::FAILURE;
+    }
     let trials = TABLES.iter().flat_map(|(table, rows)| rows.iter().map(|row| trial(table, *row)));
     let outcome = libtest_mimic::run(&arguments, trials.collect());
     let Some(folder) = foreign().filter(|_| !arguments.list) else { return outcome.exit_code() };

@@ -31,7 +31,7 @@ const SEED: &str = "CNI_FAULT_SEED";
 /// Kills come within this time after the start: longer than an ADD takes, so some are not killed.
 const KILL_WITHIN: Duration = Duration::from_millis(12);
 /// With everything that leaves something on the host.
-const KEYS: fn() -> Value = || json!({"cniVersion": "1.1.0", "ipMasq": true, "macspoofchk": true});
+const KEYS: fn() -> Value = || json!({"ipMasq": true, "macspoofchk": true});
 
 fn number<T: std::str::FromStr>(name: &str) -> Option<T> {
     std::env::var(name).ok()?.parse().ok()
