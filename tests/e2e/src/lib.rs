@@ -4,6 +4,7 @@
 pub mod capture;
 pub mod load;
 pub mod shell;
+pub mod stream;
 pub mod testlab;
 
 use std::time::{Duration, Instant};

@@ -47,15 +47,17 @@ impl TestLab {
         }
         let lab = Self {
             // Short: socket paths below it must fit into 108 bytes.
-            dir: PathBuf::from("/var/lib/orch/e2e"),
+            dir: std::env::var_os("ORCH_E2E_DIR")
+                .map_or_else(|| PathBuf::from("/var/lib/orch/e2e"), PathBuf::from),
             programs,
             client: find_client(),
             home: tempfile::tempdir().context("make a home folder")?,
         };
         // What a run that was killed left behind.
         lab.orchctl(&["lab", "down"], Duration::from_secs(120))?.ok()?;
+        let underlay = std::env::var("ORCH_E2E_UNDERLAY").unwrap_or_else(|_| UNDERLAY.to_owned());
         let up = lab.orchctl(
-            &["lab", "up", "--nodes", "3", "--underlay", UNDERLAY],
+            &["lab", "up", "--nodes", "3", "--underlay", &underlay],
             Duration::from_secs(300),
         )?;
         if let Err(error) = up.ok() {
@@ -87,6 +89,12 @@ impl TestLab {
         )?;
         let path = folder.path().to_string_lossy().into_owned();
         self.orchctl(&["image", "build", &path, "--tag", "tools:v1"], LIMIT)?.ok().map(drop)
+    }
+
+    /// Folder with `orchctl` and the other programs.
+    #[must_use]
+    pub fn programs(&self) -> &Path {
+        &self.programs
     }
 
     /// Runs `orchctl` on this lab.

@@ -6,6 +6,7 @@ mod faults;
 pub(crate) mod leftovers;
 mod mistakes;
 mod network;
+mod overlay;
 mod rollout;
 
 use std::time::Duration;
@@ -62,6 +63,9 @@ pub(crate) const CHAPTERS: &[Chapter] = &[
     told("a_killed_agent_leaves_its_pods_alone", faults::agent_killed),
     told("a_killed_server_stops_no_traffic", faults::server_killed),
     told("a_killed_etcd_stops_no_traffic", faults::etcd_killed),
+    told("the_doctor_is_silent_in_a_healthy_lab_and_finds_each_of_seventeen_faults", overlay::doctor),
+    told("a_trace_follows_a_packet_and_says_where_it_is_lost", overlay::trace),
+    told("streams_survive_what_happens_to_the_overlay_and_the_kernel_converges", overlay::chaos),
     told("pods_of_a_killed_node_run_elsewhere_and_the_node_keeps_its_subnet", faults::node_killed),
 ];
 

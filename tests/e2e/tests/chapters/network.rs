@@ -21,34 +21,30 @@ pub(super) fn three_nodes_are_ready_with_a_subnet_each(lab: &TestLab) -> anyhow:
     ensure!(subnets.len() == 3, "three nodes have the subnets {subnets:?}");
 
     // The same in etcd, as flannel and its tools read it.
-    let pki = lab.dir.join("server/etc/orch/pki");
-    let file = |name: &str| pki.join(name).to_string_lossy().into_owned();
-    let endpoint = format!("https://{}:2379", server_address(lab)?);
-    let leases = lab.on(
-        "server",
-        &[
-            "env",
-            "ETCDCTL_API=3",
-            "etcdctl",
-            "--endpoints",
-            &endpoint,
-            "--cacert",
-            &file("etcd-ca.crt"),
-            "--cert",
-            &file("etcd-client.crt"),
-            "--key",
-            &file("etcd-client.key"),
-            "get",
-            "--prefix",
-            "/coreos.com/network/subnets/",
-        ],
-    )?;
+    let words = etcdctl_words(lab)?;
+    let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
+    words.extend(["get", "--prefix", "/coreos.com/network/subnets/"]);
+    let leases = lab.on("server", &words)?;
     for subnet in subnets {
         let key = format!("/coreos.com/network/subnets/{}", subnet.replace('/', "-"));
         ensure!(leases.contains(&key), "{key} is not in etcd:\n{leases}");
     }
     ensure!(leases.contains(r#""BackendType":"vxlan""#), "not flannel's values:\n{leases}");
     Ok(())
+}
+
+/// etcdctl with what it needs to reach the lab's etcd.
+pub(super) fn etcdctl_words(lab: &TestLab) -> anyhow::Result<Vec<String>> {
+    let pki = lab.dir.join("server/etc/orch/pki");
+    let file = |name: &str| pki.join(name).to_string_lossy().into_owned();
+    let mut words = ["env", "ETCDCTL_API=3", "etcdctl", "--endpoints"].map(str::to_owned).to_vec();
+    words.push(format!("https://{}:2379", server_address(lab)?));
+    for (flag, name) in
+        [("--cacert", "etcd-ca.crt"), ("--cert", "etcd-client.crt"), ("--key", "etcd-client.key")]
+    {
+        words.extend([flag.to_owned(), file(name)]);
+    }
+    Ok(words)
 }
 
 fn server_address(lab: &TestLab) -> anyhow::Result<String> {
