@@ -4,13 +4,15 @@
 //! [`Netlink`] is one socket in one namespace. What it makes is described by a plain struct ([`Bridge`],
 //! [`VethPair`], [`VxlanDevice`], [`Route`] …), sent as one message, and read back where the kernel chose something
 //! (index, MAC). What it reads comes as [`Link`], [`Route`], [`Neighbour`] …; a dump that the kernel reports as
-//! interrupted is read again, because a reconciler that trusts half a dump deletes live entries. [`NetNs`] opens
+//! interrupted is read again, because a reconciler that trusts half a dump deletes live entries. Many changes of
+//! tables at once go through [`Netlink::apply`]. [`NetNs`] opens
 //! namespaces and runs work inside one, on a thread of its own. Every error carries the kernel's number and its
 //! own words ([`NetlinkError`]).
 //!
 //! Deciding what the kernel should hold is left to the callers. Start reading at `socket.rs`.
 
 mod address;
+mod batch;
 mod error;
 mod link;
 mod neighbour;
@@ -20,10 +22,11 @@ mod route;
 mod socket;
 
 pub use address::AddressOptions;
+pub use batch::{Change, Refused};
 pub use error::NetlinkError;
 pub use link::{Bridge, BridgePort, Link, LinkKind, PortVlan, VethPair, Vxlan, VxlanDevice};
 pub use neighbour::{FdbEntry, Neighbour};
-pub use netfilter::nft_chain_exists;
+pub use netfilter::{nft_chain_exists, nft_ip_chain_exists};
 pub use netns::NetNs;
 pub use route::{Route, RouteFilter};
 pub use socket::Netlink;

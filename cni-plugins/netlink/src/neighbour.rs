@@ -81,16 +81,8 @@ impl Netlink {
     /// # Errors
     /// If the kernel refuses.
     pub fn replace_neighbour(&self, neighbour: &Neighbour) -> Result<(), NetlinkError> {
-        let mut message = neighbour_message(neighbour);
-        message.header.state =
-            if neighbour.permanent { NeighbourState::Permanent } else { NeighbourState::Reachable };
-        message.attributes.push(NeighbourAttribute::LinkLayerAddress(neighbour.mac.to_vec()));
         let request = || format!("set neighbour {} on link {}", neighbour.ip, neighbour.link);
-        self.change(
-            NLM_F_CREATE | NLM_F_REPLACE,
-            RouteNetlinkMessage::NewNeighbour(message),
-            request,
-        )
+        self.change(NLM_F_CREATE | NLM_F_REPLACE, put_neighbour_message(neighbour), request)
     }
 
     /// Forgets the neighbour with this address; the MAC does not matter, and one that is missing is fine.
@@ -148,7 +140,15 @@ fn address(ip: IpAddr) -> NeighbourAttribute {
     })
 }
 
-fn neighbour_message(neighbour: &Neighbour) -> NeighbourMessage {
+pub(crate) fn put_neighbour_message(neighbour: &Neighbour) -> RouteNetlinkMessage {
+    let mut message = neighbour_message(neighbour);
+    message.header.state =
+        if neighbour.permanent { NeighbourState::Permanent } else { NeighbourState::Reachable };
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(neighbour.mac.to_vec()));
+    RouteNetlinkMessage::NewNeighbour(message)
+}
+
+pub(crate) fn neighbour_message(neighbour: &Neighbour) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = family_of(neighbour.ip);
     message.header.ifindex = neighbour.link;
@@ -156,7 +156,7 @@ fn neighbour_message(neighbour: &Neighbour) -> NeighbourMessage {
     message
 }
 
-fn fdb_message(entry: &FdbEntry) -> NeighbourMessage {
+pub(crate) fn fdb_message(entry: &FdbEntry) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = AddressFamily::Bridge;
     message.header.ifindex = entry.link;

@@ -12,6 +12,7 @@ use crate::{Netlink, NetlinkError};
 const SUBSYSTEM_NFTABLES: u16 = 10;
 const MESSAGE_GET_CHAIN: u16 = 4;
 const FAMILY_INET: u8 = 1;
+const FAMILY_IPV4: u8 = 2;
 const ATTRIBUTE_CHAIN_TABLE: u16 = 1;
 const ATTRIBUTE_CHAIN_NAME: u16 = 3;
 
@@ -36,10 +37,22 @@ impl NetlinkSerializable for Message {
 /// # Errors
 /// If the kernel cannot be asked.
 pub fn nft_chain_exists(table: &str, chain: &str) -> Result<bool, NetlinkError> {
-    let mut payload = vec![FAMILY_INET, 0, 0, 0];
+    exists(FAMILY_INET, "inet", table, chain)
+}
+
+/// The same for a table of family `ip`, as those of iptables are.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn nft_ip_chain_exists(table: &str, chain: &str) -> Result<bool, NetlinkError> {
+    exists(FAMILY_IPV4, "ip", table, chain)
+}
+
+fn exists(family: u8, name: &str, table: &str, chain: &str) -> Result<bool, NetlinkError> {
+    let mut payload = vec![family, 0, 0, 0];
     put_text(&mut payload, ATTRIBUTE_CHAIN_TABLE, table);
     put_text(&mut payload, ATTRIBUTE_CHAIN_NAME, chain);
-    let request = || format!("look for nftables chain inet {table} {chain}");
+    let request = || format!("look for nftables chain {name} {table} {chain}");
     let netlink = Netlink::open_protocol(NETLINK_NETFILTER)?;
     match netlink.get(0, Message(payload), request, |_| Ok(())) {
         Ok(()) => Ok(true),

@@ -140,29 +140,7 @@ impl Netlink {
     }
 
     fn put_route(&self, flags: u16, verb: &str, route: &Route) -> Result<(), NetlinkError> {
-        let mut message = message(route);
-        let scope = route.scope.unwrap_or(match (route.dst, route.via) {
-            (IpNetwork::V4(_), None) => SCOPE_LINK,
-            _ => SCOPE_UNIVERSE,
-        });
-        message.header.scope = RouteScope::from(scope);
-        if route.onlink {
-            message.header.flags |= RouteFlags::Onlink;
-        }
-        message.attributes.extend(
-            route.source.map(|source| RouteAttribute::PrefSource(RouteAddress::from(source))),
-        );
-        let metrics: Vec<RouteMetric> =
-            [route.mtu.map(RouteMetric::Mtu), route.advmss.map(RouteMetric::Advmss)]
-                .into_iter()
-                .flatten()
-                .collect();
-        if !metrics.is_empty() {
-            message.attributes.push(RouteAttribute::Metrics(metrics));
-        }
-        self.change(NLM_F_CREATE | flags, RouteNetlinkMessage::NewRoute(message), || {
-            describe(verb, route)
-        })
+        self.change(NLM_F_CREATE | flags, put_message(route), || describe(verb, route))
     }
 
     /// Removes the route with this destination, protocol, table and, where given, next hop, link and metric; one
@@ -171,13 +149,43 @@ impl Netlink {
     /// # Errors
     /// If the kernel refuses.
     pub fn delete_route(&self, route: &Route) -> Result<(), NetlinkError> {
-        let mut message = message(route);
-        message.header.scope = RouteScope::NoWhere;
-        match self.change(0, RouteNetlinkMessage::DelRoute(message), || describe("remove", route)) {
+        match self.change(0, delete_message(route), || describe("remove", route)) {
             Err(error) if error.is_not_found() => Ok(()),
             result => result,
         }
     }
+}
+
+/// The message that puts a route; flags say how.
+pub(crate) fn put_message(route: &Route) -> RouteNetlinkMessage {
+    let mut message = message(route);
+    let scope = route.scope.unwrap_or(match (route.dst, route.via) {
+        (IpNetwork::V4(_), None) => SCOPE_LINK,
+        _ => SCOPE_UNIVERSE,
+    });
+    message.header.scope = RouteScope::from(scope);
+    if route.onlink {
+        message.header.flags |= RouteFlags::Onlink;
+    }
+    message
+        .attributes
+        .extend(route.source.map(|source| RouteAttribute::PrefSource(RouteAddress::from(source))));
+    let metrics: Vec<RouteMetric> =
+        [route.mtu.map(RouteMetric::Mtu), route.advmss.map(RouteMetric::Advmss)]
+            .into_iter()
+            .flatten()
+            .collect();
+    if !metrics.is_empty() {
+        message.attributes.push(RouteAttribute::Metrics(metrics));
+    }
+    RouteNetlinkMessage::NewRoute(message)
+}
+
+/// The message that removes a route.
+pub(crate) fn delete_message(route: &Route) -> RouteNetlinkMessage {
+    let mut message = message(route);
+    message.header.scope = RouteScope::NoWhere;
+    RouteNetlinkMessage::DelRoute(message)
 }
 
 fn matches(filter: &RouteFilter, route: &Route) -> bool {
@@ -186,7 +194,7 @@ fn matches(filter: &RouteFilter, route: &Route) -> bool {
         && route.table.unwrap_or(TABLE_MAIN) == filter.table.unwrap_or(TABLE_MAIN)
 }
 
-fn describe(verb: &str, route: &Route) -> String {
+pub(crate) fn describe(verb: &str, route: &Route) -> String {
     let mut text = format!("{verb} route to {}", route.dst);
     if let Some(via) = route.via {
         text.push_str(&format!(" via {via}"));

@@ -160,14 +160,42 @@ impl Netlink {
     }
 
     fn send(&self, flags: u16, sequence: u32, message: impl NetlinkSerializable) -> io::Result<()> {
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | flags;
-        header.sequence_number = sequence;
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
-        message.finalize();
-        let mut bytes = vec![0; message.buffer_len()];
-        message.serialize(&mut bytes);
+        let mut bytes = Vec::new();
+        append(&mut bytes, flags, sequence, message);
         retry_interrupted(|| self.socket.send(&bytes, 0)).map(drop)
+    }
+
+    /// Sends several changes in one datagram, whose messages `encode` appends, given the sequence number of the first.
+    /// The kernel works them off before `send` returns, goes on past a refused one and answers each refusal; the last
+    /// message asks for an answer in any case. Returns the refusals by their place.
+    pub(crate) fn pipeline(
+        &self,
+        count: u32,
+        request: &impl Fn() -> String,
+        encode: impl FnOnce(&mut Vec<u8>, u32),
+    ) -> Result<Vec<(u32, i32, Option<String>)>, NetlinkError> {
+        let failed = |source| NetlinkError::Socket { request: request(), source };
+        let first = self.sequence.get().wrapping_add(1);
+        self.sequence.set(first.wrapping_add(count - 1));
+        let mut buffer = Vec::with_capacity(RECEIVE_BUFFER_BYTES);
+        encode(&mut buffer, first);
+        retry_interrupted(|| self.socket.send(&buffer, 0)).map_err(failed)?;
+        let mut refused = Vec::new();
+        loop {
+            self.receive(&mut buffer).map_err(failed)?;
+            let mut rest = buffer.as_slice();
+            let malformed = |reason| NetlinkError::Malformed { request: request(), reason };
+            while let Some(message) = next_message(&mut rest).map_err(malformed)? {
+                let place = message.sequence.wrapping_sub(first);
+                if message.kind != NLMSG_ERROR || place >= count {
+                    continue;
+                }
+                refused.extend(acknowledgement(&message).map(|(errno, text)| (place, errno, text)));
+                if place == count - 1 {
+                    return Ok(refused);
+                }
+            }
+        }
     }
 
     fn receive(&self, buffer: &mut Vec<u8>) -> io::Result<()> {
@@ -178,6 +206,24 @@ impl Netlink {
         }
         Ok(())
     }
+}
+
+/// Appends one message to a datagram.
+pub(crate) fn append(
+    datagram: &mut Vec<u8>,
+    flags: u16,
+    sequence: u32,
+    message: impl NetlinkSerializable,
+) {
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | flags;
+    header.sequence_number = sequence;
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
+    message.finalize();
+    let start = datagram.len();
+    datagram.resize(start + message.buffer_len().next_multiple_of(4), 0);
+    let end = start + message.buffer_len();
+    message.serialize(&mut datagram[start..end]);
 }
 
 fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {

@@ -8,8 +8,8 @@ use std::process::Command;
 use std::thread;
 
 use cni_netlink::{
-    AddressOptions, Bridge, FdbEntry, LinkKind, Neighbour, NetNs, Netlink, NetlinkError, PortVlan,
-    Route, RouteFilter, VethPair, VxlanDevice, nft_chain_exists,
+    AddressOptions, Bridge, Change, FdbEntry, LinkKind, Neighbour, NetNs, Netlink, NetlinkError,
+    PortVlan, Route, RouteFilter, VethPair, VxlanDevice, nft_chain_exists,
 };
 use ipnetwork::IpNetwork;
 use nix::sched::{CloneFlags, unshare};
@@ -308,4 +308,74 @@ fn a_chain_of_nftables_is_found_and_missed() -> Result {
         assert!(!nft_chain_exists("orch_test", "d")?);
         Ok(())
     })
+}
+
+#[test]
+fn many_changes_go_in_few_datagrams_and_each_refusal_names_its_change() -> Result {
+    let netns = new_netns()?;
+    let netlink = Netlink::open_in(&netns)?;
+    let device = netlink.create_vxlan(&VxlanDevice {
+        name: "vx".into(),
+        vni: 1,
+        port: 8472,
+        local: Some("192.0.2.1".parse()?),
+        mac: Some([2, 0, 0, 0, 0, 1]),
+        ..VxlanDevice::default()
+    })?;
+    netlink.set_up(device.index)?;
+    // As an overlay's device has one; without it nothing is "on the link".
+    netlink.add_address(device.index, net("10.99.0.1/32"), &AddressOptions::default())?;
+    let mut changes = Vec::new();
+    for number in 0..500_u16 {
+        let [high, low] = number.to_be_bytes();
+        let base = IpAddr::from([10, 100 + high, low, 0]);
+        let mac = [2, 0, 0, 1, high, low];
+        changes.push(Change::PutFdb(FdbEntry {
+            link: device.index,
+            mac,
+            dst: Some(IpAddr::from([192, 0, 2, 7])),
+        }));
+        changes.push(Change::PutNeighbour(Neighbour {
+            link: device.index,
+            ip: base,
+            mac,
+            permanent: true,
+        }));
+        changes.push(Change::PutRoute(Route {
+            dst: IpNetwork::new(base, 24)?,
+            via: Some(base),
+            // Every hundredth by a link that is not there.
+            link: Some(if number % 100 == 7 { 9999 } else { device.index }),
+            onlink: true,
+            ..Route::default()
+        }));
+    }
+    let refused = netlink.apply(&changes)?;
+    let places: Vec<usize> = refused.iter().map(|refused| refused.index).collect();
+    assert_eq!(places, [23, 323, 623, 923, 1223]);
+    assert!(refused[0].error.to_string().starts_with("replace route to 10.100.7.0/24"));
+    let filter = RouteFilter { link: Some(device.index), ..RouteFilter::default() };
+    let routes = |netlink: &Netlink| -> Result<usize> {
+        Ok(netlink.routes(&filter)?.iter().filter(|route| route.dst.is_ipv4()).count())
+    };
+    assert_eq!(routes(&netlink)?, 495);
+    let neighbours = netlink.neighbours(device.index)?;
+    assert_eq!(neighbours.iter().filter(|neighbour| neighbour.permanent).count(), 500);
+
+    // What is gone already is no refusal, and the socket serves on.
+    let removals: Vec<Change> = changes
+        .into_iter()
+        .filter_map(|change| match change {
+            Change::PutRoute(mut route) => {
+                route.link = Some(device.index);
+                Some(Change::DeleteRoute(route))
+            }
+            Change::PutFdb(entry) => Some(Change::DeleteFdb(entry)),
+            _ => None,
+        })
+        .collect();
+    assert!(netlink.apply(&removals)?.is_empty());
+    assert!(netlink.apply(&removals)?.is_empty());
+    assert_eq!(routes(&netlink)?, 0);
+    Ok(())
 }

@@ -23,6 +23,16 @@ pub(crate) struct Flags {
     /// The node's address in the underlay
     #[arg(long)]
     node_ip: Ipv4Addr,
+    /// Link that carries the pod network, by name or address; several: the first that fits. Without it, the link that has
+    /// the node's address, else that of the default route
+    #[arg(long, value_delimiter = ',')]
+    iface: Vec<String>,
+    /// The same by regular expression, for a name or an address; asked after --iface
+    #[arg(long)]
+    iface_regex: Vec<regex::Regex>,
+    /// Address at which other nodes reach this one, if it is not one of the link's own (NAT)
+    #[arg(long)]
+    public_ip: Option<Ipv4Addr>,
     /// Unix socket of the Docker engine
     #[arg(long, default_value = "/var/run/docker.sock")]
     engine: PathBuf,
@@ -74,6 +84,11 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
             cert_pem: Some(read("etcd-client.crt")?),
             key_pem: Some(read("etcd-client.key")?),
         },
+        interface: orch_netagent::overlay::interface::Choice {
+            names: flags.iface,
+            patterns: flags.iface_regex,
+        },
+        public_ip: flags.public_ip,
         client: client.clone(),
         paths: paths.clone(),
         service_cidr: orch_config::SERVICE_CIDR.parse().context("service CIDR")?,

@@ -9,7 +9,7 @@
 //! every part ──> status file
 //! ```
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +29,7 @@ use crate::dns::zone::Domain;
 use crate::files::{FileError, SubnetEnv};
 use crate::lease::{EtcdHealth, Identity, Keeper};
 use crate::overlay::task::Overlay;
+use crate::overlay::{NftNews, interface, nft_events};
 use crate::services::proxy::Follower;
 use crate::status::{NetStatus, write_changes};
 use crate::{Options, dns, mac, node};
@@ -63,7 +64,8 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
     let paths = &options.paths;
     let vtep_mac =
         mac::ensure(&paths.lib().join("vtep-mac"), &options.node_name).map_err(Error::Mac)?;
-    let identity = Identity { public_ip: options.node_ip, vtep_mac };
+    let Some(public_ip) = public_ip(&options, &cancel).await else { return Ok(()) };
+    let identity = Identity { public_ip, vtep_mac };
     // Informers and parts end together, also when one of them fails.
     let stop = cancel.child_token();
     let _stop_all = stop.clone().drop_guard();
@@ -97,12 +99,17 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
     let overlay = Overlay {
         device_name: options.device.clone(),
         node_ip: options.node_ip,
-        underlay: options.underlay.clone(),
+        interface: options.interface.clone(),
+        service_cidr: options.service_cidr,
         identity,
         paths: paths.clone(),
     };
     overlay.withdraw_stale_configuration();
-    spawn(&mut parts, "overlay", overlay.run(network_known.clone(), status.clone(), stop.clone()));
+    let news = NftNews::default();
+    let task =
+        overlay.run(network_known.clone(), status.clone(), news.overlay.clone(), stop.clone());
+    spawn(&mut parts, "overlay", task);
+    spawn(&mut parts, "watch on nftables", nft_events::follow(news.clone(), stop.clone()));
     let follower = Follower {
         services: services.clone(),
         slices: slices.clone(),
@@ -112,6 +119,7 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         dns_ip: options.dns_ip,
         node_name: options.node_name.clone(),
         status: status.clone(),
+        firewall: news.services,
     };
     spawn(&mut parts, "service proxy", follower.run(stop.clone()));
     let own_node = ListParams {
@@ -150,6 +158,31 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         write_changes(paths.net_status(), status.subscribe(), stop.clone()),
     );
     join(parts, &cancel, &stop).await
+}
+
+/// Where other nodes send to; `None` if cancelled. A link that the operator chose may come up after the agent.
+async fn public_ip(options: &Options, cancel: &CancellationToken) -> Option<Ipv4Addr> {
+    if options.public_ip.is_some() || !options.interface.is_given() {
+        return Some(options.public_ip.unwrap_or(options.node_ip));
+    }
+    let mut told = false;
+    loop {
+        let netlink = cni_netlink::Netlink::open();
+        let problem = match netlink.as_ref().map(|netlink| {
+            interface::find(netlink, &options.interface, options.node_ip, &options.device)
+        }) {
+            Ok(Ok(underlay)) => return Some(underlay.local),
+            Ok(Err(error)) => crate::chain(&error),
+            Err(error) => crate::chain(error),
+        };
+        if !std::mem::replace(&mut told, true) {
+            warn!(problem, "waiting for the link that carries the overlay");
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return None,
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
+    }
 }
 
 fn spawn(

@@ -124,13 +124,34 @@ impl LeaseValue {
         }
     }
 
+    /// The value of a node of ours. It names its VTEP whatever the backend: the MAC tells whose the lease is, and peers
+    /// that still use VXLAN find the node. A flanneld of the backend `host-gw` does not look at the data.
+    #[must_use]
+    pub fn node(backend: &str, public_ip: Ipv4Addr, data: VxlanData) -> Self {
+        Self { backend_type: Some(backend.to_owned()), ..Self::vxlan(public_ip, data) }
+    }
+
     /// The VXLAN data, if this is a VXLAN lease that can be read.
     #[must_use]
     pub fn vxlan_data(&self) -> Option<VxlanData> {
-        if self.backend_type.as_deref() != Some(crate::network::VXLAN) {
+        self.vtep().filter(|_| self.backend_type.as_deref() == Some(crate::network::VXLAN))
+    }
+
+    /// The node's VTEP: in a lease of the backend `vxlan`, and in every lease of ours.
+    #[must_use]
+    pub fn vtep(&self) -> Option<VxlanData> {
+        let known = [crate::network::VXLAN, crate::network::HOST_GW];
+        if !self.backend_type.as_deref().is_some_and(|kind| known.contains(&kind)) {
             return None;
         }
         VxlanData::deserialize(self.backend_data.as_ref()?).ok()
+    }
+
+    /// Whether packets for the subnet can be sent to the node as they are: it runs a backend whose nodes forward them.
+    #[must_use]
+    pub fn forwards(&self) -> bool {
+        let known = [crate::network::VXLAN, crate::network::HOST_GW];
+        self.backend_type.as_deref().is_some_and(|kind| known.contains(&kind))
     }
 }
 

@@ -5,11 +5,17 @@ use std::net::Ipv4Addr;
 
 use ipnetwork::Ipv4Network;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Backend that flannel takes when the configuration names none. We refuse it: it is a debugging aid.
 const FLANNEL_DEFAULT_BACKEND: &str = "udp";
-/// Backend that this agent speaks.
+/// Backend whose packets travel in VXLAN.
 pub const VXLAN: &str = "vxlan";
+/// Backend whose packets travel as they are, over a link that the nodes share.
+pub const HOST_GW: &str = "host-gw";
+/// Bytes VXLAN takes from the underlay MTU when the outer header is IPv4: inner Ethernet 14 + VXLAN 8 + UDP 8 + outer
+/// IPv4 20 (RFC 7348 §5).
+pub const VXLAN_OVERHEAD_IPV4: u32 = 50;
 /// Prefix length of a node's subnet in a network of /22 or wider.
 const DEFAULT_SUBNET_LEN: u8 = 24;
 /// Longest prefix of the whole network.
@@ -52,35 +58,104 @@ pub struct NetworkConfig {
     pub vni: u32,
     /// UDP port of VXLAN.
     pub port: u16,
+    /// How packets get to another node.
+    pub mode: Mode,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Wire {
-    #[serde(rename = "EnableIPv4", default, skip_serializing_if = "Option::is_none")]
-    enable_ipv4: Option<bool>,
-    #[serde(rename = "EnableIPv6", default, skip_serializing_if = "Option::is_none")]
-    enable_ipv6: Option<bool>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+/// How packets get to another node. One setting for the whole network: `Backend` in the configuration.
+///
+/// The VXLAN device exists in every mode. What a node receives does not depend on its mode, so the nodes may take up a
+/// new one each at its own time, and no packet of a peer that has not done so yet is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// `{"Type":"vxlan"}`: in VXLAN.
+    #[default]
+    Vxlan,
+    /// `{"Type":"vxlan","DirectRouting":true}`: as they are to nodes on the same link, in VXLAN to others.
+    DirectRouting,
+    /// `{"Type":"host-gw"}`: as they are; all nodes share a link. Pods get the whole MTU.
+    HostGw,
+}
+
+impl Mode {
+    /// The backend's name in the configuration and in leases.
+    #[must_use]
+    pub fn backend(self) -> &'static str {
+        match self {
+            Self::Vxlan | Self::DirectRouting => VXLAN,
+            Self::HostGw => HOST_GW,
+        }
+    }
+
+    /// MTU of pods on an underlay of this MTU.
+    #[must_use]
+    pub fn pod_mtu(self, underlay_mtu: u32) -> u32 {
+        match self {
+            Self::Vxlan | Self::DirectRouting => underlay_mtu.saturating_sub(VXLAN_OVERHEAD_IPV4),
+            Self::HostGw => underlay_mtu,
+        }
+    }
+}
+
+/// What is read: keys in lower case, as flannel's decoder does not mind the case.
+#[derive(Debug, Deserialize)]
+struct Read {
+    #[serde(default)]
+    enableipv4: Option<bool>,
+    #[serde(default)]
     network: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    subnet_len: Option<u8>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    subnet_min: Option<Ipv4Addr>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    subnet_max: Option<Ipv4Addr>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    backend: Option<Backend>,
+    #[serde(default)]
+    subnetlen: Option<u8>,
+    #[serde(default)]
+    subnetmin: Option<Ipv4Addr>,
+    #[serde(default)]
+    subnetmax: Option<Ipv4Addr>,
+    #[serde(default)]
+    backend: ReadBackend,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Backend {
-    #[serde(rename = "Type", default)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct ReadBackend {
+    #[serde(rename = "type")]
     kind: Option<String>,
-    #[serde(rename = "VNI", alias = "vni", default)]
     vni: Option<u32>,
-    #[serde(rename = "Port", alias = "port", default)]
     port: Option<u16>,
+    directrouting: bool,
+}
+
+/// What is written.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Written {
+    network: Ipv4Network,
+    subnet_len: u8,
+    subnet_min: Ipv4Addr,
+    subnet_max: Ipv4Addr,
+    backend: WrittenBackend,
+}
+
+#[derive(Debug, Serialize)]
+struct WrittenBackend {
+    #[serde(rename = "Type")]
+    kind: &'static str,
+    #[serde(rename = "VNI")]
+    vni: u32,
+    #[serde(rename = "Port")]
+    port: u16,
+    #[serde(rename = "DirectRouting", skip_serializing_if = "std::ops::Not::not")]
+    direct_routing: bool,
+}
+
+/// Lowers the keys of an object and of the objects in it.
+fn lower_keys(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let lower = |(key, value): (String, Value)| (key.to_lowercase(), lower_keys(value));
+            Value::Object(fields.into_iter().map(lower).collect())
+        }
+        other => other,
+    }
 }
 
 impl NetworkConfig {
@@ -102,39 +177,49 @@ impl NetworkConfig {
     /// # Errors
     /// Names the key and what would be right.
     pub fn parse(json: &[u8]) -> Result<Self, ConfigError> {
-        let wire: Wire =
-            serde_json::from_slice(json).map_err(|error| ConfigError::Decode(error.to_string()))?;
-        if wire.enable_ipv4 == Some(false) {
+        let decode = |error: serde_json::Error| ConfigError::Decode(error.to_string());
+        let value: Value = serde_json::from_slice(json).map_err(decode)?;
+        let read = Read::deserialize(lower_keys(value)).map_err(decode)?;
+        if read.enableipv4 == Some(false) {
             return Err(field(
                 "EnableIPv4",
                 "must be true: this agent has no IPv6-only network yet",
             ));
         }
         let text =
-            wire.network.ok_or_else(|| field("Network", "is missing, e.g. \"10.244.0.0/16\""))?;
+            read.network.ok_or_else(|| field("Network", "is missing, e.g. \"10.244.0.0/16\""))?;
         let network: Ipv4Network =
             text.parse().map_err(|_| field("Network", format!("{text:?} is no IPv4 CIDR")))?;
-        let kind = wire.backend.as_ref().and_then(|backend| backend.kind.as_deref());
-        let kind = kind.unwrap_or(FLANNEL_DEFAULT_BACKEND);
-        if kind != VXLAN {
-            return Err(field(
-                "Backend.Type",
-                format!(
-                    "{kind:?} is not supported: set {{\"Type\":\"vxlan\"}} (an absent backend means udp)"
-                ),
-            ));
-        }
-        let vni =
-            wire.backend.as_ref().and_then(|backend| backend.vni).unwrap_or(orch_config::VXLAN_VNI);
-        let port = wire.backend.as_ref().and_then(|backend| backend.port).filter(|port| *port != 0);
-        Self::checked(
+        let backend = read.backend;
+        let mode = match backend.kind.as_deref().unwrap_or(FLANNEL_DEFAULT_BACKEND) {
+            VXLAN if backend.directrouting => Mode::DirectRouting,
+            VXLAN => Mode::Vxlan,
+            HOST_GW => Mode::HostGw,
+            kind => {
+                return Err(field(
+                    "Backend.Type",
+                    format!(
+                        "{kind:?} is not supported: set {{\"Type\":\"vxlan\"}} or {{\"Type\":\"host-gw\"}} (an absent backend means udp)"
+                    ),
+                ));
+            }
+        };
+        let port = backend.port.filter(|port| *port != 0);
+        let config = Self::checked(
             network,
-            wire.subnet_len,
-            wire.subnet_min,
-            wire.subnet_max,
-            vni,
+            read.subnetlen,
+            read.subnetmin,
+            read.subnetmax,
+            backend.vni.unwrap_or(orch_config::VXLAN_VNI),
             port.unwrap_or(orch_config::VXLAN_PORT),
-        )
+        )?;
+        Ok(config.with_mode(mode))
+    }
+
+    /// The same with another mode.
+    #[must_use]
+    pub fn with_mode(self, mode: Mode) -> Self {
+        Self { mode, ..self }
     }
 
     fn checked(
@@ -189,22 +274,23 @@ impl NetworkConfig {
                 format!("{subnet_min} is above SubnetMax {subnet_max}"),
             ));
         }
-        Ok(Self { network, subnet_len, subnet_min, subnet_max, vni, port })
+        Ok(Self { network, subnet_len, subnet_min, subnet_max, vni, port, mode: Mode::default() })
     }
 
     /// The JSON to put into etcd.
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
-        let backend =
-            Backend { kind: Some(VXLAN.to_owned()), vni: Some(self.vni), port: Some(self.port) };
-        let wire = Wire {
-            enable_ipv4: None,
-            enable_ipv6: None,
-            network: Some(self.network.to_string()),
-            subnet_len: Some(self.subnet_len),
-            subnet_min: Some(self.subnet_min),
-            subnet_max: Some(self.subnet_max),
-            backend: Some(backend),
+        let wire = Written {
+            network: self.network,
+            subnet_len: self.subnet_len,
+            subnet_min: self.subnet_min,
+            subnet_max: self.subnet_max,
+            backend: WrittenBackend {
+                kind: self.mode.backend(),
+                vni: self.vni,
+                port: self.port,
+                direct_routing: self.mode == Mode::DirectRouting,
+            },
         };
         serde_json::to_vec(&wire).expect("plain data has a JSON form")
     }
@@ -257,6 +343,17 @@ mod tests {
     }
 
     #[test]
+    fn the_backend_says_the_mode_and_keys_may_be_of_any_case() {
+        let mode = |backend: &str| {
+            parse(&format!(r#"{{"network":"10.5.0.0/16","Backend":{backend}}}"#)).map(|c| c.mode)
+        };
+        assert_eq!(mode(r#"{"Type":"vxlan"}"#), Ok(Mode::Vxlan));
+        assert_eq!(mode(r#"{"type":"vxlan","directRouting":true}"#), Ok(Mode::DirectRouting));
+        assert_eq!(mode(r#"{"Type":"host-gw"}"#), Ok(Mode::HostGw));
+        assert!(mode(r#"{"Type":"wireguard"}"#).is_err());
+    }
+
+    #[test]
     fn limits_must_be_bases_of_subnets_in_the_network() {
         for bad in [
             r#"{"Network":"10.5.0.0/16","SubnetMin":"10.5.1.7","Backend":{"Type":"vxlan"}}"#,
@@ -273,6 +370,9 @@ mod tests {
     fn what_we_write_reads_back_equal() {
         let config =
             NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472).expect("valid");
-        assert_eq!(NetworkConfig::parse(&config.to_json()), Ok(config));
+        for mode in [Mode::Vxlan, Mode::DirectRouting, Mode::HostGw] {
+            let config = config.clone().with_mode(mode);
+            assert_eq!(NetworkConfig::parse(&config.to_json()), Ok(config));
+        }
     }
 }

@@ -10,6 +10,7 @@ use orch_config::Paths;
 
 use crate::EtcdConfig;
 use crate::network::NetworkConfig;
+use crate::overlay::interface::Choice;
 
 /// Everything that differs between nodes and clusters. The defaults are the cluster's.
 #[derive(Clone)]
@@ -30,8 +31,11 @@ pub struct Options {
     pub paths: Paths,
     /// Name of the VXLAN device.
     pub device: String,
-    /// Link that carries the overlay; without one, the link that has `node_ip`.
-    pub underlay: Option<String>,
+    /// Link that carries the overlay; if nothing is said, the one that has `node_ip`, else that of the default route.
+    pub interface: Choice,
+    /// Where other nodes send to, if that is no address of the link (a NAT between). Else it is the link's: `node_ip`,
+    /// unless `interface` chooses a link that does not have it.
+    pub public_ip: Option<Ipv4Addr>,
     /// Where cluster IPs come from.
     pub service_cidr: Ipv4Network,
     /// Address of the node's DNS server, the cluster IP of `kube-dns`.
@@ -62,7 +66,8 @@ impl Default for Options {
             client: Client::new(NoServer),
             paths: Paths::new("/"),
             device: orch_config::VXLAN_DEVICE.to_owned(),
-            underlay: None,
+            interface: Choice::default(),
+            public_ip: None,
             service_cidr: cidr(orch_config::SERVICE_CIDR),
             dns_ip: orch_config::DNS_IP,
             cluster_domain: orch_config::CLUSTER_DOMAIN.to_owned(),

@@ -1,13 +1,21 @@
-//! The VXLAN device and what it knows of every remote node.
+//! The VXLAN device and what this node knows of every remote node.
 //!
-//! Per remote node: an FDB entry (VTEP MAC → node address), a permanent neighbour (subnet base → VTEP MAC) and an
-//! onlink route (subnet via its base), flannel's shape. [`plan`] compares what the kernel holds with what the leases
-//! say; [`kernel`] reads and writes it; [`task`] does that whenever something may have changed.
+//! Per remote node that is reached in VXLAN: an FDB entry (VTEP MAC → node address), a permanent neighbour (subnet base →
+//! VTEP MAC) and an onlink route (subnet via its base), flannel's shape. Per remote node that is reached directly: a
+//! route via its underlay address. [`plan`] compares what the kernel holds with what the leases say; [`kernel`] reads and
+//! writes it; [`task`] does that whenever something may have changed: from a dump when the kernel's state is in question,
+//! from what was applied before when only a lease changed, so that an event costs what it changes.
 //!
-//! Ours are: everything on our device, and routes with our protocol number. Nothing else is touched.
+//! Ours are: everything on our device, and routes with our protocol number. Nothing else is touched; a foreign route
+//! that stands in the way is reported. [`interface`] finds the underlay; [`closed`] is the firewall around the overlay
+//! and [`forward`] its way through that of others.
 
+pub mod closed;
 mod events;
+pub mod forward;
+pub mod interface;
 pub mod kernel;
+pub(crate) mod nft_events;
 pub mod plan;
 pub(crate) mod task;
 
@@ -18,10 +26,10 @@ use ipnetwork::Ipv4Network;
 
 use crate::lease::{Identity, Network};
 use crate::mac::Mac;
+use crate::network::Mode;
 
-/// Bytes VXLAN takes from the underlay MTU when the outer header is IPv4: inner Ethernet 14 + VXLAN 8 + UDP 8 + outer
-/// IPv4 20 (RFC 7348 §5).
-pub const VXLAN_OVERHEAD_IPV4: u32 = 50;
+pub use nft_events::NftNews;
+
 /// Protocol number of our routes: says in `ip route` who made them, and to us which we may remove. Free in iproute2's
 /// rt_protos.
 pub const ROUTE_PROTOCOL: u8 = 0x6f;
@@ -52,38 +60,74 @@ pub struct Device {
 pub struct Peer {
     /// Its subnet.
     pub subnet: Ipv4Network,
-    /// MAC of its VTEP.
-    pub vtep_mac: Mac,
     /// Its address on the underlay.
     pub public_ip: Ipv4Addr,
+    /// How packets get there.
+    pub path: Path,
+}
+
+/// How packets get to a remote node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// In VXLAN, to the VTEP of this MAC.
+    Vxlan(Mac),
+    /// As they are, over the underlay's link.
+    Direct,
 }
 
 impl Peer {
-    /// Next hop of the route to its subnet: the address of its device.
+    /// Next hop of the route to its subnet: the address of its device, or of the node itself.
     #[must_use]
     pub fn gateway(&self) -> Ipv4Addr {
-        self.subnet.network()
+        match self.path {
+            Path::Vxlan(_) => self.subnet.network(),
+            Path::Direct => self.public_ip,
+        }
     }
 }
 
 /// Remote nodes by their subnet.
 pub type Peers = BTreeMap<Ipv4Network, Peer>;
 
-/// The remote nodes that the leases name: VXLAN nodes of our VNI, without ourselves.
+/// The remote nodes that the leases name, without ourselves, and those of them that cannot be reached in this network's
+/// mode: `on_link` are the networks of the underlay's link.
 #[must_use]
-pub fn desired_peers(network: &Network, me: &Identity) -> Peers {
+pub fn desired_peers(
+    network: &Network,
+    me: &Identity,
+    on_link: &[Ipv4Network],
+) -> (Peers, Vec<String>) {
+    let mode = network.config.mode;
+    let mut unreachable = Vec::new();
     let peers = network.leases.values().filter_map(|lease| {
         let value = lease.value.as_ref()?;
-        let data = value.vxlan_data().filter(|data| data.vni == network.config.vni)?;
+        let vtep = value.vtep();
         let own = lease.key.v4 == network.own
-            || data.vtep_mac == me.vtep_mac
+            || vtep.is_some_and(|data| data.vtep_mac == me.vtep_mac)
             || value.public_ip == me.public_ip;
-        (!own).then_some((
-            lease.key.v4,
-            Peer { subnet: lease.key.v4, vtep_mac: data.vtep_mac, public_ip: value.public_ip },
-        ))
+        if own || !value.forwards() {
+            return None;
+        }
+        let public_ip = value.public_ip;
+        let neighbour = || on_link.iter().any(|link| link.contains(public_ip));
+        let vxlan = vtep
+            .filter(|data| data.vni == network.config.vni)
+            .map(|data| Path::Vxlan(data.vtep_mac));
+        let path = if mode != Mode::Vxlan && neighbour() { Some(Path::Direct) } else { vxlan };
+        match path {
+            Some(path) => Some((lease.key.v4, Peer { subnet: lease.key.v4, public_ip, path })),
+            // In a network of VXLAN a node of another backend belongs to another network.
+            None if mode == Mode::HostGw => {
+                unreachable.push(format!(
+                    "{}: its node {public_ip} is on no link of this node, and mode host-gw has no other way; set the backend to {{\"Type\":\"vxlan\",\"DirectRouting\":true}}",
+                    lease.key.v4
+                ));
+                None
+            }
+            None => None,
+        }
     });
-    peers.collect()
+    (peers.collect(), unreachable)
 }
 
 #[cfg(test)]
@@ -121,10 +165,29 @@ mod tests {
                 lease(3, 3, 7, "vxlan"),
                 lease(4, 4, 1, "host-gw"),
                 lease(5, 1, 1, "vxlan"),
+                lease(6, 6, 1, "wireguard"),
             ]
             .into(),
+            config_problem: None,
         };
-        let peers = desired_peers(&network, &me);
-        assert_eq!(peers.keys().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.2.0/24"]);
+        let (peers, _) = desired_peers(&network, &me, &[]);
+        // A node of ours that has taken up another mode already is still reached in VXLAN.
+        assert_eq!(
+            peers.keys().map(ToString::to_string).collect::<Vec<_>>(),
+            ["10.244.2.0/24", "10.244.4.0/24"]
+        );
+        // .2 and .3 are on our link, whatever their VNI; .4 is not.
+        let on_link = ["192.0.2.0/30".parse().expect("CIDR")];
+        for (mode, unreachable) in [(Mode::DirectRouting, 0), (Mode::HostGw, 0)] {
+            let network =
+                Network { config: network.config.clone().with_mode(mode), ..network.clone() };
+            let (peers, lost) = desired_peers(&network, &me, &on_link);
+            let paths: Vec<_> = peers
+                .values()
+                .map(|peer| (peer.public_ip.octets()[3], peer.path == Path::Direct))
+                .collect();
+            assert_eq!(paths, [(2, true), (3, true), (4, false)], "{mode:?}");
+            assert_eq!(lost.len(), unreachable);
+        }
     }
 }

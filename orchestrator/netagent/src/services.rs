@@ -8,3 +8,5 @@ pub mod proxy;
 pub mod ruleset;
 
 mod conntrack;
+
+pub use ruleset::TABLE;

@@ -5,6 +5,7 @@ mod support;
 
 use std::net::Ipv4Addr;
 
+use ipnetwork::Ipv4Network;
 use support::netns::Netns;
 use support::overlay::{Node, PREFIX, Pod, World, eventually};
 
@@ -88,7 +89,8 @@ fn a_node_that_speaks_flannels_protocol_by_hand_is_one_of_ours_and_its_changes_a
     let mut flannel = Flannel::new(&world, 13, [10, 244, 30, 0], "5e:11:22:33:44:55");
     let nodes = [world.node(1), world.node(2)];
     let pods = [nodes[0].pod(2), nodes[1].pod(2)];
-    let theirs = Pod::attach(&flannel.netns, flannel.subnet, 1450, 2);
+    let theirs =
+        Pod::attach(&flannel.netns, Ipv4Network::new(flannel.subnet, 24).expect("CIDR"), 1450, 2);
     for node in &nodes {
         flannel.add_peer(&world, node);
     }
@@ -130,7 +132,8 @@ fn a_node_that_speaks_flannels_protocol_by_hand_is_one_of_ours_and_its_changes_a
         flannel.add_peer(&world, node);
     }
     flannel.publish(&world);
-    let theirs = Pod::attach(&flannel.netns, flannel.subnet, 1450, 3);
+    let theirs =
+        Pod::attach(&flannel.netns, Ipv4Network::new(flannel.subnet, 24).expect("CIDR"), 1450, 3);
     both_ways(&[&pods[0], &theirs, &pods[1]]);
     for node in &nodes {
         let left = node.netns.ip("route show") + &node.netns.ip("neighbour show dev vxlan-orch");

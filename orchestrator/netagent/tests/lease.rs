@@ -291,3 +291,150 @@ async fn the_last_free_subnet_goes_to_one_of_two_nodes() {
         node.stop().await;
     }
 }
+
+/// Who held each subnet, from the first revision of etcd on: no subnet goes from one node to another without a deletion
+/// in between.
+async fn assert_no_subnet_was_held_twice(etcd: &Etcd) {
+    let mut client = etcd.client().await;
+    let now = client.get("x", None).await.expect("get").header().expect("header").revision();
+    let options = etcd_client::WatchOptions::new().with_prefix().with_start_revision(1);
+    let mut watch = client.watch(format!("{PREFIX}/subnets/"), Some(options)).await.expect("watch");
+    let mut holders = std::collections::BTreeMap::new();
+    let mut seen = 0;
+    // The history ends at `now`; a key beyond it tells that all of it was read.
+    client.put(format!("{PREFIX}/subnets/end"), "", None).await.expect("put");
+    while seen <= now {
+        let message = watch.message().await.expect("history").expect("open");
+        for event in message.events() {
+            let kv = event.kv().expect("a key");
+            seen = seen.max(kv.mod_revision());
+            let key = kv.key_str().expect("text").to_owned();
+            if event.event_type() == etcd_client::EventType::Delete {
+                holders.remove(&key);
+                continue;
+            }
+            let Ok(value) = serde_json::from_slice::<serde_json::Value>(kv.value()) else {
+                continue;
+            };
+            let holder = value["BackendData"]["VtepMAC"].clone();
+            let before = holders.insert(key.clone(), holder.clone());
+            assert!(before.is_none() || before == Some(holder), "{key} has two holders");
+        }
+    }
+    client.delete(format!("{PREFIX}/subnets/end"), None).await.expect("delete");
+    let mut subnets: Vec<Ipv4Network> = holders
+        .keys()
+        .filter_map(|key| key.rsplit('/').next()?.replace('-', "/").parse().ok())
+        .collect();
+    subnets.sort_unstable();
+    assert!(subnets.windows(2).all(|two| !two[0].overlaps(two[1])), "{subnets:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_nodes_join_at_once_and_no_subnet_is_ever_held_twice() {
+    let etcd = Etcd::start();
+    let folders = folders(50);
+    // 63 subnets for 50 nodes: many of them choose the same one.
+    let nodes: Vec<Node> = (1..=50)
+        .zip(&folders)
+        .map(|(number, folder)| Node::start(number, &etcd.url, "10.244.0.0/18", folder))
+        .collect();
+    for node in &nodes {
+        eventually("every node knows all leases", LIMIT, || async {
+            let network = node.network.borrow();
+            (network.as_ref()?.leases.len() == 50).then_some(())
+        })
+        .await;
+    }
+    // The network shrinks to 15 subnets, and grows again: those without one wait, and get one.
+    let mut client = etcd.client().await;
+    let key = format!("{PREFIX}/config");
+    let small = r#"{"Network":"10.244.0.0/20","Backend":{"Type":"vxlan"}}"#;
+    let wide = r#"{"Network":"10.0.0.0/8","SubnetLen":25,"Backend":{"Type":"host-gw"}}"#;
+    client.put(key.clone(), small, None).await.expect("put");
+    eventually("fifteen hold all there is", LIMIT, || async {
+        let (leases, _) = list_all(&etcd).await;
+        let small: Ipv4Network = "10.244.0.0/20".parse().expect("CIDR");
+        (leases.iter().filter(|one| small.contains(one.ip())).count() == 15).then_some(())
+    })
+    .await;
+    client.put(key, wide, None).await.expect("put");
+    for node in &nodes {
+        eventually("every node has one again", LIMIT, || async {
+            let network = node.network.borrow();
+            let network = network.as_ref()?;
+            (network.own.prefix() == 25 && network.leases.len() == 50).then_some(())
+        })
+        .await;
+    }
+    assert!(nodes.iter().all(|node| !node.task.is_finished()));
+    assert_no_subnet_was_held_twice(&etcd).await;
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+async fn list_all(etcd: &Etcd) -> (Vec<Ipv4Network>, i64) {
+    let options = EtcdConfig { endpoints: vec![etcd.url.clone()], ..EtcdConfig::default() };
+    let registry = Registry::connect(&options, PREFIX).await.expect("connect");
+    let (leases, revision) = registry.list().await.expect("list");
+    (leases.into_keys().collect(), revision)
+}
+
+#[tokio::test]
+async fn a_lease_that_expired_while_the_agent_was_stopped_is_acquired_again_as_it_was() {
+    let etcd = Etcd::start();
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
+    let subnet = node.subnet().await;
+    let env = SubnetEnv { network: "10.244.0.0/16".parse().expect("CIDR"), subnet, mtu: 1450 };
+    write_atomic(&folder.path().join("subnet.env"), env.render().as_bytes()).expect("written");
+    node.stop().await;
+    let options = EtcdConfig { endpoints: vec![etcd.url.clone()], ..EtcdConfig::default() };
+    let registry = Registry::connect(&options, PREFIX).await.expect("connect");
+    let lease = registry.list().await.expect("list").0[&subnet].etcd_lease;
+    let client = etcd.client().await;
+    // As after 24 hours.
+    client.lease_client().revoke(lease).await.expect("revoke");
+    assert!(list_all(&etcd).await.0.is_empty());
+    let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
+    assert_eq!(node.subnet().await, subnet);
+
+    // And while it runs: the key goes with the lease, and comes back with another one.
+    let lease = registry.list().await.expect("list").0[&subnet].etcd_lease;
+    client.lease_client().revoke(lease).await.expect("revoke");
+    eventually("the key is back", LIMIT, || async {
+        (list_all(&etcd).await.0 == [subnet]).then_some(())
+    })
+    .await;
+    assert_no_subnet_was_held_twice(&etcd).await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn two_nodes_race_for_the_last_free_subnet_whenever_it_becomes_free() {
+    let etcd = Etcd::start();
+    let folders = folders(2);
+    // Three subnets, two of them reserved for others.
+    let mut client = etcd.client().await;
+    for subnet in ["10.244.0.16-28", "10.244.0.32-28"] {
+        let value = r#"{"PublicIP":"192.0.2.200"}"#;
+        client.put(format!("{PREFIX}/subnets/{subnet}"), value, None).await.expect("put");
+    }
+    let nodes: Vec<Node> = (1..=2)
+        .zip(&folders)
+        .map(|(number, folder)| Node::start(number, &etcd.url, "10.244.0.0/26", folder))
+        .collect();
+    for _ in 0..5 {
+        eventually("one of them holds it", LIMIT, || async {
+            (list_all(&etcd).await.0.len() == 3).then_some(())
+        })
+        .await;
+        client.delete(format!("{PREFIX}/subnets/10.244.0.48-28"), None).await.expect("delete");
+    }
+    assert!(nodes.iter().all(|node| !node.task.is_finished()));
+    assert_no_subnet_was_held_twice(&etcd).await;
+    for node in nodes {
+        node.stop().await;
+    }
+}

@@ -39,7 +39,7 @@ impl Identity {
     #[must_use]
     pub fn owns(&self, lease: &Lease, former: Option<Ipv4Network>) -> bool {
         let Some(value) = &lease.value else { return false };
-        if let Some(data) = value.vxlan_data()
+        if let Some(data) = value.vtep()
             && data.vtep_mac == self.vtep_mac
         {
             return true;

@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::registry::Change;
+use super::registry::{Change, Snapshot};
 use super::{
     Choice, EtcdConfig, Identity, Lease, LeaseValue, Leases, Registry, RegistryError, SubnetKey,
     VxlanData, choose,
@@ -38,6 +38,8 @@ pub struct Network {
     pub own: Ipv4Network,
     /// Everybody's leases, ours among them.
     pub leases: Leases,
+    /// Why the configuration in etcd is not the one that is followed.
+    pub config_problem: Option<String>,
 }
 
 /// Whether etcd answers.
@@ -67,6 +69,23 @@ pub struct Keeper {
     pub network: watch::Sender<Option<Network>>,
     /// Where etcd's health is published.
     pub health: watch::Sender<EtcdHealth>,
+}
+
+/// The configuration that is followed.
+struct Followed {
+    config: NetworkConfig,
+    /// Revision of what etcd holds, whether it can be used or not.
+    revision: i64,
+    problem: Option<String>,
+}
+
+/// What became of an acquisition.
+enum Acquired {
+    Lease(Lease),
+    /// All subnets are taken.
+    Full,
+    /// Read it again first.
+    ConfigChanged,
 }
 
 /// Why a session ended without an error.
@@ -129,22 +148,29 @@ impl Keeper {
     /// One connection's life.
     async fn session(&mut self, backoff: &mut Duration) -> Result<Ended, RegistryError> {
         let registry = Registry::connect(&self.etcd, &self.prefix).await?;
-        let config = registry.ensure_config(&self.default_config).await?;
         loop {
-            let own = match self.acquire(&registry, &config).await? {
-                Some(own) => own,
-                None => return Ok(Ended::Full),
+            let followed = self.config(&registry).await?;
+            let own = match self.acquire(&registry, &followed).await? {
+                Acquired::Lease(own) => own,
+                Acquired::Full => return Ok(Ended::Full),
+                Acquired::ConfigChanged => continue,
             };
-            let (leases, revision) = registry.list().await?;
+            let Snapshot { leases, config, revision } = registry.snapshot().await?;
             *backoff = BACKOFF_MIN;
             if matches!(&*self.health.borrow(), EtcdHealth::Away(_)) {
                 info!("etcd answers again");
             }
             self.health.send_replace(EtcdHealth::Healthy);
-            if !self.still_ours(&leases, own.key.v4) {
+            if !self.still_ours(&leases, own.key.v4) || config != followed.revision {
                 continue;
             }
-            self.publish(Network { config: config.clone(), own: own.key.v4, leases });
+            self.leave_former_subnets(&registry, &leases, own.key.v4).await?;
+            self.publish(Network {
+                config: followed.config.clone(),
+                own: own.key.v4,
+                leases,
+                config_problem: followed.problem.clone(),
+            });
             match self.follow(&registry, &own, revision).await? {
                 Ended::Relist => {}
                 ended @ Ended::Full => return Ok(ended),
@@ -152,11 +178,48 @@ impl Keeper {
         }
     }
 
+    /// The configuration to follow: what etcd holds or, where that cannot be used, the last one that could.
+    async fn config(&self, registry: &Registry) -> Result<Followed, RegistryError> {
+        let last = self.network.borrow().as_ref().map(|network| network.config.clone());
+        // A configuration that somebody removed is put back as it was: the network still is what it was.
+        let default = last.as_ref().unwrap_or(&self.default_config);
+        match registry.ensure_config(default).await {
+            Ok((config, revision)) => Ok(Followed { config, revision, problem: None }),
+            Err(error @ RegistryError::Config { revision, .. }) => {
+                let Some(config) = last else { return Err(error) };
+                let problem = format!("{error}; the last good configuration stays in force");
+                error!("{problem}");
+                Ok(Followed { config, revision, problem: Some(problem) })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     fn value(&self, config: &NetworkConfig) -> LeaseValue {
-        LeaseValue::vxlan(
+        LeaseValue::node(
+            config.mode.backend(),
             self.identity.public_ip,
             VxlanData { vni: config.vni, vtep_mac: self.identity.vtep_mac },
         )
+    }
+
+    /// Removes what this node held under an older configuration, so that others can have it. A reservation stays.
+    async fn leave_former_subnets(
+        &self,
+        registry: &Registry,
+        leases: &Leases,
+        own: Ipv4Network,
+    ) -> Result<(), RegistryError> {
+        for lease in leases.values().filter(|lease| lease.key.v4 != own && lease.etcd_lease != 0) {
+            let Some(value) = &lease.value else { continue };
+            // The MAC alone is not enough: another node may wrongly have our name, and with it our MAC.
+            let ours = value.public_ip == self.identity.public_ip
+                && value.vtep().is_some_and(|data| data.vtep_mac == self.identity.vtep_mac);
+            if ours && registry.remove(lease).await? {
+                info!(subnet = %lease.key.v4, "a former subnet of this node was given back");
+            }
+        }
+        Ok(())
     }
 
     /// The subnet this node held last: in this life, else in a former one.
@@ -165,21 +228,25 @@ impl Keeper {
         in_this_life.or_else(|| SubnetEnv::observe(&self.subnet_env).map(|env| env.subnet))
     }
 
-    /// Gets the lease; `None` if all subnets are taken.
+    /// Gets the lease.
     async fn acquire(
         &self,
         registry: &Registry,
-        config: &NetworkConfig,
-    ) -> Result<Option<Lease>, RegistryError> {
+        followed: &Followed,
+    ) -> Result<Acquired, RegistryError> {
+        let config = &followed.config;
         let value = self.value(config);
         loop {
-            let (leases, _) = registry.list().await?;
+            let Snapshot { leases, config: revision, .. } = registry.snapshot().await?;
+            if revision != followed.revision {
+                return Ok(Acquired::ConfigChanged);
+            }
             let former = self.former();
             let choice = choose(config, &leases, &self.identity, former, &mut rand::rng());
             let (key, taken) = match choice {
                 Choice::Keep(lease) if lease.value.as_ref() == Some(&value) => {
                     if lease.etcd_lease == 0 || registry.keep_alive(lease.etcd_lease).await? {
-                        return Ok(Some(*lease));
+                        return Ok(Acquired::Lease(*lease));
                     }
                     // The lease went away between list and renewal, and the key with it.
                     continue;
@@ -187,7 +254,7 @@ impl Keeper {
                 Choice::Keep(lease) => (lease.key, registry.rewrite(&lease, &value).await?),
                 Choice::Take(subnet) => {
                     let key = SubnetKey { v4: subnet, v6: None };
-                    (key, registry.create(&key, &value).await?)
+                    (key, registry.create(&key, &value, revision).await?)
                 }
                 Choice::Full => {
                     error!(
@@ -196,7 +263,11 @@ impl Keeper {
                         "every node subnet is taken: remove dead nodes' keys under {}/subnets/ or widen SubnetMax",
                         self.prefix
                     );
-                    return Ok(None);
+                    // Whatever this node held is not in etcd any more.
+                    if former.is_some() && self.subnet_env.exists() {
+                        self.fence(former);
+                    }
+                    return Ok(Acquired::Full);
                 }
             };
             match taken {
@@ -205,7 +276,7 @@ impl Keeper {
                     if former.is_some_and(|former| former != key.v4) {
                         self.fence(former);
                     }
-                    return Ok(Some(Lease {
+                    return Ok(Acquired::Lease(Lease {
                         key,
                         value: Some(value),
                         mod_revision: 0,
@@ -230,7 +301,13 @@ impl Keeper {
         loop {
             tokio::select! {
                 changes = watch.next() => {
-                    let changes = changes?;
+                    let mut changes = changes?;
+                    if let Some(json) = take_config(&mut changes)
+                        && self.is_another_config(&json)
+                    {
+                        info!("the network configuration was changed; following it");
+                        return Ok(Ended::Relist);
+                    }
                     self.network.send_if_modified(|network| {
                         network.as_mut().is_some_and(|network| apply(&mut network.leases, changes))
                     });
@@ -255,16 +332,21 @@ impl Keeper {
     fn still_ours(&self, leases: &Leases, own: Ipv4Network) -> bool {
         leases
             .get(&own)
-            .and_then(|lease| lease.value.as_ref()?.vxlan_data())
+            .and_then(|lease| lease.value.as_ref()?.vtep())
             .is_some_and(|data| data.vtep_mac == self.identity.vtep_mac)
+    }
+
+    fn is_another_config(&self, json: &[u8]) -> bool {
+        let network = self.network.borrow();
+        let followed = network.as_ref().filter(|network| network.config_problem.is_none());
+        followed.map(|network| &network.config) != NetworkConfig::parse(json).ok().as_ref()
     }
 
     fn publish(&self, network: Network) {
         for lease in network.leases.values() {
-            let same_mac =
-                lease.value.as_ref().and_then(LeaseValue::vxlan_data).is_some_and(|data| {
-                    data.vtep_mac == self.identity.vtep_mac && lease.key.v4 != network.own
-                });
+            let same_mac = lease.value.as_ref().and_then(LeaseValue::vtep).is_some_and(|data| {
+                data.vtep_mac == self.identity.vtep_mac && lease.key.v4 != network.own
+            });
             if same_mac {
                 error!(
                     subnet = %lease.key.v4,
@@ -284,7 +366,7 @@ impl Keeper {
     fn fence(&self, former: Option<Ipv4Network>) {
         error!(
             former = ?former.map(|former| former.to_string()),
-            "the former subnet has another owner; pods that still hold addresses of it lose their connections"
+            "the former subnet is not this node's any more; pods that still hold addresses of it lose their connections"
         );
         if let Err(problem) = std::fs::remove_file(&self.subnet_env)
             && problem.kind() != std::io::ErrorKind::NotFound
@@ -306,7 +388,21 @@ fn apply(leases: &mut Leases, changes: Vec<Change>) -> bool {
                 differs
             }
             Change::Delete(subnet) => leases.remove(&subnet).is_some(),
+            Change::Config(_) => false,
         };
     }
     changed
+}
+
+/// The last configuration among the changes.
+fn take_config(changes: &mut Vec<Change>) -> Option<Vec<u8>> {
+    let mut last = None;
+    changes.retain_mut(|change| match change {
+        Change::Config(json) => {
+            last = Some(std::mem::take(json));
+            false
+        }
+        _ => true,
+    });
+    last
 }

@@ -72,6 +72,8 @@ pub enum RegistryError {
     Config {
         /// The key.
         key: String,
+        /// Revision of its last change.
+        revision: i64,
         /// What is wrong with it.
         source: crate::network::ConfigError,
     },
@@ -87,6 +89,19 @@ pub(super) enum Change {
     Put(Box<Lease>),
     /// A lease is gone.
     Delete(Ipv4Network),
+    /// The configuration was written.
+    Config(Vec<u8>),
+}
+
+/// The subnets at one moment.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    /// All leases.
+    pub(super) leases: Leases,
+    /// Revision of the configuration's last change; 0 if there is none.
+    pub(super) config: i64,
+    /// etcd's revision.
+    pub(super) revision: i64,
 }
 
 /// The keys under one prefix.
@@ -165,6 +180,10 @@ impl Registry {
         format!("{}/config", self.prefix)
     }
 
+    fn folder(&self) -> String {
+        format!("{}/", self.prefix)
+    }
+
     fn subnets_prefix(&self) -> String {
         format!("{}/subnets/", self.prefix)
     }
@@ -173,14 +192,14 @@ impl Registry {
         format!("{}{key}", self.subnets_prefix())
     }
 
-    /// The network's configuration; `default` is written if there is none.
+    /// The network's configuration and the revision of its last change; `default` is written if there is none.
     ///
     /// # Errors
     /// If etcd is away or holds a configuration that this agent cannot follow.
-    pub async fn ensure_config(
+    pub(super) async fn ensure_config(
         &self,
         default: &NetworkConfig,
-    ) -> Result<NetworkConfig, RegistryError> {
+    ) -> Result<(NetworkConfig, i64), RegistryError> {
         let key = self.config_key();
         let txn = Txn::new()
             .when([Compare::version(key.clone(), CompareOp::Equal, 0)])
@@ -188,16 +207,30 @@ impl Registry {
             .or_else([TxnOp::get(key.clone(), None)]);
         let answer =
             self.call("read the network configuration", self.client.kv_client().txn(txn)).await?;
+        let written = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
         let present = answer.op_responses().into_iter().find_map(|response| match response {
-            TxnOpResponse::Get(get) => get.kvs().first().map(|kv| kv.value().to_vec()),
+            TxnOpResponse::Get(get) => {
+                get.kvs().first().map(|kv| (kv.value().to_vec(), kv.mod_revision()))
+            }
             _ => None,
         });
         match present {
-            Some(json) => {
-                NetworkConfig::parse(&json).map_err(|source| RegistryError::Config { key, source })
-            }
-            None => Ok(default.clone()),
+            Some((json, revision)) => match NetworkConfig::parse(&json) {
+                Ok(config) => Ok((config, revision)),
+                Err(source) => Err(RegistryError::Config { key, revision, source }),
+            },
+            None => Ok((default.clone(), written)),
         }
+    }
+
+    /// Writes the network's configuration; every agent follows it at once.
+    ///
+    /// # Errors
+    /// If etcd is away.
+    pub async fn put_config(&self, config: &NetworkConfig) -> Result<(), RegistryError> {
+        let mut client = self.client.kv_client();
+        let request = client.put(self.config_key(), config.to_json(), None);
+        self.call("write the network configuration", request).await.map(drop)
     }
 
     /// All leases and the revision they are valid at.
@@ -205,20 +238,37 @@ impl Registry {
     /// # Errors
     /// If etcd is away.
     pub async fn list(&self) -> Result<(Leases, i64), RegistryError> {
-        let prefix = self.subnets_prefix();
-        let options = GetOptions::new().with_prefix();
-        let answer = self
-            .call("list the subnets", self.client.kv_client().get(prefix.clone(), Some(options)))
-            .await?;
-        let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
-        let leases = answer.kvs().iter().filter_map(|kv| {
-            let lease = decode(&prefix, kv)?;
-            Some((lease.key.v4, lease))
-        });
-        Ok((leases.collect(), revision))
+        let Snapshot { leases, revision, .. } = self.snapshot().await?;
+        Ok((leases, revision))
     }
 
-    /// Creates a lease if its key is free. `None`: somebody was faster.
+    /// Leases and configuration of one moment.
+    pub(super) async fn snapshot(&self) -> Result<Snapshot, RegistryError> {
+        let prefix = self.subnets_prefix();
+        let all = GetOptions::new().with_prefix();
+        let txn = Txn::new().and_then([
+            TxnOp::get(self.config_key(), Some(GetOptions::new().with_keys_only())),
+            TxnOp::get(prefix.clone(), Some(all)),
+        ]);
+        let answer = self.call("list the subnets", self.client.kv_client().txn(txn)).await?;
+        let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
+        let mut snapshot = Snapshot { leases: Leases::new(), config: 0, revision };
+        for response in answer.op_responses() {
+            let TxnOpResponse::Get(get) = response else { continue };
+            for kv in get.kvs() {
+                if kv.key().starts_with(prefix.as_bytes()) {
+                    let lease = decode(&prefix, kv).map(|lease| (lease.key.v4, lease));
+                    snapshot.leases.extend(lease);
+                } else {
+                    snapshot.config = kv.mod_revision();
+                }
+            }
+        }
+        Ok(snapshot)
+    }
+
+    /// Creates a lease if its key is free and the configuration still the one of revision `config`: no two nodes choose
+    /// by different lengths, and so no subnet covers part of another. `None`: somebody was faster.
     ///
     /// # Errors
     /// If etcd is away.
@@ -226,8 +276,31 @@ impl Registry {
         &self,
         key: &SubnetKey,
         value: &LeaseValue,
+        config: i64,
     ) -> Result<Option<i64>, RegistryError> {
-        self.write(key, value, Compare::version(self.lease_key(key), CompareOp::Equal, 0)).await
+        let free = Compare::version(self.lease_key(key), CompareOp::Equal, 0);
+        let same_config = Compare::mod_revision(self.config_key(), CompareOp::Equal, config);
+        self.write(key, value, vec![free, same_config]).await
+    }
+
+    /// Removes a lease that nobody changed since it was read; false if somebody did.
+    ///
+    /// # Errors
+    /// If etcd is away.
+    pub(super) async fn remove(&self, lease: &Lease) -> Result<bool, RegistryError> {
+        let key = self.lease_key(&lease.key);
+        let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, lease.mod_revision);
+        let txn = Txn::new().when([unchanged]).and_then([TxnOp::delete(key, None)]);
+        let answer = self.call("remove a former subnet", self.client.kv_client().txn(txn)).await?;
+        if answer.succeeded() && lease.etcd_lease != 0 {
+            let _ = self
+                .call(
+                    "revoke a former etcd lease",
+                    self.client.lease_client().revoke(lease.etcd_lease),
+                )
+                .await;
+        }
+        Ok(answer.succeeded())
     }
 
     /// Rewrites a lease that nobody changed since it was read, on a new etcd lease. `None`: somebody did.
@@ -242,7 +315,7 @@ impl Registry {
         let key = self.lease_key(&lease.key);
         let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, lease.mod_revision);
         if lease.etcd_lease != 0 {
-            return self.write(&lease.key, value, unchanged).await;
+            return self.write(&lease.key, value, vec![unchanged]).await;
         }
         // A reservation has no TTL and stays one.
         let json = serde_json::to_vec(value).expect("plain data has a JSON form");
@@ -256,14 +329,14 @@ impl Registry {
         &self,
         key: &SubnetKey,
         value: &LeaseValue,
-        condition: Compare,
+        conditions: Vec<Compare>,
     ) -> Result<Option<i64>, RegistryError> {
         let ttl = i64::try_from(LEASE_TTL.as_secs()).expect("a day fits");
         let mut leases = self.client.lease_client();
         let id = self.call("get an etcd lease", leases.grant(ttl, None)).await?.id();
         let json = serde_json::to_vec(value).expect("plain data has a JSON form");
         let put = TxnOp::put(self.lease_key(key), json, Some(PutOptions::new().with_lease(id)));
-        let txn = Txn::new().when([condition]).and_then([put]);
+        let txn = Txn::new().when(conditions).and_then([put]);
         let answer = self.call("acquire a subnet", self.client.kv_client().txn(txn)).await;
         if !answer.as_ref().is_ok_and(etcd_client::TxnResponse::succeeded) {
             // Unknown or lost: revoking removes at most a key that hangs on this very lease.
@@ -287,17 +360,17 @@ impl Registry {
         }
     }
 
-    /// Watches all subnets from `revision` on.
+    /// Watches subnets and configuration from `revision` on.
     ///
     /// # Errors
     /// If etcd is away.
     pub(super) async fn watch(&self, revision: i64) -> Result<SubnetWatch, RegistryError> {
         let options = WatchOptions::new().with_prefix().with_start_revision(revision);
-        let prefix = self.subnets_prefix();
         let mut client = self.client.watch_client();
         let stream =
-            self.call("watch the subnets", client.watch(prefix.clone(), Some(options))).await?;
-        Ok(SubnetWatch { stream, prefix })
+            self.call("watch the subnets", client.watch(self.folder(), Some(options))).await?;
+        let (prefix, config) = (self.subnets_prefix(), self.config_key());
+        Ok(SubnetWatch { stream, prefix, config })
     }
 }
 
@@ -305,6 +378,7 @@ impl Registry {
 pub(super) struct SubnetWatch {
     stream: WatchStream,
     prefix: String,
+    config: String,
 }
 
 impl SubnetWatch {
@@ -335,6 +409,11 @@ impl SubnetWatch {
         }
         let changes = message.events().iter().filter_map(|event| {
             let kv = event.kv()?;
+            if !kv.key().starts_with(self.prefix.as_bytes()) {
+                let written =
+                    kv.key() == self.config.as_bytes() && event.event_type() == EventType::Put;
+                return written.then(|| Change::Config(kv.value().to_vec()));
+            }
             match event.event_type() {
                 EventType::Put => {
                     decode(&self.prefix, kv).map(|lease| Change::Put(Box::new(lease)))

@@ -1,21 +1,27 @@
 //! The kernel's own news: somebody deleted our device, a route, a neighbour, or the underlay changed.
 //!
-//! An event only says "look". Which ones may concern us is a question of links, so that the coming and going of pods'
-//! interfaces costs no look.
+//! An event only says "look". Those that agree with what is wanted say nothing new: our own changes, and the coming and
+//! going of pods' interfaces, cost no look.
 
 use std::sync::Arc;
 
 use futures::StreamExt as _;
+use ipnetwork::Ipv4Network;
 use netlink_packet_core::NetlinkPayload;
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::LinkAttribute;
-use netlink_packet_route::route::RouteAttribute;
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use parking_lot::Mutex;
 use rtnetlink::MulticastGroup;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::ROUTE_PROTOCOL;
+use super::plan::{Hop, WantedPeers};
+use crate::mac::Mac;
 
 /// Links whose changes concern us.
 #[derive(Debug, Default, Clone)]
@@ -26,6 +32,8 @@ pub(super) struct Interest {
     pub(super) underlay: Option<u32>,
     /// Their names: a link that is made again has a new index.
     pub(super) names: Vec<String>,
+    /// What the kernel is to hold of peers.
+    pub(super) peers: WantedPeers,
 }
 
 /// Notifies about changes that may concern us, until cancelled or the socket breaks.
@@ -73,18 +81,164 @@ fn concerns(message: &RouteNetlinkMessage, interest: &Interest) -> bool {
                     matches!(attribute, LinkAttribute::IfName(name) if interest.names.contains(name))
                 })
         }
-        RouteNetlinkMessage::NewNeighbour(neighbour) | RouteNetlinkMessage::DelNeighbour(neighbour) => {
-            ours(neighbour.header.ifindex)
+        RouteNetlinkMessage::NewNeighbour(neighbour) => {
+            ours(neighbour.header.ifindex) && concerns_neighbour(neighbour, &interest.peers, true)
+        }
+        RouteNetlinkMessage::DelNeighbour(neighbour) => {
+            ours(neighbour.header.ifindex) && concerns_neighbour(neighbour, &interest.peers, false)
         }
         RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
             either(address.header.index)
         }
-        RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
-            u8::from(route.header.protocol) == ROUTE_PROTOCOL
-                || route.attributes.iter().any(|attribute| {
-                    matches!(attribute, RouteAttribute::Oif(link) if ours(*link))
-                })
-        }
+        RouteNetlinkMessage::NewRoute(route) => match hop(route) {
+            Some(hop) if is_ours(route) => interest.peers.routes.get(&hop.subnet) != Some(&hop),
+            Some(hop) => interest.peers.is_in_the_way(&hop),
+            None => false,
+        },
+        RouteNetlinkMessage::DelRoute(route) => match hop(route) {
+            Some(hop) if is_ours(route) => interest.peers.routes.get(&hop.subnet) == Some(&hop),
+            Some(hop) => interest.peers.is_in_the_way(&hop),
+            None => false,
+        },
         _ => false,
+    }
+}
+
+fn is_ours(route: &RouteMessage) -> bool {
+    u8::from(route.header.protocol) == ROUTE_PROTOCOL
+}
+
+/// Whether a neighbour or FDB entry of our device, new or removed, is at odds with what must be there.
+fn concerns_neighbour(message: &NeighbourMessage, want: &WantedPeers, new: bool) -> bool {
+    let mut ip = None;
+    let mut mac: Option<Mac> = None;
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => ip = Some(*address),
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = bytes.as_slice().try_into().ok().map(Mac);
+            }
+            _ => {}
+        }
+    }
+    let Some(ip) = ip else { return false };
+    if message.header.family == AddressFamily::Bridge {
+        let wanted = mac.is_some_and(|mac| want.forwarding.get(&mac) == Some(&ip));
+        return wanted != new;
+    }
+    let permanent = message.header.state == NeighbourState::Permanent;
+    match want.neighbours.get(&ip) {
+        // One that goes is told twice, the first time as a change to "failed" without its MAC.
+        Some(wanted) => !(new && permanent && mac == Some(*wanted)),
+        // What the kernel finds out by itself comes and goes.
+        None => new && permanent,
+    }
+}
+
+/// An IPv4 route of the main table.
+fn hop(route: &RouteMessage) -> Option<Hop> {
+    let main = route.header.table == RouteHeader::RT_TABLE_MAIN;
+    if !main || route.header.address_family != AddressFamily::Inet {
+        return None;
+    }
+    let mut hop = Hop {
+        subnet: Ipv4Network::new([0, 0, 0, 0].into(), 0).expect("everywhere"),
+        via: None,
+        link: None,
+        metric: None,
+    };
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(ip)) => {
+                hop.subnet = Ipv4Network::new(*ip, route.header.destination_prefix_length).ok()?;
+            }
+            RouteAttribute::Gateway(RouteAddress::Inet(ip)) => hop.via = Some(*ip),
+            RouteAttribute::Oif(link) => hop.link = Some(*link),
+            RouteAttribute::Priority(metric) => hop.metric = Some(*metric),
+            _ => {}
+        }
+    }
+    Some(hop)
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_route::route::RouteProtocol;
+
+    use super::super::{Path, Peer, Peers};
+    use super::*;
+
+    const DEVICE: u32 = 9;
+
+    fn interest() -> Interest {
+        let subnet: Ipv4Network = "10.244.3.0/24".parse().expect("CIDR");
+        let peer = Peer {
+            subnet,
+            public_ip: [192, 0, 2, 3].into(),
+            path: Path::Vxlan(Mac([2, 0, 0, 0, 0, 3])),
+        };
+        Interest {
+            device: Some(DEVICE),
+            underlay: Some(2),
+            names: Vec::new(),
+            peers: WantedPeers::new(&Peers::from([(subnet, peer)]), DEVICE, 2),
+        }
+    }
+
+    fn route(protocol: u8, third: u8, link: u32) -> RouteMessage {
+        let mut message = RouteMessage::default();
+        message.header.address_family = AddressFamily::Inet;
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.protocol = RouteProtocol::from(protocol);
+        message.header.destination_prefix_length = 24;
+        let base = [10, 244, third, 0].into();
+        message.attributes = vec![
+            RouteAttribute::Destination(RouteAddress::Inet(base)),
+            RouteAttribute::Gateway(RouteAddress::Inet(base)),
+            RouteAttribute::Oif(link),
+        ];
+        message
+    }
+
+    #[test]
+    fn what_agrees_with_what_is_wanted_is_no_news() {
+        let look = |message: RouteNetlinkMessage| concerns(&message, &interest());
+        let ours = |third, link| route(ROUTE_PROTOCOL, third, link);
+        assert!(!look(RouteNetlinkMessage::NewRoute(ours(3, DEVICE))), "our own change");
+        assert!(look(RouteNetlinkMessage::DelRoute(ours(3, DEVICE))), "somebody removed it");
+        assert!(look(RouteNetlinkMessage::NewRoute(ours(3, 7))), "it leads elsewhere");
+        assert!(look(RouteNetlinkMessage::NewRoute(ours(4, DEVICE))), "nobody has that subnet");
+        assert!(!look(RouteNetlinkMessage::DelRoute(ours(4, DEVICE))), "and so it may go");
+        assert!(look(RouteNetlinkMessage::NewRoute(route(4, 3, 7))), "a foreign one in the way");
+        assert!(look(RouteNetlinkMessage::DelRoute(route(4, 3, 7))), "and its end");
+        assert!(!look(RouteNetlinkMessage::NewRoute(route(4, 9, 7))), "another business");
+    }
+
+    #[test]
+    fn neighbours_and_forwarding_entries_likewise() {
+        let message = |family, node: [u8; 4], mac: u8, state| {
+            let mut message = NeighbourMessage::default();
+            message.header.family = family;
+            message.header.ifindex = DEVICE;
+            message.header.state = state;
+            message.attributes = vec![
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(node.into())),
+                NeighbourAttribute::LinkLayerAddress(vec![2, 0, 0, 0, 0, mac]),
+            ];
+            message
+        };
+        let look = |message| concerns(&message, &interest());
+        for (family, node) in
+            [(AddressFamily::Inet, [10, 244, 3, 0]), (AddressFamily::Bridge, [192, 0, 2, 3])]
+        {
+            let right = message(family, node, 3, NeighbourState::Permanent);
+            let wrong = message(family, node, 4, NeighbourState::Permanent);
+            assert!(!look(RouteNetlinkMessage::NewNeighbour(right.clone())));
+            assert!(look(RouteNetlinkMessage::DelNeighbour(right)));
+            assert!(look(RouteNetlinkMessage::NewNeighbour(wrong.clone())));
+            // A next hop that loses its neighbour has none, whichever it was.
+            let loses = family == AddressFamily::Inet;
+            assert_eq!(look(RouteNetlinkMessage::DelNeighbour(wrong)), loses);
+        }
     }
 }

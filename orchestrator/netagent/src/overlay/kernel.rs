@@ -1,18 +1,15 @@
 //! Reading and writing the overlay in the kernel, through rtnetlink, in the namespace of the calling thread.
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use cni_netlink::{
-    AddressOptions, FdbEntry, Link, LinkKind, Neighbour, Netlink, NetlinkError, Route, RouteFilter,
-    VxlanDevice,
+    AddressOptions, Change, FdbEntry, LinkKind, Neighbour, Netlink, NetlinkError, Route,
+    RouteFilter, VxlanDevice,
 };
 use ipnetwork::{IpNetwork, Ipv4Network};
 
-use super::plan::{
-    DeviceStep, PeerStep, SeenDevice, SeenPeers, SeenVxlan, plan_device, plan_peers,
-};
-use super::{Device, Peers, ROUTE_PROTOCOL, VXLAN_OVERHEAD_IPV4};
+use super::plan::{DeviceStep, Hop, PeerStep, SeenDevice, SeenPeers, SeenVxlan, plan_device};
+use super::{Device, ROUTE_PROTOCOL};
 use crate::mac::Mac;
 
 /// Why the kernel does not hold the wanted overlay.
@@ -21,8 +18,8 @@ pub enum OverlayError {
     /// No link has the node's address.
     #[error("no link has the node address {0}: is the underlay up, and --node-ip right?")]
     NoUnderlay(Ipv4Addr),
-    /// The named underlay is missing.
-    #[error("the underlay link {0} is missing")]
+    /// No link is as the operator says.
+    #[error("no link with an IPv4 address fits --iface or --iface-regex: {0}")]
     NoSuchUnderlay(String),
     /// Another VXLAN device has the port or the identifier.
     #[error(
@@ -46,6 +43,16 @@ pub enum OverlayError {
         /// The kernel's words.
         source: NetlinkError,
     },
+    /// Entries of peers were refused.
+    #[error("{count} of {all} changes were refused, the first: {first}")]
+    Refused {
+        /// How many.
+        count: usize,
+        /// Of how many.
+        all: usize,
+        /// The kernel's words on the first.
+        first: NetlinkError,
+    },
     /// A dump failed.
     #[error("read {what} from the kernel")]
     Observe {
@@ -63,71 +70,21 @@ fn observing(what: &'static str) -> impl Fn(NetlinkError) -> OverlayError {
     move |source| OverlayError::Observe { what, source }
 }
 
-/// The link that carries the overlay's packets.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Underlay {
-    /// Index.
-    pub index: u32,
-    /// Name.
-    pub name: String,
-    /// MTU.
-    pub mtu: u32,
-}
-
-impl Underlay {
-    /// MTU that is left for the overlay.
-    #[must_use]
-    pub fn overlay_mtu(&self) -> u32 {
-        self.mtu.saturating_sub(VXLAN_OVERHEAD_IPV4)
-    }
-}
-
-/// Finds the underlay: the named link, else the one that has the node's address.
-///
-/// # Errors
-/// If there is none.
-pub fn find_underlay(
-    netlink: &Netlink,
-    node_ip: Ipv4Addr,
-    name: Option<&str>,
-) -> Result<Underlay, OverlayError> {
-    let underlay = |link: Link| Underlay { index: link.index, name: link.name, mtu: link.mtu };
-    if let Some(name) = name {
-        let link = netlink.link(name).map_err(observing("links"))?;
-        return link.map(underlay).ok_or_else(|| OverlayError::NoSuchUnderlay(name.to_owned()));
-    }
-    for link in netlink.links().map_err(observing("links"))? {
-        let addresses = netlink.addresses(link.index).map_err(observing("addresses"))?;
-        if addresses.iter().any(|address| address.ip() == IpAddr::V4(node_ip)) {
-            return Ok(underlay(link));
-        }
-    }
-    Err(OverlayError::NoUnderlay(node_ip))
-}
-
-/// Makes device and peers right; returns the device's index and how many steps it took.
+/// Makes the device right; returns its index and how many steps that took.
 ///
 /// # Errors
 /// At the first step that fails; what was done stays, and the next call goes on from there.
-pub fn reconcile(
-    netlink: &Netlink,
-    device: &Device,
-    peers: &Peers,
-) -> Result<(u32, usize), OverlayError> {
+pub fn ensure_device(netlink: &Netlink, device: &Device) -> Result<(u32, usize), OverlayError> {
     let seen = observe_device(netlink, &device.name)?;
-    let device_steps = plan_device(seen.as_ref(), device);
-    for step in &device_steps {
+    let steps = plan_device(seen.as_ref(), device);
+    for step in &steps {
         apply_device(netlink, device, step)?;
     }
     let index = match seen {
-        Some(seen) if !device_steps.contains(&DeviceStep::Create) => seen.index,
+        Some(seen) if !steps.contains(&DeviceStep::Create) => seen.index,
         _ => device_index(netlink, device)?,
     };
-    let peer_steps = plan_peers(&observe_peers(netlink, index)?, peers, index);
-    for step in &peer_steps {
-        apply_peer(netlink, index, step)?;
-    }
-    Ok((index, device_steps.len() + peer_steps.len()))
+    Ok((index, steps.len()))
 }
 
 fn device_index(netlink: &Netlink, device: &Device) -> Result<u32, OverlayError> {
@@ -184,17 +141,20 @@ pub fn observe_peers(netlink: &Netlink, device: u32) -> Result<SeenPeers, Overla
     }
     for entry in netlink.fdb(device).map_err(observing("forwarding entries"))? {
         if let Some(IpAddr::V4(node)) = entry.dst {
-            seen.forwarding.entry(Mac(entry.mac)).or_insert_with(BTreeSet::new).insert(node);
+            seen.forwarding.entry(Mac(entry.mac)).or_default().insert(node);
         }
     }
-    let ours = RouteFilter { protocol: Some(ROUTE_PROTOCOL), ..RouteFilter::default() };
-    for route in netlink.routes(&ours).map_err(observing("routes"))? {
-        if let IpNetwork::V4(subnet) = route.dst {
-            let via = match route.via {
-                Some(IpAddr::V4(via)) => Some(via),
-                _ => None,
-            };
-            seen.routes.insert(subnet, (via, route.link));
+    for route in netlink.routes(&RouteFilter::default()).map_err(observing("routes"))? {
+        let IpNetwork::V4(subnet) = route.dst else { continue };
+        let via = match route.via {
+            Some(IpAddr::V4(via)) => Some(via),
+            _ => None,
+        };
+        let hop = Hop { subnet, via, link: route.link, metric: route.metric };
+        if route.protocol == ROUTE_PROTOCOL {
+            seen.routes.insert(hop);
+        } else {
+            seen.foreign.insert((hop, route.protocol));
         }
     }
     Ok(seen)
@@ -252,7 +212,23 @@ fn apply_device(netlink: &Netlink, device: &Device, step: &DeviceStep) -> Result
     }
 }
 
-fn apply_peer(netlink: &Netlink, device: u32, step: &PeerStep) -> Result<(), OverlayError> {
+/// Carries out the steps in one batch.
+///
+/// # Errors
+/// If some were refused; the others are made.
+pub fn apply_peers(netlink: &Netlink, device: u32, steps: &[PeerStep]) -> Result<(), OverlayError> {
+    let changes: Vec<Change> = steps.iter().map(|step| change(device, step)).collect();
+    let failed =
+        |source| OverlayError::Step { step: "change the peers' entries".to_owned(), source };
+    let refused = netlink.apply(&changes).map_err(failed)?;
+    let count = refused.len();
+    match refused.into_iter().next() {
+        Some(first) => Err(OverlayError::Refused { count, all: changes.len(), first: first.error }),
+        None => Ok(()),
+    }
+}
+
+fn change(device: u32, step: &PeerStep) -> Change {
     let forwarding = |mac: &Mac, node: &Ipv4Addr| FdbEntry {
         link: device,
         mac: mac.0,
@@ -264,23 +240,25 @@ fn apply_peer(netlink: &Netlink, device: u32, step: &PeerStep) -> Result<(), Ove
         mac: mac.0,
         permanent: true,
     };
-    let route = |subnet: &Ipv4Network| Route {
-        dst: IpNetwork::V4(*subnet),
-        via: Some(IpAddr::V4(subnet.network())),
-        link: Some(device),
-        onlink: true,
+    let route = |hop: &Hop| Route {
+        dst: IpNetwork::V4(hop.subnet),
+        via: hop.via.map(IpAddr::V4),
+        link: hop.link,
+        // No address of our device covers the next hop.
+        onlink: hop.link == Some(device),
+        metric: hop.metric,
         protocol: ROUTE_PROTOCOL,
         ..Route::default()
     };
-    let result = match step {
-        PeerStep::PutForwarding(mac, node) => netlink.replace_fdb(&forwarding(mac, node)),
-        PeerStep::PutNeighbour(gateway, mac) => netlink.replace_neighbour(&neighbour(gateway, mac)),
-        PeerStep::PutRoute(subnet) => netlink.replace_route(&route(subnet)),
-        PeerStep::DeleteRoute(subnet) => netlink.delete_route(&route(subnet)),
+    match step {
+        PeerStep::PutForwarding(mac, node) => Change::PutFdb(forwarding(mac, node)),
+        PeerStep::PutNeighbour(gateway, mac) => Change::PutNeighbour(neighbour(gateway, mac)),
+        PeerStep::AddRoute(hop) => Change::AddRoute(route(hop)),
+        PeerStep::PutRoute(hop) => Change::PutRoute(route(hop)),
+        PeerStep::DeleteRoute(hop) => Change::DeleteRoute(route(hop)),
         PeerStep::DeleteNeighbour(gateway) => {
-            netlink.delete_neighbour(&neighbour(gateway, &Mac([0; 6])))
+            Change::DeleteNeighbour(neighbour(gateway, &Mac([0; 6])))
         }
-        PeerStep::DeleteForwarding(mac, node) => netlink.delete_fdb(&forwarding(mac, node)),
-    };
-    result.map_err(|source| OverlayError::Step { step: format!("{step:?}"), source })
+        PeerStep::DeleteForwarding(mac, node) => Change::DeleteFdb(forwarding(mac, node)),
+    }
 }

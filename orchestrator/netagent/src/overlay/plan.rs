@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use ipnetwork::Ipv4Network;
 
-use super::{Device, Peers};
+use super::{Device, Path, Peers, ROUTE_PROTOCOL};
 use crate::mac::Mac;
 
 /// The device as the kernel holds it.
@@ -40,6 +40,19 @@ pub struct SeenVxlan {
     pub learning: bool,
 }
 
+/// A route, as far as it says where packets go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Hop {
+    /// Destination.
+    pub subnet: Ipv4Network,
+    /// Next hop.
+    pub via: Option<Ipv4Addr>,
+    /// Index of the link.
+    pub link: Option<u32>,
+    /// Metric; ours have none.
+    pub metric: Option<u32>,
+}
+
 /// What the kernel holds of peers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SeenPeers {
@@ -47,8 +60,79 @@ pub struct SeenPeers {
     pub neighbours: BTreeMap<Ipv4Addr, Mac>,
     /// FDB entries of our device.
     pub forwarding: BTreeMap<Mac, BTreeSet<Ipv4Addr>>,
-    /// Routes of our protocol: next hop and link.
-    pub routes: BTreeMap<Ipv4Network, (Option<Ipv4Addr>, Option<u32>)>,
+    /// Routes of our protocol, on whatever link.
+    pub routes: BTreeSet<Hop>,
+    /// Routes of others, with their protocol.
+    pub foreign: BTreeSet<(Hop, u8)>,
+}
+
+/// What the kernel must hold of peers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WantedPeers {
+    /// Node of each VTEP.
+    pub forwarding: BTreeMap<Mac, Ipv4Addr>,
+    /// VTEP of each next hop on our device.
+    pub neighbours: BTreeMap<Ipv4Addr, Mac>,
+    /// Routes by destination.
+    pub routes: BTreeMap<Ipv4Network, Hop>,
+    /// The lengths of their destinations.
+    lengths: BTreeSet<u8>,
+}
+
+impl WantedPeers {
+    /// The entries of these peers; `device` and `underlay` are indices of links.
+    #[must_use]
+    pub fn new(peers: &Peers, device: u32, underlay: u32) -> Self {
+        let mut want = Self::default();
+        for peer in peers.values() {
+            let link = match peer.path {
+                Path::Vxlan(mac) => {
+                    // Two nodes of one MAC cannot both be reached; the first one keeps it, and the lease keeper shouts.
+                    want.forwarding.entry(mac).or_insert(peer.public_ip);
+                    want.neighbours.insert(peer.gateway(), mac);
+                    device
+                }
+                Path::Direct => underlay,
+            };
+            let hop = Hop {
+                subnet: peer.subnet,
+                via: Some(peer.gateway()),
+                link: Some(link),
+                metric: None,
+            };
+            want.routes.insert(peer.subnet, hop);
+            want.lengths.insert(peer.subnet.prefix());
+        }
+        want
+    }
+
+    /// Whether a route takes packets for a peer: to its subnet, as good as ours, or to a part of it.
+    #[must_use]
+    pub fn is_in_the_way(&self, hop: &Hop) -> bool {
+        self.lengths.iter().filter(|length| **length <= hop.subnet.prefix()).any(|length| {
+            let around =
+                Ipv4Network::new(hop.subnet.ip(), *length).expect("shorter than a valid one");
+            let subnet = Ipv4Network::new(around.network(), *length).expect("the same length");
+            self.routes.contains_key(&subnet)
+                && (hop.subnet.prefix() > *length || hop.metric.unwrap_or(0) == 0)
+        })
+    }
+}
+
+impl From<&WantedPeers> for SeenPeers {
+    /// What the kernel holds after the wanted was applied.
+    fn from(want: &WantedPeers) -> Self {
+        Self {
+            neighbours: want.neighbours.clone(),
+            forwarding: want
+                .forwarding
+                .iter()
+                .map(|(mac, node)| (*mac, BTreeSet::from([*node])))
+                .collect(),
+            routes: want.routes.values().copied().collect(),
+            foreign: BTreeSet::new(),
+        }
+    }
 }
 
 /// One change of the device.
@@ -77,10 +161,12 @@ pub enum PeerStep {
     PutForwarding(Mac, Ipv4Addr),
     /// This next hop has that MAC.
     PutNeighbour(Ipv4Addr, Mac),
-    /// This subnet is behind its base address.
-    PutRoute(Ipv4Network),
+    /// Packets to this subnet go there; nobody has a route to it.
+    AddRoute(Hop),
+    /// Packets to this subnet go there instead of where our former route led.
+    PutRoute(Hop),
     /// Remove a route.
-    DeleteRoute(Ipv4Network),
+    DeleteRoute(Hop),
     /// Remove a neighbour.
     DeleteNeighbour(Ipv4Addr),
     /// Remove an FDB entry.
@@ -134,38 +220,46 @@ pub fn plan_device(seen: Option<&SeenDevice>, want: &Device) -> Vec<DeviceStep> 
 /// Steps that make the peers right, in an order in which no packet meets a half-made peer: what a route leads to is
 /// there before the route, and goes after it; a node that moves has its new place before its old one goes.
 #[must_use]
-pub fn plan_peers(seen: &SeenPeers, want: &Peers, device: u32) -> Vec<PeerStep> {
+pub fn plan_peers(seen: &SeenPeers, want: &WantedPeers) -> Vec<PeerStep> {
     let mut steps = Vec::new();
-    for (subnet, _) in seen.routes.iter().filter(|(subnet, _)| !want.contains_key(*subnet)) {
-        steps.push(PeerStep::DeleteRoute(*subnet));
+    for hop in seen.routes.iter().filter(|hop| !want.routes.contains_key(&hop.subnet)) {
+        steps.push(PeerStep::DeleteRoute(*hop));
     }
-    let mut forwarding: BTreeMap<Mac, Ipv4Addr> = BTreeMap::new();
-    let mut neighbours: BTreeMap<Ipv4Addr, Mac> = BTreeMap::new();
-    for peer in want.values() {
-        // Two nodes of one MAC cannot both be reached; the first one keeps it, and the lease keeper shouts.
-        forwarding.entry(peer.vtep_mac).or_insert(peer.public_ip);
-        neighbours.insert(peer.gateway(), peer.vtep_mac);
-    }
-    for (mac, node) in &forwarding {
+    for (mac, node) in &want.forwarding {
         if seen.forwarding.get(mac).is_none_or(|nodes| !nodes.contains(node) || nodes.len() != 1) {
             steps.push(PeerStep::PutForwarding(*mac, *node));
         }
     }
-    for (gateway, mac) in &neighbours {
+    for (gateway, mac) in &want.neighbours {
         if seen.neighbours.get(gateway) != Some(mac) {
             steps.push(PeerStep::PutNeighbour(*gateway, *mac));
         }
     }
-    for peer in want.values() {
-        if seen.routes.get(&peer.subnet) != Some(&(Some(peer.gateway()), Some(device))) {
-            steps.push(PeerStep::PutRoute(peer.subnet));
+    // A route of somebody else to the very subnet would be replaced by ours. It is not ours to replace.
+    let taken: BTreeSet<Ipv4Network> = seen
+        .foreign
+        .iter()
+        .filter(|(hop, _)| hop.metric.unwrap_or(0) == 0)
+        .map(|(hop, _)| hop.subnet)
+        .collect();
+    let replaced: BTreeSet<Ipv4Network> =
+        seen.routes.iter().filter(|hop| hop.metric.is_none()).map(|hop| hop.subnet).collect();
+    for (subnet, hop) in &want.routes {
+        if seen.routes.contains(hop) || taken.contains(subnet) {
+            continue;
         }
+        let put = if replaced.contains(subnet) { PeerStep::PutRoute } else { PeerStep::AddRoute };
+        steps.push(put(*hop));
     }
-    for gateway in seen.neighbours.keys().filter(|gateway| !neighbours.contains_key(*gateway)) {
+    // Our former ones to the same subnet: another link, another metric. The replaced one is gone already, which is fine.
+    let former = |hop: &&Hop| want.routes.get(&hop.subnet).is_some_and(|right| right != *hop);
+    steps.extend(seen.routes.iter().filter(former).map(|hop| PeerStep::DeleteRoute(*hop)));
+    for gateway in seen.neighbours.keys().filter(|gateway| !want.neighbours.contains_key(*gateway))
+    {
         steps.push(PeerStep::DeleteNeighbour(*gateway));
     }
     for (mac, nodes) in &seen.forwarding {
-        match forwarding.get(mac) {
+        match want.forwarding.get(mac) {
             None => steps.extend(nodes.iter().map(|node| PeerStep::DeleteForwarding(*mac, *node))),
             // A replaced entry took the place of one old one; the others are still there.
             Some(right) if nodes.len() > 1 => {
@@ -178,6 +272,24 @@ pub fn plan_peers(seen: &SeenPeers, want: &Peers, device: u32) -> Vec<PeerStep> 
     steps
 }
 
+/// Routes of others that take packets for our peers, in words for people.
+#[must_use]
+pub fn conflicts(seen: &SeenPeers, want: &WantedPeers) -> Vec<String> {
+    let in_the_way = seen
+        .foreign
+        .iter()
+        .filter(|(hop, protocol)| *protocol != ROUTE_PROTOCOL && want.is_in_the_way(hop));
+    let words = |(hop, protocol): &(Hop, u8)| {
+        let via = hop.via.map(|via| format!(" via {via}")).unwrap_or_default();
+        let link = hop.link.map(|link| format!(" on link {link}")).unwrap_or_default();
+        format!(
+            "a route that is not ours takes packets for another node's pods: {}{via}{link} (protocol {protocol}); see `ip route show {}`, and remove it with `ip route delete {}{via}`",
+            hop.subnet, hop.subnet, hop.subnet
+        )
+    };
+    in_the_way.map(words).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -186,13 +298,23 @@ mod tests {
     use super::*;
 
     const DEVICE: u32 = 9;
+    const UNDERLAY: u32 = 2;
+
+    fn wanted(peers: &Peers) -> WantedPeers {
+        WantedPeers::new(peers, DEVICE, UNDERLAY)
+    }
 
     fn peer(third: u8, mac: u8, node: u8) -> (Ipv4Network, Peer) {
         let subnet = Ipv4Network::new(Ipv4Addr::new(10, 244, third, 0), 24).expect("CIDR");
         let peer = Peer {
             subnet,
-            vtep_mac: Mac([2, 0, 0, 0, 0, mac]),
             public_ip: Ipv4Addr::new(192, 0, 2, node),
+            // Every third node is on our link.
+            path: if third % 3 == 2 {
+                Path::Direct
+            } else {
+                Path::Vxlan(Mac([2, 0, 0, 0, 0, mac]))
+            },
         };
         (subnet, peer)
     }
@@ -214,10 +336,23 @@ mod tests {
                 PeerStep::PutNeighbour(gateway, mac) => {
                     seen.neighbours.insert(*gateway, *mac);
                 }
-                PeerStep::PutRoute(subnet) => {
-                    seen.routes.insert(*subnet, (Some(subnet.network()), Some(DEVICE)));
+                PeerStep::AddRoute(hop) => {
+                    let rival =
+                        |other: &Hop| other.subnet == hop.subnet && other.metric == hop.metric;
+                    assert!(!seen.routes.iter().any(rival), "the kernel refuses it");
+                    seen.routes.insert(*hop);
                 }
-                PeerStep::DeleteRoute(subnet) => drop(seen.routes.remove(subnet)),
+                PeerStep::PutRoute(hop) => {
+                    // `replace` writes over the first route of the same destination and metric.
+                    let rival =
+                        |other: &&Hop| other.subnet == hop.subnet && other.metric == hop.metric;
+                    let first = seen.routes.iter().find(rival).copied();
+                    if let Some(first) = first {
+                        seen.routes.remove(&first);
+                    }
+                    seen.routes.insert(*hop);
+                }
+                PeerStep::DeleteRoute(hop) => drop(seen.routes.remove(hop)),
                 PeerStep::DeleteNeighbour(gateway) => drop(seen.neighbours.remove(gateway)),
                 PeerStep::DeleteForwarding(mac, node) => {
                     let nodes = seen.forwarding.get_mut(mac).expect("it was seen");
@@ -233,15 +368,15 @@ mod tests {
 
     #[test]
     fn a_new_peer_has_its_route_last_and_a_lost_one_loses_it_first() {
-        let peers = Peers::from([peer(2, 2, 2)]);
-        let steps = plan_peers(&SeenPeers::default(), &peers, DEVICE);
+        let want = wanted(&Peers::from([peer(3, 2, 2)]));
+        let steps = plan_peers(&SeenPeers::default(), &want);
         assert!(matches!(
             steps.as_slice(),
-            [PeerStep::PutForwarding(..), PeerStep::PutNeighbour(..), PeerStep::PutRoute(..)]
+            [PeerStep::PutForwarding(..), PeerStep::PutNeighbour(..), PeerStep::AddRoute(..)]
         ));
         let seen = carry_out(SeenPeers::default(), &steps);
         assert!(matches!(
-            plan_peers(&seen, &Peers::new(), DEVICE).as_slice(),
+            plan_peers(&seen, &WantedPeers::default()).as_slice(),
             [
                 PeerStep::DeleteRoute(..),
                 PeerStep::DeleteNeighbour(..),
@@ -299,7 +434,7 @@ mod tests {
             want in peers(),
             neighbours in prop::collection::btree_map(0_u8..12, 0_u8..12, 0..10),
             forwarding in prop::collection::btree_map(0_u8..12, prop::collection::btree_set(0_u8..12, 1..3), 0..10),
-            routes in prop::collection::btree_map(0_u8..12, (0_u8..12, 8_u32..11), 0..10),
+            routes in prop::collection::btree_set((0_u8..12, 0_u8..12, 8_u32..11, prop::option::of(1_u32..3)), 0..10),
         ) {
             let seen = SeenPeers {
                 neighbours: neighbours
@@ -315,16 +450,47 @@ mod tests {
                     .collect(),
                 routes: routes
                     .into_iter()
-                    .map(|(third, (via, link))| {
-                        let subnet = Ipv4Network::new(Ipv4Addr::new(10, 244, third, 0), 24).expect("CIDR");
-                        (subnet, (Some(Ipv4Addr::new(10, 244, via, 0)), Some(link)))
+                    .map(|(third, via, link, metric)| Hop {
+                        subnet: Ipv4Network::new(Ipv4Addr::new(10, 244, third, 0), 24).expect("CIDR"),
+                        via: Some(Ipv4Addr::new(10, 244, via, 0)),
+                        link: Some(link),
+                        metric,
                     })
                     .collect(),
+                foreign: BTreeSet::new(),
             };
-            let steps = plan_peers(&seen, &want, DEVICE);
+            let want = wanted(&want);
+            let steps = plan_peers(&seen, &want);
             let after = carry_out(seen, &steps);
-            prop_assert_eq!(plan_peers(&after, &want, DEVICE), vec![]);
-            prop_assert_eq!(after.routes.len(), want.len());
+            prop_assert_eq!(plan_peers(&after, &want), vec![]);
+            prop_assert_eq!(after, SeenPeers::from(&want));
+        }
+    }
+
+    #[test]
+    fn a_foreign_route_is_reported_and_never_replaced() {
+        let (subnet, peer) = peer(3, 3, 3);
+        let want = wanted(&Peers::from([(subnet, peer)]));
+        let hop = |cidr: &str, metric| Hop {
+            subnet: cidr.parse().expect("CIDR"),
+            via: None,
+            link: Some(7),
+            metric,
+        };
+        let routes = |seen: &SeenPeers| {
+            let steps = plan_peers(seen, &want);
+            steps.iter().filter(|step| matches!(step, PeerStep::AddRoute(_))).count()
+        };
+        for (foreign, reported, put) in [
+            (hop("10.244.3.0/24", None), 1, 0),
+            (hop("10.244.3.0/24", Some(100)), 0, 1),
+            (hop("10.244.3.128/25", Some(100)), 1, 1),
+            (hop("10.244.0.0/16", None), 0, 1),
+            (hop("10.244.4.0/24", None), 0, 1),
+        ] {
+            let seen = SeenPeers { foreign: [(foreign, 4)].into(), ..SeenPeers::default() };
+            assert_eq!(conflicts(&seen, &want).len(), reported, "{foreign:?}");
+            assert_eq!(routes(&seen), put, "{foreign:?}");
         }
     }
 }

@@ -1,10 +1,14 @@
 //! When to look: at the start, when leases change, when the kernel has news, and now and then.
+//!
+//! A look is whole (read the kernel, compare, mend) unless only leases changed since the last one: then what was applied
+//! is known, and only the difference to it is written.
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cni_netlink::Netlink;
+use ipnetwork::Ipv4Network;
 use orch_config::Paths;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
@@ -12,12 +16,17 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+use super::closed::{self, Closed};
 use super::events::{self, Interest};
-use super::kernel::{self, OverlayError, Underlay};
-use super::{Device, Peers, desired_peers};
+use super::forward::{self, ForwardError};
+use super::interface::{self, Choice, Underlay};
+use super::kernel::{self, OverlayError};
+use super::plan::{SeenPeers, WantedPeers, conflicts, plan_peers};
+use super::{Device, Path, Peers, desired_peers};
 use crate::chain;
 use crate::files::{CONFLIST, FileError, SubnetEnv, conflist, ensure_content};
 use crate::lease::{Identity, Network};
+use crate::network::{Mode, NetworkConfig};
 use crate::status::{DeviceStatus, NetStatus, PeerStatus};
 use crate::sysctl;
 
@@ -33,9 +42,30 @@ const RETRY: Duration = Duration::from_secs(1);
 pub(crate) struct Overlay {
     pub(crate) device_name: String,
     pub(crate) node_ip: Ipv4Addr,
-    pub(crate) underlay: Option<String>,
+    pub(crate) interface: Choice,
+    pub(crate) service_cidr: Ipv4Network,
     pub(crate) identity: Identity,
     pub(crate) paths: Paths,
+}
+
+/// What is known between looks.
+#[derive(Default)]
+struct State {
+    netlink: Option<Netlink>,
+    closed: Closed,
+    /// What the last look left in the kernel; nothing after a failure.
+    applied: Option<Applied>,
+}
+
+struct Applied {
+    /// Own subnet and configuration, on which all but the peers depends.
+    config: NetworkConfig,
+    own: Ipv4Network,
+    underlay: Underlay,
+    device: u32,
+    peers: WantedPeers,
+    /// What the last whole look found wrong.
+    problems: Vec<String>,
 }
 
 /// What was done in one look.
@@ -43,8 +73,17 @@ struct Done {
     underlay: Underlay,
     device: u32,
     peers: Peers,
+    want: WantedPeers,
     steps: usize,
     sysctls: sysctl::Report,
+    /// Somebody removed our table of nftables.
+    firewall_mended: bool,
+    /// Rules that were added to the firewall of others.
+    forward_rules: usize,
+    /// What a whole look found wrong.
+    problems: Vec<String>,
+    /// What is wrong with the leases or the configuration.
+    lease_problems: Vec<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +121,7 @@ impl Overlay {
         self,
         mut network: watch::Receiver<Option<Network>>,
         status: Arc<watch::Sender<NetStatus>>,
+        firewall: Arc<Notify>,
         cancel: CancellationToken,
     ) {
         let interest = Arc::new(Mutex::new(Interest {
@@ -92,26 +132,33 @@ impl Overlay {
         let watcher = tokio::spawn(watch_kernel(interest.clone(), look.clone(), cancel.clone()));
         let mut resync = interval(RESYNC);
         resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut state = State::default();
         let mut complained = None;
         let mut told_bridge = false;
+        let mut whole = true;
         while !cancel.is_cancelled() {
             let current = network.borrow_and_update().clone();
             let mut pause = GATHER;
             if let Some(current) = current {
                 let overlay = self.clone();
-                let result = tokio::task::spawn_blocking(move || {
-                    overlay.look(&current).map(|done| (done, current))
-                });
-                match result.await {
-                    Ok(Ok((done, current))) => {
+                let shared = interest.clone();
+                let work = move || {
+                    let result = overlay.look(&mut state, &current, whole, &shared);
+                    if result.is_err() {
+                        state.applied = None;
+                    }
+                    (state, result, current)
+                };
+                // Not safe to drop half-way, so it is waited for; it takes milliseconds.
+                let Ok((back, result, current)) = tokio::task::spawn_blocking(work).await else {
+                    break;
+                };
+                state = back;
+                match result {
+                    Ok(done) => {
                         if complained.take().is_some() {
                             info!("the overlay is right again");
                         }
-                        *interest.lock() = Interest {
-                            device: Some(done.device),
-                            underlay: Some(done.underlay.index),
-                            names: vec![self.device_name.clone(), done.underlay.name.clone()],
-                        };
                         if done.sysctls.bridge_netfilter_missing
                             && !std::mem::replace(&mut told_bridge, true)
                         {
@@ -121,7 +168,7 @@ impl Overlay {
                         }
                         self.report(&done, &current, &status);
                     }
-                    Ok(Err(error)) => {
+                    Err(error) => {
                         pause = RETRY;
                         let text = chain(&error);
                         if complained.as_ref() != Some(&text) {
@@ -136,63 +183,212 @@ impl Overlay {
                         }
                         look.notify_one();
                     }
-                    Err(_) => break,
                 }
             }
             tokio::select! {
                 () = cancel.cancelled() => break,
                 () = sleep(pause) => {}
             }
-            tokio::select! {
+            whole = tokio::select! {
                 () = cancel.cancelled() => break,
-                changed = network.changed() => if changed.is_err() { break },
-                () = look.notified() => {}
-                _ = resync.tick() => {}
-            }
+                changed = network.changed() => {
+                    if changed.is_err() {
+                        break;
+                    }
+                    false
+                }
+                () = look.notified() => true,
+                () = firewall.notified() => true,
+                _ = resync.tick() => true,
+            };
         }
         if watcher.await.is_err() {
             warn!("the watcher of kernel events panicked");
         }
     }
 
-    /// One look: observe, plan, apply.
-    fn look(&self, network: &Network) -> Result<Done, Error> {
-        let netlink = Netlink::open().map_err(Error::Socket)?;
-        let underlay = kernel::find_underlay(&netlink, self.node_ip, self.underlay.as_deref())?;
-        let device = Device {
-            name: self.device_name.clone(),
-            vni: network.config.vni,
-            port: network.config.port,
-            local: self.node_ip,
-            underlay: underlay.index,
-            mac: self.identity.vtep_mac,
-            mtu: underlay.overlay_mtu(),
-            address: network.own.network(),
+    /// One look.
+    fn look(
+        &self,
+        state: &mut State,
+        network: &Network,
+        whole: bool,
+        interest: &Mutex<Interest>,
+    ) -> Result<Done, Error> {
+        let netlink = match state.netlink.take() {
+            Some(netlink) => netlink,
+            None => Netlink::open().map_err(Error::Socket)?,
         };
-        let peers = desired_peers(network, &self.identity);
-        let (index, steps) = kernel::reconcile(&netlink, &device, &peers)?;
+        let same = |applied: &Applied| {
+            !whole && applied.config == network.config && applied.own == network.own
+        };
+        let done = match state.applied.take().filter(same) {
+            Some(applied) => {
+                self.follow_leases(&netlink, &mut state.closed, applied, network, interest)
+            }
+            None => self.look_at_all(&netlink, &mut state.closed, network, interest),
+        }?;
+        // After a failure it is opened anew: it may hold the rest of an answer.
+        state.netlink = Some(netlink);
+        state.applied = Some(Applied {
+            config: network.config.clone(),
+            own: network.own,
+            underlay: done.underlay.clone(),
+            device: done.device,
+            peers: done.want.clone(),
+            problems: done.problems.clone(),
+        });
+        Ok(done)
+    }
+
+    /// Reads everything, and mends what is not as it must be.
+    fn look_at_all(
+        &self,
+        netlink: &Netlink,
+        closed: &mut Closed,
+        network: &Network,
+        interest: &Mutex<Interest>,
+    ) -> Result<Done, Error> {
+        let mut problems = Vec::new();
+        let underlay = interface::find(netlink, &self.interface, self.node_ip, &self.device_name)?;
+        let (peers, lease_problems) = self.desired(network, &underlay);
+        // Closed before it is open.
+        let table = closed::desired_table(network, &self.identity, &peers);
+        let firewall_mended = closed.apply(table, true).unwrap_or_else(|error| {
+            problems.push(format!("the VXLAN port is open to everybody: {}", chain(&error)));
+            false
+        });
+        let device = self.device(network, &underlay);
+        let (index, device_steps) = kernel::ensure_device(netlink, &device)?;
+        let want = WantedPeers::new(&peers, index, underlay.index);
+        // From now on the kernel's news are compared with this.
+        *interest.lock() = Interest {
+            device: Some(index),
+            underlay: Some(underlay.index),
+            names: vec![self.device_name.clone(), underlay.name.clone()],
+            peers: want.clone(),
+        };
+        let seen = kernel::observe_peers(netlink, index)?;
+        let steps = plan_peers(&seen, &want);
+        kernel::apply_peers(netlink, index, &steps)?;
+        problems.extend(conflicts(&seen, &want));
         let sysctls = sysctl::ensure(&[&self.device_name, &underlay.name]);
-        let env =
-            SubnetEnv { network: network.config.network, subnet: network.own, mtu: device.mtu };
+        problems.extend(sysctls.errors.iter().map(ToString::to_string));
+        let forward_rules = forward::ensure(network.config.network).unwrap_or_else(|error| {
+            problems.push(forward_problem(&error));
+            0
+        });
+        let env = SubnetEnv {
+            network: network.config.network,
+            subnet: network.own,
+            mtu: self.pod_mtu(network, &underlay),
+        };
         // Only now may pods start: the way out of this node is there.
         ensure_content(&self.paths.subnet_env(), env.render().as_bytes())?;
         let list = conflist(&self.paths, &self.device_name);
         ensure_content(&self.paths.cni_conf_dir().join(CONFLIST), &list)?;
-        Ok(Done { underlay, device: index, peers, steps, sysctls })
+        Ok(Done {
+            underlay,
+            device: index,
+            peers,
+            want,
+            steps: device_steps + steps.len(),
+            sysctls,
+            firewall_mended,
+            forward_rules,
+            problems,
+            lease_problems,
+        })
     }
 
+    /// Writes what differs from what was applied before, without a question to the kernel.
+    fn follow_leases(
+        &self,
+        netlink: &Netlink,
+        closed: &mut Closed,
+        applied: Applied,
+        network: &Network,
+        interest: &Mutex<Interest>,
+    ) -> Result<Done, Error> {
+        let Applied { underlay, device, peers: before, mut problems, .. } = applied;
+        let (peers, lease_problems) = self.desired(network, &underlay);
+        let table = closed::desired_table(network, &self.identity, &peers);
+        if let Err(error) = closed.apply(table, false) {
+            problems = vec![format!("the VXLAN port does not follow the nodes: {}", chain(&error))];
+        }
+        let want = WantedPeers::new(&peers, device, underlay.index);
+        interest.lock().peers = want.clone();
+        let steps = plan_peers(&SeenPeers::from(&before), &want);
+        kernel::apply_peers(netlink, device, &steps)?;
+        Ok(Done {
+            underlay,
+            device,
+            peers,
+            want,
+            steps: steps.len(),
+            sysctls: sysctl::Report::default(),
+            firewall_mended: false,
+            forward_rules: 0,
+            problems,
+            lease_problems,
+        })
+    }
+
+    fn desired(&self, network: &Network, underlay: &Underlay) -> (Peers, Vec<String>) {
+        let (peers, mut problems) = desired_peers(network, &self.identity, &underlay.on_link);
+        problems.extend(network.config_problem.clone());
+        if network.config.network.overlaps(self.service_cidr) {
+            problems.push(format!(
+                "the pod network {} overlaps the Services' network {}: addresses in both are refused; choose another Network",
+                network.config.network, self.service_cidr
+            ));
+        }
+        (peers, problems)
+    }
+
+    fn device(&self, network: &Network, underlay: &Underlay) -> Device {
+        Device {
+            name: self.device_name.clone(),
+            vni: network.config.vni,
+            port: network.config.port,
+            local: underlay.local,
+            underlay: underlay.index,
+            mac: self.identity.vtep_mac,
+            // The device stands in every mode, with what its header leaves.
+            mtu: Mode::Vxlan.pod_mtu(underlay.mtu),
+            address: network.own.network(),
+        }
+    }
+
+    fn pod_mtu(&self, network: &Network, underlay: &Underlay) -> u32 {
+        network.config.mode.pod_mtu(underlay.mtu)
+    }
     fn report(&self, done: &Done, network: &Network, status: &watch::Sender<NetStatus>) {
+        let mtu = self.pod_mtu(network, &done.underlay);
         if done.steps > 0 {
             info!(
                 device = self.device_name,
                 underlay = done.underlay.name,
-                mtu = done.underlay.overlay_mtu(),
+                mode = ?network.config.mode,
+                mtu,
                 peers = done.peers.len(),
                 steps = done.steps,
                 "overlay reconciled"
             );
         } else {
             debug!(peers = done.peers.len(), "the overlay is as it must be");
+        }
+        if done.firewall_mended {
+            warn!(
+                table = closed::TABLE,
+                "somebody changed our nftables table; it was written anew"
+            );
+        }
+        if done.forward_rules > 0 {
+            info!(
+                rules = done.forward_rules,
+                "a firewall of iptables drops what it does not know; the pod network's packets are accepted there"
+            );
         }
         for setting in &done.sysctls.changed {
             info!(
@@ -202,7 +398,8 @@ impl Overlay {
                 "kernel setting made"
             );
         }
-        let problems: Vec<String> = done.sysctls.errors.iter().map(ToString::to_string).collect();
+        let problems: Vec<String> =
+            done.problems.iter().chain(&done.lease_problems).cloned().collect();
         for problem in
             problems.iter().filter(|problem| !status.borrow().problems.contains(*problem))
         {
@@ -215,20 +412,28 @@ impl Overlay {
             status.device = Some(DeviceStatus {
                 name: self.device_name.clone(),
                 vtep_mac: self.identity.vtep_mac.to_string(),
-                mtu: done.underlay.overlay_mtu(),
+                mtu,
                 vni: network.config.vni,
                 port: network.config.port,
             });
             let peers = done.peers.values().map(|peer| PeerStatus {
                 subnet: peer.subnet.to_string(),
                 public_ip: peer.public_ip.to_string(),
-                vtep_mac: peer.vtep_mac.to_string(),
+                vtep_mac: match peer.path {
+                    Path::Vxlan(mac) => mac.to_string(),
+                    // No VTEP is used: the node is reached directly.
+                    Path::Direct => String::new(),
+                },
             });
             status.peers = peers.collect();
             status.problems = problems;
             *status != before
         });
     }
+}
+
+fn forward_problem(error: &ForwardError) -> String {
+    format!("a firewall of iptables may drop the pod network's packets: {}", chain(error))
 }
 
 /// Keeps a netlink connection open; a broken one is a reason to look, and is opened again.

@@ -16,7 +16,7 @@ use ipnetwork::Ipv4Network;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use orch_reconcile::Informer;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -143,6 +143,8 @@ pub(crate) struct Follower {
     pub(crate) dns_ip: Ipv4Addr,
     pub(crate) node_name: String,
     pub(crate) status: Arc<watch::Sender<NetStatus>>,
+    /// Somebody removed the table.
+    pub(crate) firewall: Arc<Notify>,
 }
 
 impl Follower {
@@ -231,6 +233,7 @@ impl Follower {
                 changed = services.changed() => if changed.is_err() { break },
                 changed = slices.changed() => if changed.is_err() { break },
                 changed = self.network.changed() => if changed.is_err() { break },
+                () = self.firewall.notified() => verify = true,
                 _ = check.tick() => verify = true,
             }
         }

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ipnetwork::Ipv4Network;
 use orch_config::Paths;
 use orch_netagent::files::SubnetEnv;
 use orch_netagent::status::NetStatus;
@@ -69,6 +70,11 @@ impl World {
 
     /// A node of ours with other options.
     pub fn node_with(&self, last: u8, change: impl FnOnce(&mut Options)) -> Node {
+        self.node_in(self.host(last), last, change)
+    }
+
+    /// A node of ours on a host that is there.
+    pub fn node_in(&self, netns: Netns, last: u8, change: impl FnOnce(&mut Options)) -> Node {
         let folder = tempfile::tempdir().expect("temporary folder");
         let mut options = Options {
             node_name: format!("node-{last}"),
@@ -79,7 +85,7 @@ impl World {
             ..Options::default()
         };
         change(&mut options);
-        let mut node = Node { netns: self.host(last), folder, options, agent: None };
+        let mut node = Node { netns, folder, options, agent: None };
         node.start();
         node
     }
@@ -214,7 +220,7 @@ impl Node {
     /// A pod with the address `last` of the node's subnet, which answers "NAME CLIENT" on port 8080.
     pub fn pod(&self, last: u8) -> Pod {
         let env = self.env();
-        Pod::attach(&self.netns, env.subnet.network(), env.mtu, last)
+        Pod::attach(&self.netns, env.subnet, env.mtu, last)
     }
 }
 
@@ -235,12 +241,13 @@ pub struct Pod {
 }
 
 impl Pod {
-    pub fn attach(node: &Netns, subnet: Ipv4Addr, mtu: u32, last: u8) -> Self {
-        let address = |last: u8| Ipv4Addr::from_bits(subnet.to_bits() + u32::from(last));
+    pub fn attach(node: &Netns, subnet: Ipv4Network, mtu: u32, last: u8) -> Self {
+        let (base, length) = (subnet.network().to_bits(), subnet.prefix());
+        let address = |last: u8| Ipv4Addr::from_bits(base + u32::from(last));
         let gateway = address(1);
         if !node.ip("-br link").lines().any(|line| line.starts_with("cni0")) {
             node.ip(&format!("link add cni0 address 02:00:00:00:00:01 mtu {mtu} type bridge"));
-            node.ip(&format!("address add {gateway}/24 dev cni0"));
+            node.ip(&format!("address add {gateway}/{length} dev cni0"));
             node.ip("link set cni0 up");
         }
         let netns = Netns::new("pod");
@@ -250,7 +257,7 @@ impl Pod {
             netns.name
         ));
         node.ip(&format!("link set {host} up master cni0"));
-        netns.ip(&format!("address add {}/24 dev eth0", address(last)));
+        netns.ip(&format!("address add {}/{length} dev eth0", address(last)));
         netns.ip("link set eth0 up");
         netns.ip(&format!("route add default via {gateway}"));
         netns.serve_tcp("pod", 8080);
