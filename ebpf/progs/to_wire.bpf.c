@@ -24,8 +24,9 @@ int to_wire(struct __sk_buff *skb)
 	skb->mark &= ~(MARK_SLOT_MASK | MARK_DEFERRED);
 	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
 		return TCX_DROP;
+	/* Pods send nothing else that could be translated. */
 	if (eth.type != bpf_htons(ETH_P_IP))
-		return TCX_NEXT;
+		return act(skb, sender, &packet, EGRESS, REASON_OTHER_PROTOCOL, &basis);
 	reason = parse_packet(skb, sender->uid, EGRESS, 0, &packet);
 	if (!reason) {
 		/* Masquerade may have changed it. */

@@ -2,16 +2,18 @@
 //!
 //! Programs and maps live in the kernel, held by files in a BPF file system ([`Pins`]): they outlive every process. The
 //! agent puts them there ([`install`]), the `policy` plugin attaches them to a pod's link ([`attach`]), both write maps
-//! ([`Maps`]). Nothing here decides what is allowed.
+//! ([`Maps`]), and they talk ([`ask`]). Nothing here decides what is allowed.
 //!
 //! Needs Linux 5.10 or newer: TCX links where the kernel has them (6.6), else filters of a `clsact` qdisc.
 
+mod announce;
 mod attach;
 mod error;
 mod install;
 mod maps;
 mod pins;
 
+pub use announce::{Announcement, Answer, AskError, PodRef, Request, ask};
 pub use attach::{Hook, attach, detach, is_attached, sweep};
 pub use error::Error;
 pub use install::{OBJECT, install};

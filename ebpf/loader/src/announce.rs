@@ -1,0 +1,108 @@
+//! How the `policy` plugin and the agent talk: one JSON line each way over a Unix socket.
+//!
+//! The plugin keeps each [`Announcement`] as a file, too; an agent that starts reads those of a former life.
+
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::net::Ipv4Addr;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// An endpoint that the plugin has made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Announcement {
+    /// Host end of its veth.
+    pub ifindex: u32,
+    /// Of the endpoint row.
+    pub uid: u32,
+    /// Its address.
+    pub addr: Ipv4Addr,
+    /// The pod, if the runtime named one.
+    pub pod: Option<PodRef>,
+}
+
+/// A pod of the API server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodRef {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// UID, if the runtime named it.
+    pub uid: Option<String>,
+}
+
+/// What the plugin says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", tag = "verb")]
+pub enum Request {
+    /// Say what applies to this endpoint; the answer comes when it is in force.
+    Add(Announcement),
+    /// It is gone.
+    Del {
+        /// Host end of its veth.
+        ifindex: u32,
+        /// Of the endpoint row.
+        uid: u32,
+    },
+    /// Are you there?
+    Status,
+}
+
+/// What the agent answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Answer {
+    /// Done; of the policies that are in force.
+    Done {
+        /// Grows with every compilation.
+        revision: u64,
+    },
+    /// Not done, and why.
+    Refused(String),
+}
+
+/// Why there is no good answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// Nobody listens, or nobody answers in time.
+    #[error("ask the network agent at {}", path.display())]
+    Away {
+        /// The socket.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The agent says no.
+    #[error("the network agent: {0}")]
+    Refused(String),
+}
+
+/// Asks the agent, and gives it `patience` for the answer.
+///
+/// # Errors
+/// If there is none, or the agent refuses.
+pub fn ask(socket: &Path, request: &Request, patience: Duration) -> Result<u64, AskError> {
+    let away = |source| AskError::Away { path: socket.to_owned(), source };
+    let line = (|| {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
+        let mut text = serde_json::to_vec(request)?;
+        text.push(b'\n');
+        stream.write_all(&text)?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line)?;
+        Ok(line)
+    })()
+    .map_err(away)?;
+    match serde_json::from_str(&line) {
+        Ok(Answer::Done { revision }) => Ok(revision),
+        Ok(Answer::Refused(why)) => Err(AskError::Refused(why)),
+        Err(error) => Err(away(io::Error::new(io::ErrorKind::InvalidData, error))),
+    }
+}
