@@ -105,6 +105,7 @@ pub(crate) fn create_veth(
     name: &str,
     netns: &NetNs,
     ifname: &IfName,
+    group: u32,
 ) -> Result<Link, cni_netlink::NetlinkError> {
     netlink.create_veth(&VethPair {
         name: name.to_owned(),
@@ -114,6 +115,7 @@ pub(crate) fn create_veth(
         mtu: settings.mtu,
         peer_mac: settings.mac,
         mac: None,
+        group: Some(group),
         up: true,
     })
 }

@@ -215,7 +215,9 @@ impl<'a> HostVeth<'a> {
         ipam: &Ipam<'_>,
     ) -> Result<Self, Error> {
         let name = host_veth_name(&req.name, &req.attachment());
-        let create = || host::create_veth(netlink, bridge, settings, &name, netns, &req.ifname);
+        let group = req.name.link_group();
+        let create =
+            || host::create_veth(netlink, bridge, settings, &name, netns, &req.ifname, group);
         let taken = |what: String| Error::new(code::ALREADY_ATTACHED, what);
         let made = match create() {
             Err(error) if error.is_exists() => match netlink.link(&name).map_err(netlink_error)? {
@@ -360,8 +362,9 @@ fn detach(req: &DelRequest<NetConf>, name: &str) -> Result<(), Error> {
     }
 }
 
-/// Ports of the bridge that belong to no valid attachment of this network. Their alias says whose they are; a half is
-/// among them, since no ADD works on it: GC does not run beside one (CNI spec 1.1.0 §2, GC).
+/// Ports of the bridge that belong to no valid attachment of this network. Their alias says whose they are, or, where
+/// an ADD was killed before it could set one, the group they were made in. A half is among them, since no ADD works on
+/// it: GC does not run beside one (CNI spec 1.1.0 §2, GC).
 fn stale_ports(req: &GcRequest<NetConf>) -> Result<(Netlink, Vec<Link>), Error> {
     let netlink = Netlink::open().map_err(netlink_error)?;
     let valid: BTreeSet<String> =
@@ -371,8 +374,11 @@ fn stale_ports(req: &GcRequest<NetConf>) -> Result<(Netlink, Vec<Link>), Error> 
         None => Vec::new(),
     };
     ports.retain(|port| {
-        port.alias.as_deref().is_some_and(|alias| name::is_alias_of(alias, &req.name))
-            && !valid.contains(&port.name)
+        let ours = match port.alias.as_deref() {
+            Some(alias) => name::is_alias_of(alias, &req.name),
+            None => port.group == req.name.link_group() && name::is_host_veth(&port.name),
+        };
+        ours && !valid.contains(&port.name)
     });
     Ok((netlink, ports))
 }

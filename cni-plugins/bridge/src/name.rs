@@ -2,7 +2,7 @@
 //! reboot of the agent, or the end of the namespace.
 
 use cni_netlink::MacBytes;
-use cni_spec::{AttachmentId, NetworkName};
+use cni_spec::{AttachmentId, NetworkName, stable_hash};
 
 const PREFIX: &str = "veth";
 const GATEWAY_PREFIX: &str = "vgw";
@@ -13,19 +13,6 @@ const WHOLE: &str = "cni:";
 /// … and of one that ADD is at work on, or was when it was killed.
 const HALF: &str = "cni-half:";
 
-/// FNV-1a (64 bit) over parts that are kept apart. Written out because the value has to stay the same in every build:
-/// the standard library's hasher promises nothing.
-fn hash(parts: &[&[u8]]) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for part in parts {
-        // 0xff is in no UTF-8 text, so ("a", "bc") and ("ab", "c") differ.
-        for byte in part.iter().chain(&[0xff]) {
-            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
-    hash
-}
-
 /// Name of the host's end of an attachment: `veth` and a hash of network, container and interface.
 #[must_use]
 pub fn host_veth_name(network: &NetworkName, attachment: &AttachmentId) -> String {
@@ -35,15 +22,21 @@ pub fn host_veth_name(network: &NetworkName, attachment: &AttachmentId) -> Strin
     )
 }
 
+/// Whether a name has the form of [`host_veth_name`]'s.
+pub(crate) fn is_host_veth(name: &str) -> bool {
+    name.strip_prefix(PREFIX).is_some_and(|digits| {
+        digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
+    })
+}
+
 /// Name of the port behind which the gateway of a VLAN stands.
 pub(crate) fn gateway_port_name(bridge: &str, vlan: u16) -> String {
     link_name(GATEWAY_PREFIX, &[bridge, &vlan.to_string()])
 }
 
 fn link_name(prefix: &str, parts: &[&str]) -> String {
-    let parts: Vec<&[u8]> = parts.iter().map(|part| part.as_bytes()).collect();
     // The lower bits of FNV are the better mixed ones.
-    format!("{prefix}{:0DIGITS$x}", hash(&parts) & ((1 << (4 * DIGITS)) - 1))
+    format!("{prefix}{:0DIGITS$x}", stable_hash(parts) & ((1 << (4 * DIGITS)) - 1))
 }
 
 /// Alias of the host's end, set when ADD is done: it says whose the interface is, and that it is whole.
@@ -79,7 +72,7 @@ pub(crate) fn is_alias_of(alias: &str, network: &NetworkName) -> bool {
 /// MAC of a bridge: the same one whenever it is made again on this boot of this host, so that pods find their gateway
 /// where they knew it. `host` keeps hosts, and namespaces that play hosts, apart.
 pub(crate) fn bridge_mac(bridge: &str, host: &str) -> MacBytes {
-    let bytes = hash(&[bridge.as_bytes(), host.as_bytes()]).to_be_bytes();
+    let bytes = stable_hash(&[bridge, host]).to_be_bytes();
     // Locally administered, for one interface.
     [(bytes[2] & 0xfc) | 2, bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]]
 }
@@ -91,7 +84,7 @@ pub(crate) fn mac_text(mac: MacBytes) -> String {
 
 /// A short name for a text, for objects of nftables.
 pub(crate) fn short(text: &str) -> String {
-    format!("{:016x}", hash(&[text.as_bytes()]))
+    format!("{:016x}", stable_hash(&[text]))
 }
 
 #[cfg(test)]

@@ -238,6 +238,7 @@ mod tests {
             master: None,
             peer: None,
             alias: None,
+            group: 0,
             port: None,
         }
     }

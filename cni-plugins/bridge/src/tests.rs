@@ -32,6 +32,7 @@ fn link(name: &str, index: u32, kind: LinkKind) -> Link {
         master: None,
         peer: None,
         alias: None,
+        group: 0,
         port: None,
     }
 }

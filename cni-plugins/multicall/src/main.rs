@@ -11,7 +11,8 @@ use std::process::ExitCode;
 type Main = fn() -> ExitCode;
 
 /// Each plugin by its name.
-const PLUGINS: [(&str, Main); 5] = [
+const PLUGINS: [(&str, Main); 6] = [
+    ("bandwidth", cni_bandwidth::main),
     ("bridge", cni_bridge::main),
     ("host-local", || cni_skel::main(&cni_ipam::HostLocal)),
     ("loopback", cni_loopback::main),

@@ -18,16 +18,20 @@ mod link;
 mod neighbour;
 mod netfilter;
 mod netns;
+mod qdisc;
 mod route;
 mod socket;
 
 pub use address::AddressOptions;
 pub use batch::{Change, Refused};
 pub use error::NetlinkError;
-pub use link::{Bridge, BridgePort, Link, LinkKind, PortVlan, VethPair, Vxlan, VxlanDevice};
+pub use link::{
+    Bridge, BridgePort, IfbDevice, Link, LinkKind, PortVlan, VethPair, Vxlan, VxlanDevice,
+};
 pub use neighbour::{FdbEntry, Neighbour};
 pub use netfilter::{nft_chain_exists, nft_ip_chain_exists};
 pub use netns::NetNs;
+pub use qdisc::{SeenTokenBucket, TokenBucket};
 pub use route::{Route, RouteFilter};
 pub use socket::Netlink;
 

@@ -63,6 +63,8 @@ pub struct Link {
     pub peer: Option<u32>,
     /// Free text, up to 255 bytes.
     pub alias: Option<String>,
+    /// Group that it was put into; 0 is the default one.
+    pub group: u32,
     /// Set for the port of a bridge.
     pub port: Option<BridgePort>,
 }
@@ -168,8 +170,21 @@ pub struct VethPair<'a> {
     pub mac: Option<MacBytes>,
     /// MAC of the far end.
     pub peer_mac: Option<MacBytes>,
+    /// Group of the near end: with it, unlike with an alias, the link is marked from its first moment on.
+    pub group: Option<u32>,
     /// Near end switched on at once. The far end cannot be: the kernel answers `ENOTCONN`, its peer is not there yet.
     pub up: bool,
+}
+
+/// An intermediate functional block to make: what goes out by it comes in where it was redirected from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IfbDevice {
+    /// Name.
+    pub name: String,
+    /// MTU.
+    pub mtu: Option<u32>,
+    /// Group.
+    pub group: Option<u32>,
 }
 
 /// A VXLAN device to make.
@@ -222,7 +237,7 @@ impl Netlink {
     ) -> Result<Option<Link>, NetlinkError> {
         message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
         let mut link = None;
-        let result = self.get(0, RouteNetlinkMessage::GetLink(message), request, |payload| {
+        let result = self.ask(RouteNetlinkMessage::GetLink(message), request, |payload| {
             link = Some(parse_link(payload).ok_or("a link without name")?);
             Ok(())
         });
@@ -284,11 +299,23 @@ impl Netlink {
             .extend(pair.peer_netns.map(|netns| LinkAttribute::NetNsFd(netns.as_raw_fd())));
         let mut message = new_link_message(&pair.name, pair.mtu, pair.mac, pair.up);
         message.attributes.extend(pair.master.map(LinkAttribute::Controller));
+        message.attributes.extend(pair.group.map(LinkAttribute::Group));
         message.attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
         ]));
         self.create(message, &pair.name, "veth pair")
+    }
+
+    /// Makes an intermediate functional block, switched on.
+    ///
+    /// # Errors
+    /// [`NetlinkError::is_exists`] if the name is taken.
+    pub fn create_ifb(&self, device: &IfbDevice) -> Result<Link, NetlinkError> {
+        let mut message = new_link_message(&device.name, device.mtu, None, true);
+        message.attributes.extend(device.group.map(LinkAttribute::Group));
+        message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Ifb)]));
+        self.create(message, &device.name, "IFB device")
     }
 
     /// Makes a VXLAN device.
@@ -547,6 +574,7 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
         master,
         peer: number(libc::IFLA_LINK).filter(|peer| *peer != 0),
         alias: attribute(attributes, libc::IFLA_IFALIAS).and_then(text),
+        group: number(libc::IFLA_GROUP).unwrap_or_default(),
         port: attribute(info, INFO_PORT_DATA).filter(|_| master.is_some()).map(parse_port),
     })
 }

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use cni_nftables::{COMMENT_MAX, Element, Target, Transaction};
-use cni_spec::{AttachmentId, Error, NetworkName, code};
+use cni_spec::{AttachmentId, Error, NetworkName, code, stable_hash};
 use ipnetwork::IpNetwork;
 
 use crate::conf::{Mapping, Protocol, Settings};
-use crate::rules::{CHAIN_ALL, hash, subnet_chain};
+use crate::rules::{CHAIN_ALL, subnet_chain};
 
 /// The maps, from whose elements a forward is read back.
 pub(crate) const MAPS: [&str; 4] = ["any4", "at4", "any6", "at6"];
@@ -28,14 +28,14 @@ impl Owner {
         if text.len() + WITH_SNAT.len() <= COMMENT_MAX {
             return Self(text);
         }
-        Self(format!("#{:016x}/{:016x}", hash(network.as_str()), hash(&text)))
+        Self(format!("#{:016x}/{:016x}", stable_hash(&[network.as_str()]), stable_hash(&[&text])))
     }
 
     /// Whether it is of this network.
     pub(crate) fn is_of(&self, network: &NetworkName) -> bool {
         let begins =
             |prefix: &str| self.0.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('/'));
-        begins(network.as_str()) || begins(&format!("#{:016x}", hash(network.as_str())))
+        begins(network.as_str()) || begins(&format!("#{:016x}", stable_hash(&[network.as_str()])))
     }
 }
 

@@ -9,6 +9,7 @@
 //! The loopback needs `route_localnet`, and that would let others reach it through the bridge; `martian` drops what comes
 //! from any link and goes to 127.0.0.0/8.
 
+use cni_spec::stable_hash;
 use ipnetwork::IpNetwork;
 
 use crate::conf::RuleOptions;
@@ -43,18 +44,9 @@ pub(crate) fn table_name(options: &RuleOptions) -> String {
     if *options == usual {
         return TABLE_PREFIX.to_owned();
     }
-    let text = format!(
-        "{}\u{ff}{}\u{ff}{}",
-        options.masquerade_bit, options.conditions_v4, options.conditions_v6
-    );
-    format!("{TABLE_PREFIX}_{:016x}", hash(&text))
-}
-
-/// FNV-1a, 64 bit: the value has to stay the same in every build.
-pub(crate) fn hash(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    let bit = options.masquerade_bit.to_string();
+    let parts = [bit.as_str(), &options.conditions_v4, &options.conditions_v6];
+    format!("{TABLE_PREFIX}_{:016x}", stable_hash(&parts))
 }
 
 /// Name of the chain of a subnet: its address, in the letters that nft takes in names.

@@ -22,6 +22,6 @@ pub use conf::{
 };
 pub use env::{Command, Env};
 pub use error::{Error, code};
-pub use name::{AttachmentId, ContainerId, IfName, NameError, NetworkName};
+pub use name::{AttachmentId, ContainerId, IfName, NameError, NetworkName, stable_hash};
 pub use result::{AddResult, Dns, Interface, IpConfig, Route, parse_cidr};
 pub use version::Version;

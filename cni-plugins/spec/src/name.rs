@@ -163,6 +163,26 @@ name!(
     check_ifname
 );
 
+/// FNV-1a, 64 bit, over parts that are kept apart: `("a", "bc")` and `("ab", "c")` differ. Names of things in the kernel
+/// are made of it, so the value stays the same in every build and release.
+#[must_use]
+pub fn stable_hash(parts: &[&str]) -> u64 {
+    let bytes = parts.iter().flat_map(|part| part.bytes().chain([0xff]));
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+impl NetworkName {
+    /// Number of the group that links of this network are put into. A link has it from the moment it is made, so it
+    /// tells whose the link is even if its maker was killed right after.
+    #[must_use]
+    pub fn link_group(&self) -> u32 {
+        // Far away from the small numbers that people use, and positive for tools that take it for signed.
+        stable_hash(&[self.as_str()]) as u32 & 0x3fff_ffff | 0x4000_0000
+    }
+}
+
 impl NameError {
     /// As a CNI error about the environment: an absent container ID is code 3, everything else code 4.
     #[must_use]
@@ -217,6 +237,15 @@ mod tests {
         for bad in ["", ".", "..", "a/b", "a:b", "a b", "a\tb", "sixteen-chars---"] {
             IfName::new(bad).expect_err(bad);
         }
+    }
+
+    #[test]
+    fn the_group_of_a_network_never_changes() {
+        let group = |name: &str| NetworkName::new(name).expect("good").link_group();
+        // A changed value would hide the links of a node from GC at the upgrade.
+        assert_eq!(group("net"), 0x6032_fe85);
+        assert_ne!(group("net"), group("net2"));
+        assert!((0x4000_0000..0x8000_0000).contains(&group("a")));
     }
 
     #[test]

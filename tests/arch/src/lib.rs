@@ -19,6 +19,7 @@ pub const LAYERS: &[(&str, u8)] = &[
     ("orch-controllers", 4),
     ("orch-kubelet", 4),
     ("orch-netagent", 4),
+    ("cni-bandwidth", 4),
     ("cni-bridge", 4),
     ("cni-loopback", 4),
     ("cni-portmap", 4),

@@ -107,9 +107,16 @@ fn ipv6_is_forwarded_too() -> Result {
     let t = Testbed::new()?;
     let outside = t.outside("2001:db8::1/64", "2001:db8::2/64")?;
     let (pod, _) = mapped(&t, json!([{"hostPort": 8080, "containerPort": 80}]))?;
-    // Duplicate address detection of the uplink.
-    thread::sleep(Duration::from_secs(2));
-    let from = reach(&outside, "[2001:db8::1]:8080", &pod.netns, 80)?;
+    // The uplink's addresses first pass duplicate address detection.
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    let from = loop {
+        match reach(&outside, "[2001:db8::1]:8080", &pod.netns, 80) {
+            Err(_) if std::time::Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(100));
+            }
+            reached => break reached?,
+        }
+    };
     assert_eq!(from, "2001:db8::2".parse::<IpAddr>()?);
     reach(&pod.netns, "[2001:db8::1]:8080", &pod.netns, 80)?;
     Ok(())

@@ -23,6 +23,7 @@ fn link(index: u32, name: &str, kind: LinkKind, mtu: u32) -> Link {
         master: None,
         peer: None,
         alias: None,
+        group: 0,
         port: None,
     }
 }
