@@ -1,7 +1,7 @@
 //! What can go wrong between us and the kernel, and the few files of `/proc/sys` that are set.
 
-use std::fs;
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 
 use cni_netlink::NetlinkError;
@@ -39,18 +39,30 @@ pub(crate) fn netlink_error(error: NetlinkError) -> Error {
     KernelError::from(error).into()
 }
 
-/// Sets a switch below `/proc/sys`, in the namespace of the calling thread. A file that is not there belongs to a
-/// protocol that this kernel does not have.
+/// Sets a switch below `/proc/sys`, in the namespace of the calling thread, if it is not set already: some of them set
+/// much in motion, and some hosts let nobody write. A file that is not there belongs to a protocol that this kernel does
+/// not have.
 pub(crate) fn set_sysctl(key: &str, value: &str) -> Result<(), KernelError> {
     let path = PathBuf::from("/proc/sys").join(key);
-    match fs::read_to_string(&path) {
-        Ok(now) if now.trim() == value => return Ok(()),
+    match cni_skel::read_small(&path) {
+        Ok(now) if now.trim_ascii() == value.as_bytes() => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         _ => {}
     }
-    fs::write(&path, value).map_err(|source| KernelError::Sysctl {
-        path,
-        value: value.to_owned(),
-        source,
-    })
+    write(path, value)
+}
+
+/// As [`set_sysctl`], for a switch of a link that was made just now: it is cheaper to set than to look at.
+pub(crate) fn write_sysctl(key: &str, value: &str) -> Result<(), KernelError> {
+    match write(PathBuf::from("/proc/sys").join(key), value) {
+        Err(_) => set_sysctl(key, value),
+        done => done,
+    }
+}
+
+fn write(path: PathBuf, value: &str) -> Result<(), KernelError> {
+    let mut options = OpenOptions::new();
+    let written =
+        options.write(true).open(&path).and_then(|mut file| file.write_all(value.as_bytes()));
+    written.map_err(|source| KernelError::Sysctl { path, value: value.to_owned(), source })
 }

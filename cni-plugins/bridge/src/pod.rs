@@ -5,7 +5,7 @@ use cni_spec::{AddResult, IfName};
 use ipnetwork::IpNetwork;
 
 use crate::conf::Settings;
-use crate::kernel::{KernelError, set_sysctl};
+use crate::kernel::{KernelError, write_sysctl};
 use crate::plan::pod_routes;
 
 /// The pod's interface as it was set up, and a socket in its namespace.
@@ -42,22 +42,21 @@ pub(crate) fn set_up(
                 other => other?,
             }
         }
-        let link = netlink.link_at(link.index)?.ok_or_else(vanished)?;
-        Ok(Pod { link, netlink })
+        Ok(Pod { link: Link { up: true, ..link }, netlink })
     })
 }
 
 fn set_sysctls(ifname: &IfName, settings: &Settings, lease: &AddResult) -> Result<(), KernelError> {
     if lease.ips.iter().any(|ip| ip.address.is_ipv4()) {
-        set_sysctl(&format!("net/ipv4/conf/{ifname}/arp_notify"), "1")?;
+        write_sysctl(&format!("net/ipv4/conf/{ifname}/arp_notify"), "1")?;
     }
     if lease.ips.iter().any(|ip| ip.address.is_ipv6()) {
-        set_sysctl(&format!("net/ipv6/conf/{ifname}/disable_ipv6"), "0")?;
+        write_sysctl(&format!("net/ipv6/conf/{ifname}/disable_ipv6"), "0")?;
         if !settings.detect_duplicates {
             // For the link-local address, which the kernel adds; ours says it itself.
-            set_sysctl(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0")?;
+            write_sysctl(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0")?;
         }
-        set_sysctl(&format!("net/ipv6/conf/{ifname}/ndisc_notify"), "1")?;
+        write_sysctl(&format!("net/ipv6/conf/{ifname}/ndisc_notify"), "1")?;
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use cni_skel::read_small;
 use cni_spec::AttachmentId;
 
 /// Folder of the index. The reference walks into it and finds nothing that concerns it.
@@ -109,6 +110,10 @@ impl Store {
     /// # Errors
     /// Names the file or folder.
     pub fn create(dir: &Path) -> Result<Self, StoreError> {
+        match Self::locked(dir) {
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => {}
+            other => return other,
+        }
         fs::create_dir_all(dir).map_err(at("make folder", dir))?;
         Self::locked(dir)
     }
@@ -133,11 +138,14 @@ impl Store {
         // Waits without a bound: the kernel frees the lock of a process that ends, however it ends.
         lock.lock().map_err(at("lock", &path))?;
         let store = Self { dir: dir.to_owned(), index: dir.join(INDEX), _lock: lock };
-        fs::create_dir_all(&store.index).map_err(at("make folder", &store.index))?;
         // Under the lock nobody is at work on a draft: one that is there is that of an ADD that was killed.
         let draft = store.draft_file();
         remove(&draft).map_err(at("remove", &draft))?;
-        if store.folder_time()?.as_bytes() != fs::read(store.stamp()).unwrap_or_default() {
+        let stamp = read_small(&store.stamp());
+        if stamp.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            fs::create_dir_all(&store.index).map_err(at("make folder", &store.index))?;
+        }
+        if store.folder_time()?.as_bytes() != stamp.unwrap_or_default() {
             store.reindex()?;
         }
         Ok(store)
@@ -243,7 +251,6 @@ impl Store {
     pub(crate) fn draft(&self, id: &AttachmentId) -> Result<Draft<'_>, StoreError> {
         let path = self.draft_file();
         let text = format!("{}\r\n{}", id.container_id, id.ifname);
-        let _ = fs::remove_file(&path);
         let mut options = OpenOptions::new();
         let written = options
             .write(true)
@@ -316,7 +323,7 @@ impl Store {
     /// the search begins.
     #[must_use]
     pub fn last_reserved(&self, set: usize) -> Option<IpAddr> {
-        fs::read_to_string(self.last_file(set)).ok()?.trim().parse().ok()
+        std::str::from_utf8(&read_small(&self.last_file(set)).ok()?).ok()?.trim().parse().ok()
     }
 
     fn set_last_reserved(&self, set: usize, ip: IpAddr) -> Result<(), StoreError> {
@@ -393,7 +400,7 @@ impl Draft<'_> {
 
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
-        // One that stays is overwritten by the next.
+        // One that stays is removed by whoever has the lock next.
         let _ = fs::remove_file(&self.path);
     }
 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL};
 use netlink_packet_route::link::{
     AfSpecBridge, BridgeVlanInfo, BridgeVlanInfoFlags, InfoBridge, InfoBridgePort, InfoData,
     InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask,
@@ -343,7 +343,22 @@ impl Netlink {
 
     fn create(&self, message: LinkMessage, name: &str, what: &str) -> Result<Link, NetlinkError> {
         let request = || format!("create {what} {name}");
-        self.change(NLM_F_CREATE | NLM_F_EXCL, RouteNetlinkMessage::NewLink(message), request)?;
+        let master = message.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Controller(master) => Some(*master),
+            _ => None,
+        });
+        let mut made = None;
+        // From 6.2 on the kernel says what it has made, if asked to: without that the question comes second, and
+        // waits for whatever the new link has set in motion.
+        let flags = NLM_F_CREATE | NLM_F_EXCL | NLM_F_ECHO;
+        self.get(flags, RouteNetlinkMessage::NewLink(message), request, |payload| {
+            made = parse_link(payload);
+            Ok(())
+        })?;
+        if let Some(made) = made.filter(|made| made.name == name) {
+            // It says so before it puts the link under its master.
+            return Ok(Link { master, ..made });
+        }
         self.link(name)?.ok_or_else(|| NetlinkError::Kernel {
             request: request(),
             errno: libc::ENODEV,

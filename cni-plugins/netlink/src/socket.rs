@@ -94,6 +94,16 @@ impl Netlink {
         self.exchange(NLM_F_ACK | flags, message, &request, &mut read).map(drop)
     }
 
+    /// As [`get`](Self::get) without an acknowledgement: the answer is one message, or an error.
+    pub(crate) fn ask(
+        &self,
+        message: impl NetlinkSerializable,
+        request: impl Fn() -> String,
+        mut read: impl FnMut(&[u8]) -> Result<(), String>,
+    ) -> Result<(), NetlinkError> {
+        self.exchange(0, message, &request, &mut read).map(drop)
+    }
+
     /// Reads a table. `read` turns the payload of one answer into an entry; `None` leaves it out.
     pub(crate) fn dump<T>(
         &self,
@@ -128,6 +138,8 @@ impl Netlink {
         self.sequence.set(sequence);
         self.send(flags, sequence, message).map_err(failed)?;
 
+        // What is neither acknowledged nor a table is one message.
+        let single = flags & (NLM_F_ACK | NLM_F_DUMP) == 0;
         let mut whole = true;
         let mut wrong = None;
         let mut buffer = Vec::with_capacity(RECEIVE_BUFFER_BYTES);
@@ -153,7 +165,12 @@ impl Netlink {
                     }
                     NLMSG_OVERRUN => return Err(malformed("overrun".to_owned())),
                     // The answer is read to its end even then, so that the next request finds an empty socket.
-                    _ => wrong = wrong.or(read(message.payload).err()),
+                    _ => {
+                        wrong = wrong.or(read(message.payload).err());
+                        if single {
+                            return wrong.map_or(Ok(whole), |reason| Err(malformed(reason)));
+                        }
+                    }
                 }
             }
         }

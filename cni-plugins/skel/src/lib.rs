@@ -10,10 +10,12 @@
 //! Source: CNI specification 1.1.0 §2; what the reference's `pkg/skel` adds to it.
 
 mod call;
+mod file;
 mod process;
 mod request;
 
 pub use call::call;
+pub use file::read_small;
 pub use process::main;
 pub use request::{AddRequest, CheckRequest, DelRequest, GcRequest, Request, StatusRequest};
 
