@@ -5,6 +5,7 @@
 //! now, or if the tables say the same about it as before. All other groups get fresh numbers, and [`crate::plan`] can
 //! order the writes so that each packet meets either the old or the new policy.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -12,8 +13,10 @@ use crate::compile::{Compiled, Decisions, Groups};
 use crate::prefix::PrefixMap;
 use crate::table::{Class, Direction, Table, same_rows};
 
-/// Where the addresses of an old class are now: prefixes by group.
-type Votes = BTreeMap<usize, usize>;
+/// How much of an old class a group has: entries that were the class's and still are entries, then parts of entries.
+type Weight = (usize, usize);
+/// Where the addresses of an old class are now, by group.
+type Votes = BTreeMap<usize, Weight>;
 
 /// The class of each group and the next free number. `pairs` are the old tables beside the new decisions of endpoints.
 pub(crate) fn number<'a>(
@@ -27,26 +30,25 @@ pub(crate) fn number<'a>(
         distinct.insert((Arc::as_ptr(table), decisions), (table.as_ref(), decisions));
     }
 
-    let mut claims: Vec<(usize, Class, usize)> = Vec::new();
-    for (class, votes) in votes(groups, previous) {
-        let (group, weight) = votes
-            .iter()
-            .max_by_key(|(_, weight)| **weight)
-            .map(|(group, weight)| (*group, *weight))
-            .expect("a class is here because of a vote");
-        let says_the_same = || {
-            distinct.values().all(|(table, decisions)| {
-                Direction::BOTH.into_iter().zip(decisions.iter()).all(|(direction, decisions)| {
-                    same_rows(table.effective(direction, class), decisions.of(group))
-                })
+    let says_the_same = |class: Class, group: usize| {
+        distinct.values().all(|(table, decisions)| {
+            Direction::BOTH.into_iter().zip(decisions.iter()).all(|(direction, decisions)| {
+                same_rows(table.effective(direction, class), decisions.of(group))
             })
-        };
-        if group != 0 && (votes.len() == 1 || says_the_same()) {
-            claims.push((weight, class, group));
-        }
+        })
+    };
+    let mut claims: Vec<(Weight, Class, usize)> = Vec::new();
+    for (class, votes) in votes(groups, previous) {
+        let is_whole = votes.len() == 1;
+        let mut votes: Vec<(usize, Weight)> = votes.into_iter().collect();
+        votes.sort_unstable_by_key(|(group, weight)| (Reverse(*weight), *group));
+        let found = votes
+            .into_iter()
+            .find(|(group, _)| *group != 0 && (is_whole || says_the_same(class, *group)));
+        claims.extend(found.map(|(group, weight)| (weight, class, group)));
     }
     // The number of most addresses wins, then the lowest.
-    claims.sort_unstable_by_key(|(weight, class, _)| (std::cmp::Reverse(*weight), *class));
+    claims.sort_unstable_by_key(|(weight, class, _)| (Reverse(*weight), *class));
     let mut classes: Vec<Option<Class>> = vec![None; groups.kinds.len()];
     classes[0] = Some(Class::OUTSIDE);
     for (_, class, group) in claims {
@@ -76,7 +78,9 @@ fn votes(groups: &Groups, previous: &Compiled) -> BTreeMap<Class, Votes> {
         let class = old.longest(prefix).map_or(Class::OUTSIDE, |peer| peer.class);
         let group = new.longest(prefix).copied().unwrap_or_default();
         if class != Class::OUTSIDE {
-            *votes.entry(class).or_default().entry(group).or_default() += 1;
+            let weight = votes.entry(class).or_default().entry(group).or_default();
+            let stays = previous.peers.contains_key(&prefix) && new.contains(prefix);
+            *(if stays { &mut weight.0 } else { &mut weight.1 }) += 1;
         }
     }
     votes

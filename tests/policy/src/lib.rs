@@ -4,5 +4,7 @@
 //! shares no code and no data structure with `orch-policy` or the eBPF programs, and goes a different way on purpose: it
 //! compiles nothing, keeps nothing, and walks all objects for every question. [`worlds`] makes clusters to ask about.
 
+#[cfg(test)]
+mod compiler;
 pub mod oracle;
 pub mod worlds;

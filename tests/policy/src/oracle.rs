@@ -54,30 +54,26 @@ impl Cluster {
             }
             let name = path(policy.metadata.namespace.as_deref(), policy.metadata.name.as_deref());
             answer.isolated_by.push(name.clone());
-            let spec = policy.spec.clone().unwrap_or_default();
+            let Some(spec) = &policy.spec else { continue };
             // The two directions have equal rules under different names.
-            let rules: Vec<(Vec<NetworkPolicyPeer>, Vec<NetworkPolicyPort>)> = if side == INGRESS {
-                let rules = spec.ingress.unwrap_or_default().into_iter();
-                rules
-                    .map(|rule| (rule.from.unwrap_or_default(), rule.ports.unwrap_or_default()))
-                    .collect()
-            } else {
-                let rules = spec.egress.unwrap_or_default().into_iter();
-                rules
-                    .map(|rule| (rule.to.unwrap_or_default(), rule.ports.unwrap_or_default()))
-                    .collect()
-            };
+            let rules: Vec<(Option<&Vec<NetworkPolicyPeer>>, Option<&Vec<NetworkPolicyPort>>)> =
+                if side == INGRESS {
+                    let rules = spec.ingress.iter().flatten();
+                    rules.map(|rule| (rule.from.as_ref(), rule.ports.as_ref())).collect()
+                } else {
+                    let rules = spec.egress.iter().flatten();
+                    rules.map(|rule| (rule.to.as_ref(), rule.ports.as_ref())).collect()
+                };
             for (place, (peers, ports)) in rules.iter().enumerate() {
                 // "If this field is empty or missing, this rule matches all sources/destinations."
-                let peer_fits =
-                    peers.is_empty() || peers.iter().any(|peer| self.is_peer(policy, peer, other));
+                let peer_fits = peers.is_none_or(|peers| {
+                    peers.is_empty() || peers.iter().any(|peer| self.is_peer(policy, peer, other))
+                });
                 // "If this field is empty or missing, this rule matches all ports (traffic not restricted by port)."
-                let port_fits = ports.is_empty()
-                    || ports.iter().any(|port| {
-                        let receiver =
-                            if side == INGRESS { Some(subject) } else { self.pod_at(other) };
-                        is_port(port, receiver, traffic)
-                    });
+                let receiver = if side == INGRESS { Some(subject) } else { self.pod_at(other) };
+                let port_fits = ports.is_none_or(|ports| {
+                    ports.is_empty() || ports.iter().any(|port| is_port(port, receiver, traffic))
+                });
                 if peer_fits && port_fits {
                     answer.allowed_by.push((name.clone(), place));
                 }
@@ -148,7 +144,7 @@ impl Cluster {
         self.namespaces.iter().any(|namespace| {
             namespace.metadata.name == pod.metadata.namespace
                 && has_labels(selector, |key| {
-                    namespace.metadata.labels.as_ref().and_then(|labels| labels.get(key)).cloned()
+                    namespace.metadata.labels.as_ref().and_then(|labels| labels.get(key))
                 })
         })
     }
@@ -163,11 +159,9 @@ fn path(namespace: Option<&str>, name: Option<&str>) -> String {
 /// section) are assumed to affect ingress."
 fn speaks_about(policy: &NetworkPolicy, side: Side) -> bool {
     let Some(spec) = &policy.spec else { return side == INGRESS };
-    match spec.policy_types.clone().unwrap_or_default() {
-        types if types.is_empty() => {
-            side == INGRESS || !spec.egress.clone().unwrap_or_default().is_empty()
-        }
-        types => types.contains(&side.to_owned()),
+    match spec.policy_types.as_deref().unwrap_or_default() {
+        [] => side == INGRESS || spec.egress.iter().flatten().next().is_some(),
+        types => types.iter().any(|one| one == side),
     }
 }
 
@@ -175,34 +169,32 @@ fn speaks_about(policy: &NetworkPolicy, side: Side) -> bool {
 #[must_use]
 pub fn is_networked(pod: &Pod) -> bool {
     let host = pod.spec.as_ref().and_then(|spec| spec.host_network) == Some(true);
-    let phase = pod.status.as_ref().and_then(|status| status.phase.clone()).unwrap_or_default();
-    !host && phase != "Succeeded" && phase != "Failed"
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    !host && phase != Some("Succeeded") && phase != Some("Failed")
 }
 
 /// All addresses in the pod's status.
 #[must_use]
 pub fn addresses(pod: &Pod) -> Vec<IpAddr> {
-    let status = pod.status.clone().unwrap_or_default();
-    let listed = status.pod_ips.unwrap_or_default().into_iter().map(|ip| ip.ip);
-    status.pod_ip.into_iter().chain(listed).filter_map(|ip| ip.parse().ok()).collect()
+    let Some(status) = &pod.status else { return vec![] };
+    let listed = status.pod_ips.iter().flatten().map(|ip| &ip.ip);
+    status.pod_ip.iter().chain(listed).filter_map(|ip| ip.parse().ok()).collect()
 }
 
 fn pod_has_labels(pod: &Pod, selector: &LabelSelector) -> bool {
-    has_labels(selector, |key| pod.metadata.labels.as_ref().and_then(|all| all.get(key)).cloned())
+    has_labels(selector, |key| pod.metadata.labels.as_ref().and_then(|all| all.get(key)))
 }
 
 /// matchLabels and matchExpressions are ANDed; an empty selector matches all objects.
-fn has_labels(selector: &LabelSelector, label: impl Fn(&str) -> Option<String>) -> bool {
-    for (key, value) in selector.match_labels.clone().unwrap_or_default() {
-        if label(&key) != Some(value) {
+fn has_labels<'a>(selector: &LabelSelector, label: impl Fn(&str) -> Option<&'a String>) -> bool {
+    for (key, value) in selector.match_labels.iter().flatten() {
+        if label(key) != Some(value) {
             return false;
         }
     }
-    for requirement in selector.match_expressions.clone().unwrap_or_default() {
-        let value = label(&requirement.key);
-        let listed =
-            |value: &String| requirement.values.clone().unwrap_or_default().contains(value);
-        let holds = match (requirement.operator.as_str(), &value) {
+    for requirement in selector.match_expressions.iter().flatten() {
+        let listed = |value: &String| requirement.values.iter().flatten().any(|one| one == value);
+        let holds = match (requirement.operator.as_str(), label(&requirement.key)) {
             ("Exists", found) => found.is_some(),
             ("DoesNotExist", found) => found.is_none(),
             ("In", Some(value)) => listed(value),
@@ -220,22 +212,19 @@ fn has_labels(selector: &LabelSelector, label: impl Fn(&str) -> Option<String>) 
 
 fn in_block(block: &IPBlock, address: IpAddr) -> bool {
     in_cidr(&block.cidr, address)
-        && !block.except.clone().unwrap_or_default().iter().any(|inner| in_cidr(inner, address))
-}
-
-/// An address as its bits, first bit first.
-fn bits(address: IpAddr) -> String {
-    match address {
-        IpAddr::V4(ip) => ip.octets().iter().map(|octet| format!("{octet:08b}")).collect(),
-        IpAddr::V6(ip) => ip.octets().iter().map(|octet| format!("{octet:08b}")).collect(),
-    }
+        && !block.except.iter().flatten().any(|inner| in_cidr(inner, address))
 }
 
 fn in_cidr(cidr: &str, address: IpAddr) -> bool {
     let (base, length) = cidr.split_once('/').expect("worlds have good CIDRs");
-    let base: IpAddr = base.parse().expect("worlds have good CIDRs");
-    let length: usize = length.parse().expect("worlds have good CIDRs");
-    base.is_ipv4() == address.is_ipv4() && bits(base)[..length] == bits(address)[..length]
+    let length: u32 = length.parse().expect("worlds have good CIDRs");
+    // The bits in which both differ, first bit first, are all behind the length.
+    let first_difference = match (base.parse().expect("worlds have good CIDRs"), address) {
+        (IpAddr::V4(base), IpAddr::V4(ip)) => (u32::from(base) ^ u32::from(ip)).leading_zeros(),
+        (IpAddr::V6(base), IpAddr::V6(ip)) => (u128::from(base) ^ u128::from(ip)).leading_zeros(),
+        _ => return false,
+    };
+    first_difference >= length
 }
 
 /// Whether one item of `ports` means the traffic. Named ports are looked up at the receiver.
@@ -259,14 +248,14 @@ fn is_port(port: &NetworkPolicyPort, receiver: Option<&Pod>, traffic: Traffic) -
 }
 
 fn serves(pod: &Pod, name: &str, traffic: Traffic) -> bool {
-    let spec = pod.spec.clone().unwrap_or_default();
+    let Some(spec) = &pod.spec else { return false };
     let sidecars = spec
         .init_containers
-        .unwrap_or_default()
-        .into_iter()
+        .iter()
+        .flatten()
         .filter(|container| container.restart_policy.as_deref() == Some("Always"));
-    spec.containers.into_iter().chain(sidecars).any(|container| {
-        container.ports.unwrap_or_default().into_iter().any(|port| {
+    spec.containers.iter().chain(sidecars).any(|container| {
+        container.ports.iter().flatten().any(|port| {
             port.name.as_deref() == Some(name)
                 && port.protocol.as_deref().unwrap_or("TCP") == traffic.protocol
                 && port.container_port == i32::from(traffic.port)
