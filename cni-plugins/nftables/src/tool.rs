@@ -1,6 +1,7 @@
 //! The `nft` executable.
 
 use std::io::Write as _;
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
 
 use crate::table::{Family, Table};
@@ -101,6 +102,10 @@ impl Nft {
         let written = input.write_all(stdin.as_bytes());
         drop(input);
         let output = child.wait_with_output().map_err(failed)?;
+        if let Some(signal) = output.status.signal() {
+            let source = std::io::Error::other(format!("it was ended by signal {signal}"));
+            return Err(failed(source));
+        }
         if !output.status.success() {
             return Err(NftError::Refused {
                 message: explain(&String::from_utf8_lossy(&output.stderr), stdin),

@@ -27,6 +27,12 @@ impl CniArgs {
         Ok(Self(pairs))
     }
 
+    /// All pairs, in order.
+    #[must_use]
+    pub fn pairs(&self) -> &[(String, String)] {
+        &self.0
+    }
+
     /// The value of a key; the last one counts.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&str> {

@@ -29,6 +29,11 @@ impl Kept {
         self.dir.join(format!("{}@{}", id.container_id, id.ifname))
     }
 
+    /// Where it is written first. A runtime makes one call about an attachment at a time, so this name is ours.
+    fn aside(&self, id: &AttachmentId) -> PathBuf {
+        self.dir.join(format!(".{}@{}", id.container_id, id.ifname))
+    }
+
     /// What is kept of an attachment. A file that is empty or broken (a power loss) counts as none.
     pub(crate) fn read(&self, id: &AttachmentId) -> Option<Delegation> {
         Delegation::from_kept(&fs::read(self.file(id)).ok()?)
@@ -39,8 +44,7 @@ impl Kept {
     pub(crate) fn write(&self, id: &AttachmentId, to: &Delegation) -> Result<(), Error> {
         fs::create_dir_all(&self.dir).map_err(|error| failed("make folder", &self.dir, &error))?;
         let path = self.file(id);
-        // A runtime makes one call about an attachment at a time, so this name is ours.
-        let aside = self.dir.join(format!(".{}@{}", id.container_id, id.ifname));
+        let aside = self.aside(id);
         let text = Value::Object(to.conf.clone()).to_string();
         let mut options = OpenOptions::new();
         let written = options
@@ -59,13 +63,16 @@ impl Kept {
 
     /// Safe to repeat.
     pub(crate) fn remove(&self, id: &AttachmentId) -> Result<(), Error> {
-        let path = self.file(id);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(failed("remove", &path, &error))
+        // The one written aside is there if the writer was killed.
+        for path in [self.aside(id), self.file(id)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed("remove", &path, &error));
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// Attachments of which something is kept.
@@ -80,11 +87,12 @@ impl Kept {
             all.extend(name.to_str().and_then(parse_name));
         }
         all.sort();
+        all.dedup();
         Ok(all)
     }
 }
 
 fn parse_name(name: &str) -> Option<AttachmentId> {
-    let (container, ifname) = name.split_once('@')?;
+    let (container, ifname) = name.strip_prefix('.').unwrap_or(name).split_once('@')?;
     Some(AttachmentId { container_id: container.parse().ok()?, ifname: ifname.parse().ok()? })
 }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use cni_invoke::{Attachment, Cni};
 use cni_spec::{AttachmentId, ContainerId, IfName};
+use orch_api::Quantity;
 use orch_api::k8s_openapi::api::core::v1::Pod;
 use orch_config::Paths;
 use serde_json::{Map, Value, json};
@@ -17,6 +18,13 @@ use crate::api::{self, PodRef};
 /// Name of the pod's interface.
 const IFNAME: &str = "eth0";
 
+/// What a limit of bandwidth may be, in bits a second: 1k to 1P, as upstream.
+const BANDWIDTH_RANGE: std::ops::RangeInclusive<i64> = 1_000..=1_000_000_000_000_000;
+/// Smallest burst: some full frames, or large ones would never pass.
+const BURST_MIN_BITS: i64 = 64 * 1024 * 8;
+/// Largest burst: the plugin's bound of 4 GB.
+const BURST_MAX_BITS: i64 = 8 * (u32::MAX as i64);
+
 /// A sandbox's place in the pod network.
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
@@ -24,15 +32,24 @@ pub(crate) struct Place {
     pub(crate) netns: PathBuf,
     pub(crate) pod: PodRef,
     pub(crate) ports: Vec<Value>,
+    /// `None` is without limits.
+    pub(crate) bandwidth: Option<Value>,
 }
 
 impl Place {
     pub(crate) fn new(pod: &PodRef, sandbox: &str, netns: PathBuf) -> Self {
-        Self { sandbox: sandbox.to_owned(), netns, pod: pod.clone(), ports: Vec::new() }
+        Self {
+            sandbox: sandbox.to_owned(),
+            netns,
+            pod: pod.clone(),
+            ports: Vec::new(),
+            bandwidth: None,
+        }
     }
 
-    /// With the host ports of the pod.
+    /// With the host ports and the bandwidth limits of the pod.
     pub(crate) fn with_ports(mut self, pod: &Pod) -> Self {
+        self.bandwidth = bandwidth(pod);
         self.ports = api::app_containers(pod)
             .flat_map(|container| container.ports.iter().flatten())
             .filter_map(|port| {
@@ -47,6 +64,35 @@ impl Place {
             .collect();
         self
     }
+}
+
+/// The limits of a pod's annotations `kubernetes.io/ingress-bandwidth` and `…/egress-bandwidth`, in bits a second, as
+/// the capability `bandwidth` has them. One that cannot be read is no limit, as upstream.
+fn bandwidth(pod: &Pod) -> Option<Value> {
+    let annotations = pod.metadata.annotations.as_ref()?;
+    let mut limits = Map::new();
+    for direction in ["ingress", "egress"] {
+        let text = annotations.get(&format!("kubernetes.io/{direction}-bandwidth"));
+        let Some(text) = text else { continue };
+        match Quantity::parse(text).map(|rate| rate.value()) {
+            Ok(rate) if BANDWIDTH_RANGE.contains(&rate) => {
+                limits.insert(format!("{direction}Rate"), json!(rate));
+                // A tenth of a second at full speed. Upstream's burst of half a gigabyte makes the limit one that
+                // most transfers never meet.
+                limits.insert(
+                    format!("{direction}Burst"),
+                    json!((rate / 10).clamp(BURST_MIN_BITS, BURST_MAX_BITS)),
+                );
+            }
+            _ => tracing::warn!(
+                pod = pod.metadata.name.as_deref().unwrap_or_default(),
+                annotation = format!("kubernetes.io/{direction}-bandwidth"),
+                value = text,
+                "this is no bandwidth from 1k to 1P, and no limit is set"
+            ),
+        }
+    }
+    (!limits.is_empty()).then_some(Value::Object(limits))
 }
 
 /// Connects sandboxes. A trait, so that tests need neither root nor plugins.
@@ -113,6 +159,9 @@ fn attachment(place: &Place) -> Attachment {
     let mut capabilities = Map::new();
     if !place.ports.is_empty() {
         capabilities.insert("portMappings".to_owned(), Value::Array(place.ports.clone()));
+    }
+    if let Some(bandwidth) = &place.bandwidth {
+        capabilities.insert("bandwidth".to_owned(), bandwidth.clone());
     }
     Attachment {
         container_id: place.sandbox.clone(),
@@ -227,5 +276,31 @@ impl PodNetwork for CniNetwork {
         names
             .filter(|name| name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit()))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(annotations: Value) -> Option<Value> {
+        let pod = json!({"metadata": {"name": "p", "annotations": annotations}});
+        bandwidth(&serde_json::from_value(pod).expect("a pod"))
+    }
+
+    #[test]
+    fn bandwidth_annotations_become_limits_and_nonsense_none() {
+        assert_eq!(
+            limits(json!({"kubernetes.io/ingress-bandwidth": "10M"})),
+            Some(json!({"ingressRate": 10_000_000, "ingressBurst": 1_000_000}))
+        );
+        assert_eq!(
+            limits(json!({"kubernetes.io/egress-bandwidth": "1k"})),
+            Some(json!({"egressRate": 1000, "egressBurst": BURST_MIN_BITS}))
+        );
+        for text in ["fast", "1", "2P", "-5M"] {
+            assert_eq!(limits(json!({"kubernetes.io/egress-bandwidth": text})), None, "{text}");
+        }
+        assert_eq!(limits(Value::Null), None);
     }
 }

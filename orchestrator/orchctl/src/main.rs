@@ -3,6 +3,7 @@
 //! A command's file parses and prints; the work is in functions that tests can call. Data goes to stdout, talk
 //! to stderr; exit code 0 done, 1 failed, 2 wrong usage.
 
+mod cni;
 mod image;
 mod kube;
 mod lab;
@@ -43,6 +44,9 @@ enum Command {
     /// The pod network explained: leases, peers, what is wrong, the way of a packet
     #[command(subcommand)]
     Net(net::Command),
+    /// CNI plugins called by hand, as a container runtime does
+    #[command(subcommand)]
+    Cni(cni::Command),
     #[command(flatten)]
     Kube(kube::Command),
 }
@@ -114,6 +118,7 @@ async fn run(cli: Cli) -> anyhow::Result<u8> {
             let connect = || kube::connect(cli.kubeconfig.as_deref(), &cli.lab_dir);
             net::run(command, &cli.lab_dir, connect).await
         }
+        Command::Cni(command) => cni::run(command).await,
         Command::Kube(command) => {
             let client = kube::connect(cli.kubeconfig.as_deref(), &cli.lab_dir)?;
             kube::run(command, client, &cli.lab_dir).await

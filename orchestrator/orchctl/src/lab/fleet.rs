@@ -24,7 +24,8 @@ const STOP_GRACE: Duration = Duration::from_secs(15);
 /// How long the API server may take to be ready: etcd's first start fsyncs a lot on slow disks.
 const SERVER_LIMIT: Duration = Duration::from_secs(90);
 const NODES_LIMIT: Duration = Duration::from_secs(120);
-const CNI_PLUGINS: [&str; 4] = ["bridge", "host-local", "loopback", "vxlan"];
+const CNI_PLUGINS: [&str; 6] =
+    ["bandwidth", "bridge", "host-local", "loopback", "portmap", "vxlan"];
 
 /// The daemon of a host: `server` on the server, `agent` on a node.
 pub(crate) fn daemon(lab: &Lab, host: &str) -> Daemon {
