@@ -112,6 +112,7 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
         anchor_container: flags.anchor_container,
         pause_image,
         pause_binary: flags.pause_binary,
+        more_metrics: Some(orch_netagent::metrics::render),
         ..if flags.fast_failover {
             orch_kubelet::Options::fast()
         } else {

@@ -51,6 +51,8 @@ pub struct Options {
     pub relist: Duration,
     /// How often volumes from the API are refreshed.
     pub volume_refresh: Duration,
+    /// Metrics of other parts of this process, in Prometheus' text format: `/metrics` shows them behind the kubelet's.
+    pub more_metrics: Option<fn() -> String>,
 }
 
 impl Default for Options {
@@ -83,6 +85,7 @@ impl Default for Options {
             status_report: Duration::from_secs(300),
             relist: Duration::from_secs(10),
             volume_refresh: Duration::from_secs(45),
+            more_metrics: None,
         }
     }
 }

@@ -287,7 +287,8 @@ async fn metrics(shared: &Shared) -> Response<Body> {
         count(false, true),
         count(false, false),
     );
-    text(StatusCode::OK, &body)
+    let more = shared.cx.options.more_metrics.map(|render| render()).unwrap_or_default();
+    text(StatusCode::OK, &(body + &more))
 }
 
 pub(crate) fn text(code: StatusCode, message: &str) -> Response<Body> {

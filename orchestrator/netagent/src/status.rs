@@ -103,6 +103,7 @@ pub(crate) async fn write_changes(
     let mut last = NetStatus::default();
     loop {
         let mut now = status.borrow_and_update().clone();
+        crate::metrics::status_changed(&now);
         now.changed_at = last.changed_at;
         if now != last {
             now.changed_at =

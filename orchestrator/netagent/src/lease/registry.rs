@@ -341,6 +341,8 @@ impl Registry {
         if !answer.as_ref().is_ok_and(etcd_client::TxnResponse::succeeded) {
             // Unknown or lost: revoking removes at most a key that hangs on this very lease.
             let _ = self.call("revoke the unused etcd lease", leases.revoke(id)).await;
+        } else {
+            crate::metrics::lease_acquired(LEASE_TTL);
         }
         Ok(answer?.succeeded().then_some(id))
     }
@@ -351,13 +353,15 @@ impl Registry {
     /// If etcd is away.
     pub(super) async fn keep_alive(&self, id: i64) -> Result<bool, RegistryError> {
         let mut leases = self.client.lease_client();
-        match self.call("renew the subnet lease", leases.keep_alive(id)).await {
+        let renewed = match self.call("renew the subnet lease", leases.keep_alive(id)).await {
             Ok(_) => Ok(true),
             Err(RegistryError::Call {
                 source: etcd_client::Error::LeaseKeepAliveError(_), ..
             }) => Ok(false),
             Err(error) => Err(error),
-        }
+        };
+        crate::metrics::lease_renewed(matches!(renewed, Ok(true)).then_some(LEASE_TTL));
+        renewed
     }
 
     /// Watches subnets and configuration from `revision` on.

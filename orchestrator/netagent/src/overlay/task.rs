@@ -143,7 +143,10 @@ impl Overlay {
                 let overlay = self.clone();
                 let shared = interest.clone();
                 let work = move || {
+                    let started = std::time::Instant::now();
                     let result = overlay.look(&mut state, &current, whole, &shared);
+                    let steps = result.as_ref().ok().map(|done| done.steps);
+                    crate::metrics::reconciled(started.elapsed(), steps);
                     if result.is_err() {
                         state.applied = None;
                     }

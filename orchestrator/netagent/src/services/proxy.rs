@@ -87,7 +87,9 @@ impl Proxy {
         if script.is_empty() {
             return Ok(false);
         }
-        if let Err(error) = self.nft.apply(&script) {
+        let outcome = self.nft.apply(&script);
+        crate::metrics::nft_applied(outcome.is_ok());
+        if let Err(error) = outcome {
             self.applied = None;
             return Err(error);
         }
