@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
-use super::pod::{port_name, port_number, port_or_name};
+use super::pod::{port_number, port_or_name};
 use super::service::PROTOCOLS;
 use super::{items, label_selector, one_of};
 use crate::names;
@@ -163,13 +163,6 @@ pub(super) fn network_policy(object: &Value, errors: &mut Vec<FieldError>) {
     if !spec["podSelector"].is_null() {
         label_selector(&spec["podSelector"], "spec.podSelector", errors);
     }
-    if spec["policyTypes"].as_array().is_some_and(|types| types.len() > 2) {
-        let detail = "may not specify more than two policyTypes";
-        errors.push(FieldError::invalid("spec.policyTypes", &spec["policyTypes"], detail));
-    }
-    for (index, kind) in items(&spec["policyTypes"]) {
-        one_of(kind, &format!("spec.policyTypes[{index}]"), &["Egress", "Ingress"], errors);
-    }
     for (list, peers) in [("ingress", "from"), ("egress", "to")] {
         for (index, rule) in items(&spec[list]) {
             let at = format!("spec.{list}[{index}]");
@@ -181,6 +174,14 @@ pub(super) fn network_policy(object: &Value, errors: &mut Vec<FieldError>) {
             }
         }
     }
+    if spec["policyTypes"].as_array().is_some_and(|types| types.len() > 2) {
+        let detail = "may not specify more than two policyTypes";
+        errors.push(FieldError::invalid("spec.policyTypes", &spec["policyTypes"], detail));
+        return;
+    }
+    for (index, kind) in items(&spec["policyTypes"]) {
+        one_of(kind, &format!("spec.policyTypes[{index}]"), &["Egress", "Ingress"], errors);
+    }
 }
 
 fn policy_port(port: &Value, at: &str, errors: &mut Vec<FieldError>) {
@@ -190,22 +191,18 @@ fn policy_port(port: &Value, at: &str, errors: &mut Vec<FieldError>) {
     }
     let Some(end) = port["endPort"].as_i64() else { return };
     let field = format!("{at}.endPort");
-    match (port["port"].as_i64(), port["port"].as_str()) {
-        (Some(start), _) if end < start => {
-            let detail = "must be greater than or equal to `port`";
-            errors.push(FieldError::invalid(field.clone(), &port["endPort"], detail));
+    let mut wrong =
+        |detail| errors.push(FieldError::invalid(field.clone(), &port["endPort"], detail));
+    match &port["port"] {
+        Value::Null => wrong("may not be specified when `port` is not specified"),
+        Value::String(_) => wrong("may not be specified when `port` is non-numeric"),
+        start => {
+            if start.as_i64().is_some_and(|start| end < start) {
+                wrong("must be greater than or equal to `port`");
+            }
+            port_number(&port["endPort"], &field, errors);
         }
-        (None, Some(name)) if port_name(name).is_ok() => {
-            let detail = "may not be specified when `port` is non-numeric";
-            errors.push(FieldError::invalid(field.clone(), &port["endPort"], detail));
-        }
-        (None, None) => {
-            let detail = "may not be specified when `port` is not specified";
-            errors.push(FieldError::invalid(field.clone(), &port["endPort"], detail));
-        }
-        _ => {}
     }
-    port_number(&port["endPort"], &field, errors);
 }
 
 fn policy_peer(peer: &Value, at: &str, errors: &mut Vec<FieldError>) {
@@ -242,7 +239,7 @@ fn policy_peer(peer: &Value, at: &str, errors: &mut Vec<FieldError>) {
         match parse_cidr(except.as_str().unwrap_or_default()) {
             None => errors.push(FieldError::invalid(field, except, detail)),
             Some(inner) if !strictly_within(inner, outer) => {
-                let detail = format!("must be a strict subset of `cidr`: {text}");
+                let detail = "must be a strict subset of `cidr`";
                 errors.push(FieldError::invalid(field, except, detail));
             }
             Some(_) => {}
@@ -255,7 +252,9 @@ type Cidr = (u128, u32, bool);
 
 pub(super) fn parse_cidr(text: &str) -> Option<Cidr> {
     let (address, length) = text.split_once('/')?;
-    let length: u32 = length.parse().ok()?;
+    // `parse` would take a sign.
+    let digits = length.bytes().all(|byte| byte.is_ascii_digit());
+    let length: u32 = length.parse().ok().filter(|_| digits)?;
     match address.parse().ok()? {
         IpAddr::V4(ip) => (length <= 32).then(|| (u128::from(u32::from(ip)) << 96, length, false)),
         IpAddr::V6(ip) => (length <= 128).then(|| (u128::from(ip), length, true)),

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
-pub(super) use container::{port_name, port_number, port_or_name};
+pub(super) use container::{port_number, port_or_name};
 
 use super::{at_least, items, label, one_of};
 use crate::names;
