@@ -206,11 +206,16 @@ pub(crate) fn allowed(user: &User, info: &RequestInfo) -> bool {
     if !user.is_in("system:authenticated") {
         return false;
     }
-    // All that a bootstrap token is good for: to ask for a certificate and to fetch it.
+    // All that a bootstrap token is good for: to ask for a certificate and to fetch it, and to fetch the authorities'
+    // keys, which are encrypted with a key that only the join command of a control plane carries.
     if user.is_in(crate::certificates::BOOTSTRAPPERS) {
-        return info.resource == crate::certificates::PLURAL
-            && info.subresource.is_empty()
-            && matches!(info.verb, Verb::Create | Verb::Get);
+        let handover = info.verb == Verb::Get
+            && (info.resource.as_str(), info.subresource.as_str()) == ("secrets", "")
+            && (info.namespace.as_str(), info.name.as_str()) == ("kube-system", "orch-certs");
+        return handover
+            || info.resource == crate::certificates::PLURAL
+                && info.subresource.is_empty()
+                && matches!(info.verb, Verb::Create | Verb::Get);
     }
     let self_review = info.resource.starts_with("selfsubject") && info.verb == Verb::Create;
     if self_review {

@@ -307,7 +307,7 @@ async fn strangers_and_agents_may_what_the_rules_say() {
     assert_eq!(get(&nobody, PODS).await.0, 401);
     assert_eq!(get(&cluster.client_with_token(Some("a.b.c")), PODS).await.0, 401);
     let credentials =
-        cluster.pki.agent_credentials("n1", &[], &cluster.url()).expect("credentials");
+        cluster.pki.agent_credentials("n1", &[], &[cluster.url()]).expect("credentials");
     let path = cluster.dir.path().join("agent.conf");
     std::fs::write(&path, &credentials.kubeconfig).expect("write");
     let agent = orch_client::Client::from_kubeconfig(&path).expect("a client");

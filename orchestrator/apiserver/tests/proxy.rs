@@ -36,7 +36,7 @@ impl Agent {
     async fn start(cluster: &Cluster) -> Self {
         let loopback = [std::net::Ipv4Addr::LOCALHOST.into()];
         let credentials =
-            cluster.pki.agent_credentials("n1", &loopback, &cluster.url()).expect("credentials");
+            cluster.pki.agent_credentials("n1", &loopback, &[cluster.url()]).expect("credentials");
         let chain = CertificateDer::pem_slice_iter(credentials.serving_certificate.as_bytes())
             .collect::<Result<Vec<_>, _>>()
             .expect("a certificate");

@@ -7,6 +7,9 @@ use serde_json::Value;
 
 use crate::{ClientConfig, Error};
 
+/// Extension of a cluster entry in which further servers stand, as `orch-pki` writes it.
+const SERVERS: &str = "orch.dev/servers";
+
 /// Reads the current context of a kubeconfig file (YAML or JSON).
 pub(crate) fn read(path: &Path) -> Result<ClientConfig, Error> {
     let text = std::fs::read_to_string(path)
@@ -36,8 +39,20 @@ fn parse(text: &str, folder: &Path) -> Result<ClientConfig, String> {
     let cluster = named("clusters", "cluster", context["cluster"].as_str().unwrap_or_default())?;
     let user = named("users", "user", context["user"].as_str().unwrap_or_default())?;
     let server = cluster["server"].as_str().ok_or("the cluster has no server")?.to_owned();
+    let further = cluster["extensions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|extension| extension["name"] == SERVERS)
+        .map(|extension| extension["extension"]["servers"].clone());
+    let mut servers = vec![server];
+    for url in further.iter().filter_map(Value::as_array).flatten().filter_map(Value::as_str) {
+        if !servers.iter().any(|known| known == url) {
+            servers.push(url.to_owned());
+        }
+    }
     Ok(ClientConfig {
-        servers: vec![server],
+        servers,
         ca_pem: pem(&cluster, "certificate-authority", folder)?,
         cert_pem: pem(&user, "client-certificate", folder)?,
         key_pem: pem(&user, "client-key", folder)?,
@@ -83,6 +98,24 @@ users:
         assert_eq!(config.servers, ["https://10.0.0.1:6443"]);
         assert_eq!(config.ca_pem.as_deref(), Some("ABC"));
         assert_eq!(config.token.as_deref(), Some("secret"));
+    }
+
+    #[test]
+    fn further_servers_stand_in_an_extension() {
+        let text = "
+current-context: a
+contexts: [{name: a, context: {cluster: c, user: u}}]
+clusters:
+- name: c
+  cluster:
+    server: https://10.0.0.1:6443
+    extensions:
+    - {name: other, extension: {}}
+    - {name: orch.dev/servers, extension: {servers: ['https://10.0.0.1:6443', 'https://10.0.0.2:6443']}}
+users: [{name: u, user: {}}]
+";
+        let config = parse(text, Path::new("/")).expect("kubeconfig");
+        assert_eq!(config.servers, ["https://10.0.0.1:6443", "https://10.0.0.2:6443"]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! A command's file parses and prints; the work is in functions that tests can call. Data goes to stdout, talk
 //! to stderr; exit code 0 done, 1 failed, 2 wrong usage.
 
+mod cluster;
 mod cni;
 mod image;
 mod kube;
@@ -44,6 +45,8 @@ enum Command {
     /// The pod network explained: leases, peers, what is wrong, the way of a packet
     #[command(subcommand)]
     Net(net::Command),
+    #[command(flatten)]
+    Cluster(cluster::Command),
     /// CNI plugins called by hand, as a container runtime does
     #[command(subcommand)]
     Cni(cni::Command),
@@ -82,6 +85,11 @@ struct EngineFlag {
     engine: Option<PathBuf>,
 }
 
+/// The definition of the command line, for completions.
+fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}
+
 fn main() -> ExitCode {
     // Rust ignores SIGPIPE; a reader that closes early (`| head`) is a normal end for a command line.
     // SAFETY: called before any other thread exists, with the default action.
@@ -117,6 +125,10 @@ async fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Net(command) => {
             let connect = || kube::connect(cli.kubeconfig.as_deref(), &cli.lab_dir);
             net::run(command, &cli.lab_dir, connect).await
+        }
+        Command::Cluster(command) => {
+            let connect = || kube::connect(cli.kubeconfig.as_deref(), &cli.lab_dir);
+            cluster::run(command, connect).await
         }
         Command::Cni(command) => cni::run(command).await,
         Command::Kube(command) => {

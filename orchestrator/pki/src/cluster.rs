@@ -139,7 +139,7 @@ impl ClusterPki {
             let (certificate, key) =
                 self.ca.issue(&Identity::client("kubernetes-admin", Some("system:masters")))?;
             let text = kubeconfig::kubeconfig(
-                server,
+                &[server.to_owned()],
                 "kubernetes-admin",
                 self.ca.certificate_pem(),
                 &certificate,
@@ -150,7 +150,7 @@ impl ClusterPki {
         Ok(path)
     }
 
-    /// New credentials for the agent of `node`.
+    /// New credentials for the agent of `node`, which reaches the API at one of `servers`.
     ///
     /// # Errors
     /// A name does not fit into a certificate.
@@ -158,7 +158,7 @@ impl ClusterPki {
         &self,
         node: &str,
         addresses: &[IpAddr],
-        server: &str,
+        servers: &[String],
     ) -> Result<AgentCredentials, Error> {
         let user = format!("system:node:{node}");
         let (certificate, key) = self.ca.issue(&Identity::client(&user, Some("system:nodes")))?;
@@ -173,7 +173,7 @@ impl ClusterPki {
             self.etcd_ca.issue(&Identity::client(ETCD_NETWORK_USER, None))?;
         Ok(AgentCredentials {
             kubeconfig: kubeconfig::kubeconfig(
-                server,
+                servers,
                 &user,
                 self.ca.certificate_pem(),
                 &certificate,
@@ -196,21 +196,27 @@ impl AgentCredentials {
     /// # Errors
     /// A file cannot be written.
     pub fn write(&self, dir: &Path) -> Result<(), Error> {
-        for (name, text) in [
-            ("kubelet.conf", &self.kubeconfig),
-            ("kubelet.key", &self.serving_key),
-            ("etcd-client.key", &self.etcd_key),
-        ] {
-            authority::write_private(&dir.join(name), text)?;
-        }
+        self.write_beside_server(dir)?;
+        authority::write_private(&dir.join("etcd-client.key"), &self.etcd_key)?;
         for (name, text) in [
             ("ca.crt", &self.ca),
-            ("kubelet.crt", &self.serving_certificate),
             ("etcd-ca.crt", &self.etcd_ca),
             ("etcd-client.crt", &self.etcd_certificate),
         ] {
             authority::write_public(&dir.join(name), text)?;
         }
         Ok(())
+    }
+
+    /// As [`AgentCredentials::write`], into the folder of a control plane: what the server has under the same names
+    /// stays.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn write_beside_server(&self, dir: &Path) -> Result<(), Error> {
+        authority::write_private(&dir.join("kubelet.key"), &self.serving_key)?;
+        authority::write_public(&dir.join("kubelet.crt"), &self.serving_certificate)?;
+        // Last: who finds it takes the others for granted.
+        authority::write_private(&dir.join("kubelet.conf"), &self.kubeconfig)
     }
 }

@@ -2,18 +2,32 @@
 
 use serde_json::json;
 
+/// Name of the extension of a cluster entry in which further servers stand: kubeconfig itself has room for one.
+const SERVERS: &str = "orch.dev/servers";
+
 /// A kubeconfig with one cluster, one user and one context, as JSON text (every YAML reader takes it).
 ///
-/// `ca`, `certificate` and `key` are PEM texts; they are embedded, so the file can be copied elsewhere.
+/// `servers` are the URLs of the API servers, the first of which every client uses; ours go on to the others when it
+/// cannot be reached. `ca`, `certificate` and `key` are PEM texts; they are embedded, so the file can be copied elsewhere.
 #[must_use]
-pub fn kubeconfig(server: &str, user: &str, ca: &str, certificate: &str, key: &str) -> String {
+pub fn kubeconfig(
+    servers: &[String],
+    user: &str,
+    ca: &str,
+    certificate: &str,
+    key: &str,
+) -> String {
+    let mut cluster = json!({
+        "server": servers.first().map_or("", String::as_str),
+        "certificate-authority-data": base64(ca.as_bytes()),
+    });
+    if servers.len() > 1 {
+        cluster["extensions"] = json!([{ "name": SERVERS, "extension": { "servers": servers } }]);
+    }
     let config = json!({
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{
-            "name": "orch",
-            "cluster": { "server": server, "certificate-authority-data": base64(ca.as_bytes()) },
-        }],
+        "clusters": [{ "name": "orch", "cluster": cluster }],
         "users": [{
             "name": user,
             "user": {

@@ -274,6 +274,9 @@ impl Admin {
         user: &str,
         prefix: &str,
     ) -> Result<(), AdminError> {
+        if self.is_restricted(root, user, prefix).await? {
+            return self.client.auth_enable().await.map(drop).map_err(etcd("close etcd"));
+        }
         let no_password = || Some(UserAddOptions::new().with_no_pwd());
         // etcd asks for a user of this name before it lets itself be closed.
         for name in ["root", root] {
@@ -298,6 +301,27 @@ impl Admin {
             .await
             .map_err(etcd(format!("give {user} its role")))?;
         self.client.auth_enable().await.map(drop).map_err(etcd("close etcd"))
+    }
+}
+
+impl Admin {
+    /// Whether users, role and permission are there. Every change of them makes requests fail that are under way.
+    async fn is_restricted(
+        &mut self,
+        root: &str,
+        user: &str,
+        prefix: &str,
+    ) -> Result<bool, AdminError> {
+        let users = self.client.user_list().await.map_err(etcd("list the users"))?;
+        if !["root", root, user].iter().all(|name| users.users().iter().any(|found| found == name))
+        {
+            return Ok(false);
+        }
+        let Ok(role) = self.client.role_get(user).await else { return Ok(false) };
+        let has_prefix =
+            role.permissions().iter().any(|permission| permission.key() == prefix.as_bytes());
+        let found = self.client.user_get(user).await.map_err(etcd("read the user"))?;
+        Ok(has_prefix && found.roles().iter().any(|name| name == user))
     }
 }
 

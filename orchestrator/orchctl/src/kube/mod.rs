@@ -19,7 +19,7 @@ use crate::lab::Lab;
 use crate::output;
 
 pub(crate) use apply::apply_text;
-pub(crate) use exec::Remote;
+pub(crate) use exec::{Remote, parse_duration};
 pub(crate) use rollout::wait as wait_rollout;
 
 #[derive(Subcommand)]
@@ -81,9 +81,10 @@ fn find_kubeconfig(named: Option<&Path>, lab_dir: &Path) -> anyhow::Result<PathB
         return Ok(lab.kubeconfig());
     }
     let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".kube/config"));
-    home.filter(|path| path.exists()).ok_or_else(|| {
+    let own = crate::cluster::admin_kubeconfig();
+    home.into_iter().chain([own]).find(|path| path.exists()).ok_or_else(|| {
         output::hinted(
-            "start a lab with `make up`, or name a file with --kubeconfig or KUBECONFIG",
+            "make a cluster with `orchctl init`, start a lab with `make up`, or name a file with --kubeconfig or KUBECONFIG",
             "there is no cluster to talk to: no kubeconfig was found",
         )
     })

@@ -210,6 +210,27 @@ pub(crate) async fn remove_all(docker: &Docker) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Ends the containers of one node; others that the engine runs stay.
+pub(crate) async fn remove_containers_of(docker: &Docker, node: &str) -> anyhow::Result<()> {
+    for id in containers(docker, Some(&format!("{NODE_LABEL}={node}")), true).await? {
+        remove_container(docker, &id).await?;
+    }
+    Ok(())
+}
+
+/// Removes the sandbox image. One that other nodes use stays.
+pub(crate) async fn remove_pause_image(docker: &Docker) -> anyhow::Result<()> {
+    let tag = pause_image();
+    let options: Option<bollard::query_parameters::RemoveImageOptions> = None;
+    match docker.remove_image(&tag, options, None).await {
+        Ok(_) => Ok(()),
+        Err(bollard::errors::Error::DockerResponseServerError {
+            status_code: 404 | 409, ..
+        }) => Ok(()),
+        Err(error) => Err(error).with_context(|| format!("remove the image {tag}")),
+    }
+}
+
 async fn containers(
     docker: &Docker,
     label: Option<&str>,

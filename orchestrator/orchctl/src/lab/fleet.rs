@@ -24,7 +24,7 @@ const STOP_GRACE: Duration = Duration::from_secs(15);
 /// How long the API server may take to be ready: etcd's first start fsyncs a lot on slow disks.
 const SERVER_LIMIT: Duration = Duration::from_secs(90);
 const NODES_LIMIT: Duration = Duration::from_secs(120);
-const CNI_PLUGINS: [&str; 6] =
+pub(crate) const CNI_PLUGINS: [&str; 6] =
     ["bandwidth", "bridge", "host-local", "loopback", "portmap", "vxlan"];
 
 /// The daemon of a host: `server` on the server, `agent` on a node.
@@ -149,7 +149,7 @@ async fn ensure_node(
     let paths = lab.paths(node);
     if !paths.pki().join("kubelet.conf").exists() {
         let address = IpAddr::V4(lab.address(node)?);
-        pki.agent_credentials(node, &[address], &lab.api_url()?)?.write(&paths.pki())?;
+        pki.agent_credentials(node, &[address], &[lab.api_url()?])?.write(&paths.pki())?;
     }
     install_plugins(&programs.cni_plugins, &paths.cni_bin_dir())?;
     let mut args: Vec<String> = vec!["agent".to_owned()];

@@ -6,12 +6,12 @@
 
 mod bench;
 mod demo;
-mod engine;
+pub(crate) mod engine;
 mod fleet;
 mod layout;
 mod net;
-mod process;
-mod programs;
+pub(crate) mod process;
+pub(crate) mod programs;
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ use ipnetwork::Ipv4Network;
 
 use crate::output;
 
-pub(crate) use fleet::daemons;
+pub(crate) use fleet::{CNI_PLUGINS, daemons};
 pub(crate) use layout::{DEFAULT_DIR, Lab};
 
 #[derive(clap::Subcommand)]

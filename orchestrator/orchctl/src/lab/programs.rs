@@ -79,7 +79,7 @@ pub(crate) fn search_path() -> OsString {
     std::env::join_paths(all).unwrap_or(path)
 }
 
-fn is_executable(path: &Path) -> bool {
+pub(crate) fn is_executable(path: &Path) -> bool {
     use std::os::unix::fs::PermissionsExt as _;
     path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }

@@ -1,0 +1,316 @@
+//! `orchctl reset`: takes this host out of its cluster and leaves it as it was before `init` or `join`.
+
+use std::fs;
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cni_netlink::Netlink;
+use orch_client::Client;
+use orch_store::EtcdConfig;
+use orch_store::admin::Admin;
+
+use super::config::{self, Config};
+use super::host::{Host, Part};
+use crate::kube::wire;
+use crate::lab::engine;
+use crate::{image, output, progress};
+
+/// How long the cluster may take to let this host go.
+const LEAVE_LIMIT: Duration = Duration::from_secs(10);
+const CONFLIST: &str = "10-orch.conflist";
+const BPF: &str = "/sys/fs/bpf/orch";
+
+#[derive(clap::Args)]
+#[command(after_help = "Example: orchctl reset --yes\n\
+    On a control plane this removes its member from etcd; on the last one, the cluster with all its objects.")]
+pub(crate) struct Flags {
+    /// Prefix of every path, as given to init or join
+    #[arg(long, default_value = "/", value_name = "DIR")]
+    root: PathBuf,
+    /// Do not ask
+    #[arg(short, long)]
+    yes: bool,
+}
+
+/// What went wrong on the way to the end.
+#[derive(Default)]
+struct Troubles(Vec<String>);
+
+impl Troubles {
+    fn note(&mut self, outcome: anyhow::Result<()>) {
+        if let Err(error) = outcome {
+            self.0.push(format!("{error:#}"));
+        }
+    }
+}
+
+pub(crate) async fn run(flags: Flags) -> anyhow::Result<()> {
+    let host = Host::new(&flags.root)?;
+    let Some(config) = Config::read(&config::path(&host.paths))? else {
+        eprintln!("there is no orch below {}: nothing to do", host.paths.root().display());
+        return Ok(());
+    };
+    confirm(&config, flags.yes)?;
+    let mut troubles = Troubles::default();
+
+    let leave = progress::Step::new("leave the cluster");
+    match tokio::time::timeout(LEAVE_LIMIT, leave_cluster(&host, &config)).await {
+        Ok(Ok(said)) => leave.done(&said),
+        // A cluster that is gone keeps nobody.
+        Ok(Err(error)) => leave.done(&format!("not told: {error:#}")),
+        Err(_) => leave.done("not told: the cluster does not answer"),
+    }
+    let stop = progress::Step::new("stop daemons");
+    for part in [Part::Agent, Part::Server] {
+        troubles.note(host.stop(part, &config));
+    }
+    troubles.note(host.stop_etcd());
+    stop.done("");
+    if config.node.agent {
+        let clean = progress::Step::new("remove pods and the pod network");
+        troubles.note(remove_containers(&config).await);
+        for folder in [host.paths.run(), host.paths.lib()] {
+            troubles.note(engine::unmount_below(&folder));
+        }
+        troubles.note(remove_network());
+        troubles.note(remove_tables());
+        if host.is_whole_machine() && Path::new(BPF).exists() {
+            troubles.note(fs::remove_dir_all(BPF).context("remove the pinned programs"));
+        }
+        clean.done("");
+    }
+    // The folders are the record of what is left: they go last, and only when nothing is.
+    if troubles.0.is_empty() {
+        troubles.note(remove_files(&host));
+    }
+    if troubles.0.is_empty() {
+        eprintln!("this host is as it was before");
+        return Ok(());
+    }
+    Err(output::hinted(
+        "mend that and run `orchctl reset` again: it goes on where it ended",
+        format!("something is left: {}", troubles.0.join("; ")),
+    ))
+}
+
+fn confirm(config: &Config, yes: bool) -> anyhow::Result<()> {
+    if yes {
+        return Ok(());
+    }
+    let what = if config.is_control_plane() {
+        "its pods, its member of etcd and, on the last control plane, the whole cluster"
+    } else {
+        "its pods"
+    };
+    if !std::io::stdin().is_terminal() {
+        return Err(output::usage(format!("this removes {what}: say so with --yes")));
+    }
+    eprint!("This removes {} with {what}. Go on? [y/N] ", config.node.name);
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).context("read the answer")?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        Ok(())
+    } else {
+        Err(output::usage("not confirmed"))
+    }
+}
+
+/// Removes what the cluster knows of this host.
+async fn leave_cluster(host: &Host, config: &Config) -> anyhow::Result<String> {
+    let pki = host.paths.pki();
+    if !config.is_control_plane() {
+        return Ok(format!("on a control plane, run: orchctl delete node {}", config.node.name));
+    }
+    let client = Client::from_kubeconfig(&pki.join("admin.conf"))?;
+    let read =
+        |name: &str| fs::read_to_string(pki.join(name)).with_context(|| format!("read {name}"));
+    let mut admin = Admin::connect(&EtcdConfig {
+        endpoints: vec![config.own_etcd()?],
+        ca_pem: Some(read("etcd-ca.crt")?),
+        cert_pem: Some(read("etcd-client.crt")?),
+        key_pem: Some(read("etcd-client.key")?),
+    })
+    .await?;
+    let members = admin.members().await?;
+    if members.len() < 2 {
+        return Ok("it ends with this host".to_owned());
+    }
+    // The objects go through the server here, which needs its member.
+    let path = format!("/api/v1/nodes/{}", config.node.name);
+    if wire::get_opt(&client, &path).await?.is_some() {
+        wire::send(&client, http::Method::DELETE, &path, wire::JSON, &serde_json::json!({}))
+            .await?;
+    }
+    let known = super::init::read_cluster(&client).await?;
+    let others = |urls: Vec<String>, own: &str| {
+        urls.into_iter().filter(|url| url != own).collect::<Vec<_>>().join(",")
+    };
+    let data = serde_json::json!({ "servers": others(known.servers, &config.own_url()?),
+                                   "etcd": others(known.etcd, &config.own_etcd()?) });
+    super::init::put_config_map(&client, super::init::CLUSTER, &data).await?;
+    if let Some(own) = members.iter().find(|member| member.name == config.node.name) {
+        admin.remove(own).await?;
+    }
+    Ok(format!("{} members of etcd are left", members.len() - 1))
+}
+
+async fn remove_containers(config: &Config) -> anyhow::Result<()> {
+    // An engine that is gone has no containers.
+    let Ok(docker) = image::connect(&config.engine.socket).await else { return Ok(()) };
+    engine::remove_containers_of(&docker, &config.node.name).await?;
+    engine::remove_pause_image(&docker).await
+}
+
+/// Overlay, bridge and the address of the DNS.
+fn remove_network() -> anyhow::Result<()> {
+    let netlink = Netlink::open()?;
+    for name in [orch_config::VXLAN_DEVICE, orch_config::POD_BRIDGE] {
+        if let Some(link) = netlink.link(name)? {
+            netlink.delete_link(link.index).with_context(|| format!("delete the link {name}"))?;
+        }
+    }
+    if let Some(lo) = netlink.link("lo")? {
+        for address in netlink.addresses(lo.index)? {
+            if address.ip() == std::net::IpAddr::V4(orch_config::DNS_IP) {
+                netlink.delete_address(lo.index, address)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All tables of ours: `orch` and `orch-…`, of whatever family.
+fn remove_tables() -> anyhow::Result<()> {
+    let nft = |args: &[&str]| -> anyhow::Result<String> {
+        let out = Command::new("nft")
+            .args(args)
+            .env("PATH", crate::lab::programs::search_path())
+            .output()
+            .context("run nft")?;
+        if !out.status.success() {
+            anyhow::bail!(
+                "nft {}: {}",
+                args.join(" "),
+                String::from_utf8_lossy(&out.stderr).trim()
+            );
+        }
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    };
+    for line in nft(&["list", "tables"])?.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let ["table", family, name] = words[..]
+            && is_ours(name)
+        {
+            nft(&["delete", "table", family, name])?;
+        }
+    }
+    Ok(())
+}
+
+fn is_ours(table: &str) -> bool {
+    table == "orch" || table.starts_with("orch-") || table.starts_with("orch_")
+}
+
+fn remove_files(host: &Host) -> anyhow::Result<()> {
+    let installed = host.installed();
+    for (key, value) in &installed.sysctls {
+        let path = Path::new("/proc/sys").join(key);
+        if fs::read_to_string(&path).is_ok_and(|now| now.trim() != value) {
+            fs::write(&path, value).with_context(|| format!("set {} back", path.display()))?;
+        }
+    }
+    let conflist = host.paths.cni_conf_dir().join(CONFLIST);
+    let mut units = false;
+    for file in installed.files.iter().chain([&conflist]) {
+        units |= file.extension().is_some_and(|extension| extension == "service");
+        remove(fs::remove_file(file), file)?;
+    }
+    if units {
+        let _ = Command::new("systemctl").arg("daemon-reload").status();
+    }
+    let cache = host.paths.cni_cache_dir();
+    let folders = [
+        host.paths.cni_data_dir().join("orch"),
+        cache.join("results"),
+        host.paths.run(),
+        host.paths.log(),
+        host.paths.etc(),
+        host.paths.lib(),
+    ];
+    for folder in &folders {
+        // Results of other networks are not ours.
+        if folder.ends_with("results") && !installed.folders.contains(&cache) {
+            continue;
+        }
+        remove(fs::remove_dir_all(folder), folder)?;
+    }
+    if installed.folders.contains(&cache) {
+        remove(fs::remove_dir_all(&cache), &cache)?;
+    }
+    // Deepest first; what somebody else uses meanwhile stays.
+    for folder in installed.folders.iter().rev() {
+        let _ = fs::remove_dir(folder);
+    }
+    Ok(())
+}
+
+/// A missing thing is a thing already removed.
+fn remove(outcome: std::io::Result<()>, path: &Path) -> anyhow::Result<()> {
+    match outcome {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_tables_of_ours_are_taken_away() {
+        assert!(is_ours("orch") && is_ours("orch-portmap") && is_ours("orch_policy"));
+        assert!(!is_ours("orchard") && !is_ours("filter") && !is_ours("cni_orch"));
+    }
+
+    #[test]
+    fn a_folder_that_was_there_before_stays() {
+        let root = tempfile::tempdir().expect("a folder");
+        let host = Host::new(root.path()).expect("host");
+        fs::create_dir_all(host.paths.cni_conf_dir()).expect("there before");
+        host.record_before().expect("recorded");
+        Config::default().write(&config::path(&host.paths)).expect("written");
+        fs::create_dir_all(host.paths.cni_bin_dir()).expect("made");
+        let plugin = host.paths.cni_bin_dir().join("vxlan");
+        fs::write(&plugin, "").expect("made");
+        host.record(|installed| {
+            installed.files.insert(plugin.clone());
+        })
+        .expect("recorded");
+        fs::create_dir_all(host.paths.cni_data_dir().join("orch")).expect("made");
+        remove_files(&host).expect("removed");
+        let left: Vec<_> = walk(root.path());
+        assert_eq!(left, ["etc", "etc/cni", "etc/cni/net.d"], "and nothing else");
+    }
+
+    fn walk(root: &Path) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut queue = vec![root.to_owned()];
+        while let Some(folder) = queue.pop() {
+            for entry in fs::read_dir(&folder).expect("a folder").flatten() {
+                let path = entry.path();
+                let shown = path.strip_prefix(root).expect("below").display().to_string();
+                found.push(shown);
+                if path.is_dir() {
+                    queue.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+}

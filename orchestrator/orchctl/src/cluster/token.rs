@@ -1,0 +1,274 @@
+//! `orchctl token`: bootstrap tokens, with which a new host introduces itself (Kubernetes, "Authenticating with Bootstrap
+//! Tokens"). They are Secrets in `kube-system`, so kubeadm's and ours know each other.
+
+use std::io::Read as _;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use base64::Engine as _;
+use jiff::Timestamp;
+use orch_client::Client;
+use serde_json::{Value, json};
+
+use crate::kube::wire;
+use crate::output;
+
+const SECRETS: &str = "/api/v1/namespaces/kube-system/secrets";
+const TYPE: &str = "bootstrap.kubernetes.io/token";
+/// Where the cluster tells everybody who it is (kubeadm's discovery).
+pub(crate) const CLUSTER_INFO: &str = "/api/v1/namespaces/kube-public/configmaps/cluster-info";
+
+#[derive(clap::Subcommand)]
+pub(crate) enum Command {
+    /// Make a token and print the command with which a host joins
+    #[command(after_help = "Example: orchctl token create --ttl 2h")]
+    Create {
+        /// How long it is good for: 30m, 24h, 7d; 0 = for ever
+        #[arg(long, default_value = "24h", value_parser = parse_ttl)]
+        ttl: Duration,
+        /// What it is for
+        #[arg(long, default_value = "")]
+        description: String,
+        /// For further control planes: also hand over the authorities' keys, encrypted
+        #[arg(long)]
+        control_plane: bool,
+        #[command(flatten)]
+        format: super::Format,
+    },
+    /// All tokens; their secrets are not shown
+    #[command(after_help = "Example: orchctl token list -o json")]
+    List {
+        #[command(flatten)]
+        format: super::Format,
+    },
+    /// Make tokens worthless
+    #[command(after_help = "Example: orchctl token delete abcdef")]
+    Delete {
+        /// Ids (the part before the dot), or whole tokens
+        #[arg(required = true)]
+        tokens: Vec<String>,
+    },
+}
+
+/// `0`, `90s`, `30m`, `24h`, `7d`.
+fn parse_ttl(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let wrong = || format!("{text:?} is no duration; write 90s, 30m, 24h or 7d");
+    let unit = text.chars().last().ok_or_else(wrong)?;
+    let number: u64 = text[..text.len() - unit.len_utf8()].parse().map_err(|_| wrong())?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => return Err(wrong()),
+    };
+    let seconds = number.checked_mul(seconds).ok_or_else(wrong)?;
+    if seconds == 0 {
+        return Err("a token has to live for at least a second; 0 means for ever".to_owned());
+    }
+    Ok(Duration::from_secs(seconds))
+}
+
+/// Random characters of `[a-z0-9]`, without bias.
+fn random(length: usize) -> anyhow::Result<String> {
+    const ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
+    let mut source = std::fs::File::open("/dev/urandom").context("open /dev/urandom")?;
+    let mut text = String::with_capacity(length);
+    let mut byte = [0_u8];
+    while text.len() < length {
+        source.read_exact(&mut byte).context("read /dev/urandom")?;
+        // 252 = 7 · 36: the bytes above it would favour the first letters.
+        if byte[0] < 252 {
+            text.push(char::from(ALPHABET[usize::from(byte[0]) % ALPHABET.len()]));
+        }
+    }
+    Ok(text)
+}
+
+/// Makes a token; returns it.
+pub(crate) async fn create(
+    client: &Client,
+    ttl: Duration,
+    description: &str,
+) -> anyhow::Result<String> {
+    let (id, secret) = (random(6)?, random(16)?);
+    let mut data = json!({
+        "token-id": id, "token-secret": secret, "description": description,
+        "usage-bootstrap-authentication": "true", "usage-bootstrap-signing": "true",
+        "auth-extra-groups": "system:bootstrappers:kubeadm:default-node-token",
+    });
+    if ttl > Duration::ZERO {
+        let seconds = i64::try_from(ttl.as_secs()).context("--ttl is too long")?;
+        let ends = Timestamp::now()
+            .checked_add(jiff::SignedDuration::from_secs(seconds))
+            .context("--ttl is too long")?;
+        data["expiration"] = json!(ends.strftime("%Y-%m-%dT%H:%M:%SZ").to_string());
+    }
+    let object = json!({ "apiVersion": "v1", "kind": "Secret", "type": TYPE, "stringData": data,
+                         "metadata": { "name": format!("bootstrap-token-{id}"), "namespace": "kube-system" } });
+    wire::send(client, http::Method::POST, SECRETS, wire::JSON, &object)
+        .await
+        .context("store the token")?;
+    Ok(format!("{id}.{secret}"))
+}
+
+/// One token as it is stored, without its secret.
+fn entry(secret: &Value, now: Timestamp) -> Value {
+    let field = |name: &str| -> String {
+        secret["data"][name]
+            .as_str()
+            .and_then(|text| base64::engine::general_purpose::STANDARD.decode(text).ok())
+            .and_then(|bytes| String::from_utf8(bytes).ok())
+            .unwrap_or_default()
+    };
+    let expires = field("expiration");
+    let left = match expires.parse::<Timestamp>() {
+        Ok(ends) if ends <= now => "expired".to_owned(),
+        Ok(ends) => {
+            let seconds = ends.as_second() - now.as_second();
+            match seconds {
+                0..120 => format!("{seconds}s"),
+                120..7200 => format!("{}m", seconds / 60),
+                7200..172_800 => format!("{}h", seconds / 3600),
+                _ => format!("{}d", seconds / 86_400),
+            }
+        }
+        Err(_) if expires.is_empty() => "for ever".to_owned(),
+        Err(_) => "unreadable".to_owned(),
+    };
+    json!({ "id": field("token-id"), "left": left, "expires": expires, "description": field("description"),
+            "groups": field("auth-extra-groups") })
+}
+
+async fn all(client: &Client) -> anyhow::Result<Vec<Value>> {
+    let path = format!("{SECRETS}?fieldSelector=type%3D{}", wire::encode(TYPE));
+    let list = wire::get(client, &path).await.context("list the tokens")?;
+    let now = Timestamp::now();
+    Ok(list["items"].as_array().into_iter().flatten().map(|secret| entry(secret, now)).collect())
+}
+
+async fn delete(client: &Client, id: &str) -> anyhow::Result<()> {
+    let path = format!("{SECRETS}/bootstrap-token-{}", wire::encode(id));
+    wire::send(client, http::Method::DELETE, &path, wire::JSON, &json!({})).await?;
+    Ok(())
+}
+
+/// The pin of the cluster's authority, as `join` wants it.
+pub(crate) async fn pin(client: &Client) -> anyhow::Result<(String, String)> {
+    let info = wire::get(client, CLUSTER_INFO).await.context("read kube-public/cluster-info")?;
+    let (server, ca) = read_cluster_info(&info)?;
+    let pin = orch_pki::Certificate::parse(&ca).context("kube-public/cluster-info")?.pin();
+    Ok((server.trim_start_matches("https://").to_owned(), pin))
+}
+
+/// Server and authority that `kube-public/cluster-info` names.
+pub(crate) fn read_cluster_info(info: &Value) -> anyhow::Result<(String, String)> {
+    let text = info["data"]["kubeconfig"].as_str().context("cluster-info has no kubeconfig")?;
+    let config: Value = serde_saphyr::from_str(text).context("cluster-info holds no kubeconfig")?;
+    let cluster = &config["clusters"][0]["cluster"];
+    let server = cluster["server"].as_str().context("cluster-info names no server")?;
+    let ca = cluster["certificate-authority-data"]
+        .as_str()
+        .and_then(|text| base64::engine::general_purpose::STANDARD.decode(text).ok())
+        .and_then(|bytes| String::from_utf8(bytes).ok())
+        .context("cluster-info has no certificate authority")?;
+    Ok((server.to_owned(), ca))
+}
+
+/// The command with which a host joins.
+pub(crate) fn join_command(server: &str, token: &str, pin: &str) -> String {
+    format!("orchctl join {server} --token {token} --ca-hash {pin}")
+}
+
+pub(crate) async fn run(
+    command: Command,
+    client: &Client,
+    root: &std::path::Path,
+) -> anyhow::Result<()> {
+    match command {
+        Command::Create { ttl, description, control_plane, format } => {
+            for old in all(client).await?.iter().filter(|token| token["left"] == "expired") {
+                if let Some(id) = old["id"].as_str() {
+                    delete(client, id).await.context("remove an expired token")?;
+                }
+            }
+            let (server, pin) = pin(client).await?;
+            let key = if control_plane {
+                let host = super::host::Host::new(root)?;
+                Some(super::handover::upload(client, &host).await?)
+            } else {
+                None
+            };
+            let token = create(client, ttl, &description).await?;
+            let mut command = join_command(&server, &token, &pin);
+            if let Some(key) = &key {
+                command.push_str(&format!(" --control-plane --certificate-key {key}"));
+            }
+            format.print(
+                &json!({ "token": token, "server": server, "caHash": pin, "certificateKey": key,
+                         "command": command }),
+                || output::line(&command),
+            )
+        }
+        Command::List { format } => {
+            let tokens = all(client).await?;
+            format.print(&json!(tokens), || {
+                let text = |token: &Value, key: &str| token[key].as_str().unwrap_or("").to_owned();
+                output::table(
+                    &["ID", "LEFT", "EXPIRES", "DESCRIPTION"],
+                    tokens.iter().map(|token| {
+                        ["id", "left", "expires", "description"].map(|key| text(token, key)).into()
+                    }),
+                )
+            })
+        }
+        Command::Delete { tokens } => {
+            for token in tokens {
+                let id = token.split('.').next().unwrap_or_default();
+                if id.len() != 6 {
+                    bail!("{token:?} is no token: its id has six characters");
+                }
+                delete(client, id).await.with_context(|| format!("delete token {id}"))?;
+                eprintln!("token {id} is worthless now");
+            }
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lifetimes_are_read_as_people_write_them() {
+        assert_eq!(parse_ttl("24h"), Ok(Duration::from_secs(86_400)));
+        assert_eq!(parse_ttl("0"), Ok(Duration::ZERO));
+        for wrong in ["", "h", "5", "-1h", "0s", "1w", "99999999999999999999d", "5é"] {
+            assert!(parse_ttl(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn tokens_are_of_the_right_letters_and_differ() {
+        let (one, two) = (random(16).expect("random"), random(16).expect("random"));
+        assert_ne!(one, two);
+        assert!(one.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()));
+    }
+
+    #[test]
+    fn a_listed_token_shows_its_age_and_not_its_secret() {
+        let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+        let secret = json!({ "data": { "token-id": encode("abcdef"), "token-secret": encode("0123456789abcdef"),
+                                       "expiration": encode("2026-01-01T03:00:00Z") } });
+        let now: Timestamp = "2026-01-01T00:00:00Z".parse().expect("a time");
+        let shown = entry(&secret, now);
+        assert_eq!(shown["left"], "3h");
+        assert!(!shown.to_string().contains("0123456789abcdef"));
+        let later: Timestamp = "2026-01-02T00:00:00Z".parse().expect("a time");
+        assert_eq!(entry(&secret, later)["left"], "expired");
+    }
+}
