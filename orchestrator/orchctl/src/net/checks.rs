@@ -18,7 +18,9 @@ use super::view::View;
 /// Protocol number that the agent marks its routes with.
 const ROUTE_PROTOCOL: u8 = 0x6f;
 /// Bytes VXLAN takes from the underlay MTU when the outer header is IPv4 (RFC 7348 §5).
-pub(super) const VXLAN_OVERHEAD_IPV4: u32 = 50;
+const VXLAN_OVERHEAD_IPV4: u32 = 50;
+/// The same when the outer header is IPv6.
+const VXLAN_OVERHEAD_IPV6: u32 = 70;
 /// First kernel whose VXLAN devices compute inner checksums right whatever the hardware (ea64d8d6c675).
 const CHECKSUM_FIXED_IN: (u32, u32) = (5, 7);
 /// Agents renew every five minutes; one that is silent for this long does not renew.
@@ -204,7 +206,7 @@ impl Node<'_> {
         for what in self.view.unreadable.clone() {
             self.found(Check::Unreadable, what, "");
         }
-        let own = self.own_lease(now_secs);
+        let own = self.own_lease();
         let usable = self.underlay() && self.device(own.as_ref());
         self.mtus();
         if usable && let Some(leases) = self.leases {
@@ -251,11 +253,10 @@ impl Node<'_> {
         }
     }
 
-    fn own_lease(&mut self, _now_secs: u64) -> Option<LeaseView> {
+    fn own_lease(&mut self) -> Option<LeaseView> {
         let (view, leases) = (self.view, self.leases?);
         let address = view.address?;
-        let own = leases.leases.iter().find(|lease| lease.public_ip == Some(address));
-        let Some(own) = own else {
+        let Some(own) = view.lease(leases) else {
             self.found(
                 Check::Lease,
                 format!("no lease in etcd is for {address}: the other nodes do not know this one"),
@@ -409,8 +410,12 @@ impl Node<'_> {
     fn mtus(&mut self) {
         let view = self.view;
         let (Some(underlay), Some(device)) = (view.underlay(), view.device()) else { return };
+        let dual_stack = self.leases.is_some_and(|leases| leases.network_v6.is_some());
+        let host_gw = self.leases.is_some_and(|leases| leases.backend == "host-gw");
         let room = underlay.mtu.saturating_sub(VXLAN_OVERHEAD_IPV4);
-        if device.mtu != room {
+        let room_v6 = underlay.mtu.saturating_sub(VXLAN_OVERHEAD_IPV6);
+        // In dual stack a device may be as small as the one of the other family.
+        if device.mtu != room && !(dual_stack && device.mtu == room_v6) {
             let what = if device.mtu > room {
                 "large packets are lost"
             } else {
@@ -425,6 +430,12 @@ impl Node<'_> {
                 format!("ip link set {} mtu {room}", device.name),
             );
         }
+        // What pods may send.
+        let room = match (host_gw, dual_stack) {
+            (true, _) => underlay.mtu,
+            (false, true) => room_v6,
+            (false, false) => room,
+        };
         if let Some(mtu) = view.env_mtu.filter(|mtu| *mtu != room) {
             self.found(
                 Check::Mtu,
@@ -457,25 +468,25 @@ impl Node<'_> {
             .leases
             .iter()
             .filter(|lease| own.is_none_or(|own| own.key != lease.key))
-            .filter(|lease| lease.is_vxlan(leases.vni) && lease.public_ip != view.address)
+            .filter(|lease| lease.is_vxlan(leases.vni) || lease.is_host_gw())
+            .filter(|lease| lease.public_ip != view.address)
             .collect();
         let mut bases = BTreeSet::new();
         let mut macs: BTreeMap<String, Ipv4Addr> = BTreeMap::new();
         let mut subnets: BTreeSet<Ipv4Network> = BTreeSet::new();
         for lease in &others {
-            let (Some(subnet), Some(node), Some(mac)) =
-                (lease.subnet, lease.public_ip, lease.vtep_mac.as_deref())
-            else {
-                continue;
-            };
+            let (Some(subnet), Some(node)) = (lease.subnet, lease.public_ip) else { continue };
             subnets.insert(subnet);
             bases.insert(subnet.network());
-            macs.insert(mac.to_owned(), node);
-            self.peer_routes(subnet, node, &name, index);
-            if self.is_direct(subnet, node) {
-                continue;
+            macs.extend(lease.vtep_mac.clone().map(|mac| (mac, node)));
+            let tunnel = !lease.is_host_gw() && leases.backend != "host-gw";
+            self.peer_routes(subnet, node, tunnel.then_some((name.as_str(), index)));
+            if let Some(mac) = lease.vtep_mac.as_deref()
+                && tunnel
+                && !self.is_direct(subnet, node)
+            {
+                self.peer_entries(subnet, node, mac, &name);
             }
-            self.peer_entries(subnet, node, mac, &name);
         }
         for neighbour in view.neighbours.iter().filter(|neighbour| neighbour.permanent) {
             if let IpAddr::V4(ip) = neighbour.ip
@@ -525,17 +536,22 @@ impl Node<'_> {
         self.view.routes.iter().any(direct)
     }
 
-    fn peer_routes(&mut self, subnet: Ipv4Network, node: Ipv4Addr, device: &str, index: u32) {
+    /// `device` is what the route may lead to; without it, only the node itself.
+    fn peer_routes(&mut self, subnet: Ipv4Network, node: Ipv4Addr, device: Option<(&str, u32)>) {
         let view = self.view;
         let base = subnet.network();
+        let index = device.map(|(_, index)| index);
         let right = |route: &Route| {
             route.dst == IpNetwork::V4(subnet)
-                && ((route.link == Some(index) && route.via == Some(IpAddr::V4(base)))
+                && ((index.is_some() && route.link == index && route.via == Some(IpAddr::V4(base)))
                     || route.via == Some(IpAddr::V4(node)))
         };
-        let put = format!(
-            "ip route replace {subnet} via {base} dev {device} onlink proto {ROUTE_PROTOCOL}"
-        );
+        let put = match device {
+            Some((device, _)) => format!(
+                "ip route replace {subnet} via {base} dev {device} onlink proto {ROUTE_PROTOCOL}"
+            ),
+            None => format!("ip route replace {subnet} via {node} proto {ROUTE_PROTOCOL}"),
+        };
         if !view.routes.iter().any(right) {
             self.found(
                 Check::Route,
@@ -546,10 +562,8 @@ impl Node<'_> {
         for route in &view.routes {
             let IpNetwork::V4(dst) = route.dst else { continue };
             let inside = subnet.contains(dst.network()) && dst.prefix() >= subnet.prefix();
-            if !inside
-                || right(route)
-                || route.protocol == PROTOCOL_KERNEL && route.link == Some(index)
-            {
+            let kernels = route.protocol == PROTOCOL_KERNEL && route.link == index;
+            if !inside || right(route) || kernels {
                 continue;
             }
             // The same destination with a larger metric takes no packet.

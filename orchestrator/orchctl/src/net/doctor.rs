@@ -119,7 +119,7 @@ fn reach_others(
     if explained(&view.node) || explained("etcd") {
         return Ok(Vec::new());
     }
-    let own = leases.leases.iter().find(|lease| lease.public_ip == view.address);
+    let own = view.lease(leases);
     let (Some(source), Some(device), Some(underlay)) =
         (own.and_then(|own| own.subnet), view.device(), view.underlay())
     else {
@@ -129,24 +129,33 @@ fn reach_others(
     let mut findings = Vec::new();
     for lease in &leases.leases {
         let (Some(target), Some(node)) = (lease.subnet, lease.public_ip) else { continue };
-        if lease.public_ip == view.address || !lease.is_vxlan(leases.vni) {
+        if own.is_some_and(|own| own.key == lease.key)
+            || !(lease.is_vxlan(leases.vni) || lease.is_host_gw())
+        {
             continue;
         }
-        let there = views.iter().find(|(_, view)| view.address == Some(node));
+        let tunnel =
+            view.route_to(target.network()).is_some_and(|route| route.link == Some(device.index));
+        let there = views
+            .iter()
+            .find(|(_, view)| view.lease(leases).is_some_and(|theirs| theirs.key == lease.key));
         if there.is_some_and(|(_, view)| explained(&view.node)) {
             continue;
         }
         // A host of the lab that was taken down on purpose has no other end to look at; its lease lives on.
         let there_netns = there.map(|(host, _)| host.open()).transpose()?;
-        let mut spots = vec![
-            Spot { netns: &here, link: device.index },
-            Spot { netns: &here, link: underlay.index },
-        ];
+        let mut spots = Vec::new();
+        if tunnel {
+            spots.push(Spot { netns: &here, link: device.index });
+        }
+        spots.push(Spot { netns: &here, link: underlay.index });
         if let (Some((_, there)), Some(netns)) = (there, &there_netns)
             && let (Some(underlay), Some(device)) = (there.underlay(), there.device())
         {
             spots.push(Spot { netns, link: underlay.index });
-            spots.push(Spot { netns, link: device.index });
+            if tunnel {
+                spots.push(Spot { netns, link: device.index });
+            }
         }
         let name = there.map_or_else(|| node.to_string(), |(host, _)| host.name.clone());
         let echo = Echo {
@@ -157,10 +166,15 @@ fn reach_others(
         };
         let small = probe::follow(&here, &echo, &spots)?;
         if small.round_trips.is_empty() {
-            findings.push(silence(view, &name, leases.port, &small));
+            findings.push(if tunnel {
+                silence(view, &name, leases.port, &small)
+            } else {
+                silence_without_tunnel(view, &name, &small)
+            });
             continue;
         }
-        findings.extend(large(&here, view, &name, &echo, device.mtu)?);
+        let mtu = if tunnel { device.mtu } else { underlay.mtu };
+        findings.extend(large(&here, view, &name, &echo, mtu)?);
     }
     Ok(findings)
 }
@@ -248,6 +262,23 @@ fn silence(view: &View, peer: &str, port: u16, followed: &probe::Followed) -> Fi
     )
 }
 
+/// The same where packets travel as they are.
+fn silence_without_tunnel(view: &View, peer: &str, followed: &probe::Followed) -> Finding {
+    let seen = |at: usize| followed.seen.get(at).copied().unwrap_or_default();
+    let problem = if let Some(error) = &followed.refused {
+        format!("the kernel does not send to {peer}: {error}")
+    } else if seen(0).requests == 0 {
+        format!("packets for pods of {peer} do not leave this node")
+    } else if followed.seen.len() == 2 && seen(1).requests == 0 {
+        format!(
+            "packets for pods of {peer} leave this node, but do not arrive: the network between the nodes drops what is not between their own addresses; use the backend vxlan"
+        )
+    } else {
+        format!("packets for pods of {peer} are not answered")
+    };
+    Finding { node: view.node.clone(), check: Check::Unreachable, problem, fix: String::new() }
+}
+
 /// Whether packets of the full size pass.
 fn large(
     here: &NetNs,
@@ -268,9 +299,8 @@ fn large(
         node: view.node.clone(),
         check: Check::Mtu,
         problem: format!(
-            "small packets reach {peer}, but packets of {mtu} bytes do not{why}: the path from {} carries less than {} bytes",
-            from.map(|ip| ip.to_string()).unwrap_or_default(),
-            mtu + checks::VXLAN_OVERHEAD_IPV4
+            "small packets reach {peer}, but packets of {mtu} bytes do not{why}: the path from {} carries less than the MTU of its link says",
+            from.map(|ip| ip.to_string()).unwrap_or_default()
         ),
         fix: String::new(),
     }))

@@ -63,7 +63,29 @@ pub(super) struct LeaseView {
     pub(super) mod_revision: i64,
 }
 
+impl Leases {
+    /// The lease of the node with this address, VTEP MAC or subnet: an address may be another one from outside.
+    pub(super) fn of(
+        &self,
+        address: Option<Ipv4Addr>,
+        mac: Option<&str>,
+        subnet: Option<Ipv4Network>,
+    ) -> Option<&LeaseView> {
+        let find = |fits: &dyn Fn(&LeaseView) -> bool| self.leases.iter().find(|one| fits(one));
+        find(&|lease| address.is_some() && lease.public_ip == address)
+            .or_else(|| find(&|lease| mac.is_some() && lease.vtep_mac.as_deref() == mac))
+            .or_else(|| {
+                find(&|lease| subnet.is_some() && lease.subnet == subnet && lease.backend.is_some())
+            })
+    }
+}
+
 impl LeaseView {
+    /// Whether packets to it go as they are, without VXLAN.
+    pub(super) fn is_host_gw(&self) -> bool {
+        self.backend.as_deref() == Some("host-gw")
+    }
+
     /// Whether the node behind it takes part in the overlay.
     pub(super) fn is_vxlan(&self, vni: u32) -> bool {
         self.backend.as_deref() == Some("vxlan") && self.vni.unwrap_or(vni) == vni
@@ -120,25 +142,34 @@ async fn read_all(urls: &[String], pki: &Path, prefix: &str) -> anyhow::Result<L
 /// Reads flannel's configuration, with flannel's defaults. Pure.
 pub(super) fn parse_config(json: &[u8]) -> Leases {
     let config: Value = serde_json::from_slice(json).unwrap_or_default();
-    let backend = &config["Backend"];
-    let number = |upper: &str, lower: &str| backend[upper].as_u64().or(backend[lower].as_u64());
+    let backend = field(&config, "Backend");
+    let number = |name: &str| field(backend, name).as_u64();
+    let network = |name: &str| field(&config, name).as_str();
+    let dual_stack = field(&config, "EnableIPv6").as_bool() == Some(true);
     Leases {
-        network: config["Network"].as_str().and_then(|text| text.parse().ok()),
-        network_v6: config["IPv6Network"].as_str().and_then(|text| text.parse().ok()),
-        backend: backend["Type"].as_str().unwrap_or("udp").to_owned(),
-        vni: number("VNI", "vni")
+        network: network("Network").and_then(|text| text.parse().ok()),
+        network_v6: network("IPv6Network")
+            .filter(|_| dual_stack)
+            .and_then(|text| text.parse().ok()),
+        backend: field(backend, "Type").as_str().unwrap_or("udp").to_owned(),
+        vni: number("VNI")
             .and_then(|vni| u32::try_from(vni).ok())
             .unwrap_or(orch_config::VXLAN_VNI),
-        port: number("Port", "port")
+        port: number("Port")
             .and_then(|port| u16::try_from(port).ok())
             .filter(|port| *port != 0)
             .unwrap_or(orch_config::VXLAN_PORT),
-        direct_routing: backend["DirectRouting"]
-            .as_bool()
-            .or(backend["directRouting"].as_bool())
-            .unwrap_or(false),
+        direct_routing: field(backend, "DirectRouting").as_bool() == Some(true),
         leases: Vec::new(),
     }
+}
+
+/// A field whatever the case of its name, as flannel's decoder has it.
+fn field<'a>(object: &'a Value, name: &str) -> &'a Value {
+    let found = object.as_object().and_then(|fields| {
+        fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value)
+    });
+    found.unwrap_or(&Value::Null)
 }
 
 /// Reads one key and its value. Pure.
@@ -198,5 +229,9 @@ mod tests {
         assert_eq!((config.vni, config.port), (1, 8472));
         assert!(!config.direct_routing);
         assert_eq!(parse_config(b"{}").backend, "udp");
+        let direct = parse_config(
+            br#"{"network":"10.244.0.0/16","backend":{"type":"vxlan","directRouting":true}}"#,
+        );
+        assert!(direct.direct_routing && direct.network.is_some(), "case does not matter");
     }
 }

@@ -12,6 +12,7 @@ use cni_netlink::{FdbEntry, Link, LinkKind, Neighbour, Netlink, Route, RouteFilt
 use ipnetwork::{IpNetwork, Ipv4Network};
 
 use super::hosts::Host;
+use super::leases::{LeaseView, Leases};
 
 /// Name of the bridge that pods hang on.
 const BRIDGE: &str = orch_config::POD_BRIDGE;
@@ -58,6 +59,14 @@ pub(super) struct View {
 }
 
 impl View {
+    /// The node's own lease.
+    pub(super) fn lease<'a>(&self, leases: &'a Leases) -> Option<&'a LeaseView> {
+        let status = self.status.as_ref();
+        let mac = status.and_then(|status| status.device.as_ref()).map(|one| one.vtep_mac.as_str());
+        let subnet = status.and_then(|status| status.subnet.as_ref()?.parse().ok());
+        leases.of(self.address, mac, subnet)
+    }
+
     /// A link by its name.
     pub(super) fn link(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| link.name == name)

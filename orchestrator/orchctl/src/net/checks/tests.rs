@@ -312,6 +312,35 @@ fn a_direct_route_needs_neither_neighbour_nor_forwarding_entry() {
 }
 
 #[test]
+fn modes_without_tunnel_and_dual_stack_are_healthy_too() {
+    let host_gw = after(|view, leases| {
+        leases.backend = "host-gw".to_owned();
+        for lease in &mut leases.leases {
+            lease.backend = Some("host-gw".to_owned());
+            lease.vtep_mac = None;
+        }
+        view.routes[0].via = Some([192, 0, 2, 2].into());
+        view.routes[0].link = Some(2);
+        view.fdb.clear();
+        view.neighbours.clear();
+        view.env_mtu = Some(1500);
+        view.links[2].mtu = 1500;
+    });
+    assert_eq!(host_gw, []);
+    let dual_stack = after(|view, leases| {
+        leases.network_v6 = "fc00::/48".parse().ok();
+        view.env_mtu = Some(1430);
+        view.links[2].mtu = 1430;
+    });
+    assert_eq!(dual_stack, []);
+    let other_address_outside = after(|view, leases| {
+        leases.leases[0].public_ip = Some([203, 0, 113, 7].into());
+        view.status.as_mut().expect("a status").subnet = Some("10.244.1.0/24".to_owned());
+    });
+    assert_eq!(other_address_outside, []);
+}
+
+#[test]
 fn settings_and_rules_that_drop_are_told() {
     one(Check::IpForward, "does not forward", "net.ipv4.ip_forward=1", |view, _| {
         view.sysctls.insert("ipv4/ip_forward".to_owned(), "0".to_owned());
