@@ -2,9 +2,10 @@
 //!
 //! Drop-in for the reference plugin of the same name: same configuration, same result. What is different:
 //!
-//! * The host's end has a name that follows from network, container and interface ([`host_veth_name`]), and gets an
-//!   alias ([`host_veth_alias`]) as the very last step of ADD. So DEL and GC find everything without the pod's
-//!   namespace, and what an ADD left that was killed half-way is known as such, and cleared away by the next one.
+//! * The host's end has a name that follows from network, container and interface ([`host_veth_name`]), is made in the
+//!   network's link group, and gets an alias ([`host_veth_alias`]) as the very last step of ADD. So DEL and GC find
+//!   everything without the pod's namespace, and what an ADD left that was killed half-way is known as such, and
+//!   cleared away by the next one.
 //! * A failed ADD leaves nothing: what was made goes again when its guard is dropped.
 //! * Masquerade is a rule per subnet, not per pod (`masquerade.rs`), and `nftables` is the only way to it.
 //! * GC removes the links of attachments that are gone, and with the last one the rules of the network.
@@ -27,8 +28,10 @@ use std::env;
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::ExitCode;
+use std::thread;
 
 use cni_netlink::{Link, LinkKind, NetNs, Netlink};
+use cni_nftables::Flows;
 use cni_skel::{AddRequest, CheckRequest, DelRequest, GcRequest, Plugin, StatusRequest};
 use cni_spec::{AddResult, Error, Interface, IpConfig, code};
 
@@ -245,10 +248,7 @@ impl<'a> HostVeth<'a> {
                 Err(undo) => netlink_error(error).with_details(format!("undo: {undo}")),
             },
         })?;
-        let veth = Self { netlink, link, check_spoofing: settings.check_spoofing, finished: false };
-        let alias = name::half_alias(&req.name, &req.attachment());
-        netlink.set_alias(veth.link.index, &alias).map_err(netlink_error)?;
-        Ok(veth)
+        Ok(Self { netlink, link, check_spoofing: settings.check_spoofing, finished: false })
     }
 
     /// Says whose it is, and that it is whole.
@@ -335,30 +335,49 @@ fn result(
     result
 }
 
-/// Removes the pair, from whichever end there is.
+/// Removes the pair, from whichever end there is, and what the host remembers of the pod.
 fn detach(req: &DelRequest<NetConf>, name: &str) -> Result<(), Error> {
     let netlink = Netlink::open().map_err(netlink_error)?;
-    match netlink.link(name).map_err(netlink_error)? {
-        Some(link) => netlink.delete_link(link.index).map_err(netlink_error)?,
-        None => {
-            if let Some(path) = &req.netns {
-                match NetNs::open(path) {
-                    Ok(netns) => pod::remove(&netns, &req.ifname)?,
-                    // The namespace is gone, and the pair with it.
-                    Err(error) if error.is_not_found() => {}
-                    Err(error) => return Err(netlink_error(error)),
-                }
-            }
+    let ips = req.prev_result.as_ref().map(|prev| addresses(&prev.ips)).unwrap_or_default();
+    // Removing a link is some ten milliseconds of waiting, in which conntrack can be looked through.
+    thread::scope(|scope| {
+        if !ips.is_empty() {
+            scope.spawn(|| forget_flows(&ips));
         }
+        remove_pair(&netlink, req, name)
+    })?;
+    if ips.is_empty() {
+        return Ok(());
     }
-    let Some(prev) = &req.prev_result else { return Ok(()) };
     let gateway = match req.conf.vlan {
         0 => req.conf.bridge.clone(),
         vlan => format!("{}.{vlan}", req.conf.bridge),
     };
     match netlink.link(&gateway).map_err(netlink_error)? {
-        Some(link) => Ok(host::forget_neighbours(&netlink, link.index, &addresses(&prev.ips))?),
+        Some(link) => Ok(host::forget_neighbours(&netlink, link.index, &ips)?),
         None => Ok(()),
+    }
+}
+
+fn remove_pair(netlink: &Netlink, req: &DelRequest<NetConf>, name: &str) -> Result<(), Error> {
+    if let Some(link) = netlink.link(name).map_err(netlink_error)? {
+        return netlink.delete_link(link.index).map_err(netlink_error);
+    }
+    let Some(path) = &req.netns else { return Ok(()) };
+    match NetNs::open(path) {
+        Ok(netns) => Ok(pod::remove(&netns, &req.ifname)?),
+        // The namespace is gone, and the pair with it.
+        Err(error) if error.is_not_found() => Ok(()),
+        Err(error) => Err(netlink_error(error)),
+    }
+}
+
+/// Makes conntrack forget the flows of a pod that is gone: the next one with its address would get what a busy client
+/// still sends to it. A failure is no reason to keep the address.
+fn forget_flows(ips: &[IpAddr]) {
+    let flows: Vec<Flows> = ips.iter().copied().map(Flows::AnsweredBy).collect();
+    if let Err(error) = cni_nftables::forget_flows(&flows) {
+        eprintln!("bridge: make conntrack forget the flows of a pod: {error}");
     }
 }
 

@@ -10,7 +10,7 @@ const GATEWAY_PREFIX: &str = "vgw";
 const DIGITS: usize = 11;
 /// Begins the alias of an attachment that is whole …
 const WHOLE: &str = "cni:";
-/// … and of one that ADD is at work on, or was when it was killed.
+/// … and, in version 0.1, of one that ADD was killed at. Now that one has none, and is known by its group.
 const HALF: &str = "cni-half:";
 
 /// Name of the host's end of an attachment: `veth` and a hash of network, container and interface.
@@ -43,11 +43,6 @@ fn link_name(prefix: &str, parts: &[&str]) -> String {
 #[must_use]
 pub fn host_veth_alias(network: &NetworkName, attachment: &AttachmentId) -> String {
     alias(WHOLE, network, attachment)
-}
-
-/// Alias of the host's end until then.
-pub(crate) fn half_alias(network: &NetworkName, attachment: &AttachmentId) -> String {
-    alias(HALF, network, attachment)
 }
 
 fn alias(prefix: &str, network: &NetworkName, attachment: &AttachmentId) -> String {
@@ -115,8 +110,8 @@ mod tests {
         let alias = host_veth_alias(&network, &attachment("c1", "eth0"));
         assert_eq!(alias, "cni:net/c1/eth0");
         assert!(is_alias_of(&alias, &network) && is_whole(&alias));
-        let half = half_alias(&network, &attachment("c1", "eth0"));
-        assert!(is_alias_of(&half, &network) && !is_whole(&half));
+        let half = "cni-half:net/c1/eth0";
+        assert!(is_alias_of(half, &network) && !is_whole(half));
         assert!(
             !is_alias_of(&alias, &"ne".parse().expect("good")) && !is_alias_of("uplink", &network)
         );

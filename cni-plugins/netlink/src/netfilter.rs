@@ -54,7 +54,7 @@ fn exists(family: u8, name: &str, table: &str, chain: &str) -> Result<bool, Netl
     put_text(&mut payload, ATTRIBUTE_CHAIN_NAME, chain);
     let request = || format!("look for nftables chain {name} {table} {chain}");
     let netlink = Netlink::open_protocol(NETLINK_NETFILTER)?;
-    match netlink.get(0, Message(payload), request, |_| Ok(())) {
+    match netlink.ask(Message(payload), request, |_| Ok(())) {
         Ok(()) => Ok(true),
         Err(error) if error.errno() == Some(libc::ENOENT) => Ok(false),
         Err(error) => Err(error),

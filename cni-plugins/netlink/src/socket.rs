@@ -52,6 +52,9 @@ impl Netlink {
         let open = || -> io::Result<Socket> {
             let socket = Socket::new(protocol)?;
             socket.connect(&SocketAddr::new(0, 0))?;
+            if protocol != NETLINK_ROUTE {
+                return Ok(socket);
+            }
             // Strict checking makes the kernel filter dumps, and refuse what it does not know instead of ignoring
             // it; the extended acknowledgement is its explanation; capped, it does not send the request back.
             socket.set_ext_ack(true)?;

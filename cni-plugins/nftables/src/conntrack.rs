@@ -3,6 +3,7 @@
 //! NAT decides once per flow, and conntrack goes on with it: a flow that led to a pod that is gone leads there for as
 //! long as its client keeps sending. Who changes what a flow should lead to makes the kernel forget it.
 
+use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -12,6 +13,8 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use crate::netfilter::exchange;
 use crate::wire::{attribute, message, put, put_nested};
 
+/// How many flows there are.
+const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 // `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_…` (`linux/netfilter/nfnetlink_conntrack.h`).
 const GET: u16 = 0x0101;
 const DELETE: u16 = 0x0102;
@@ -121,7 +124,9 @@ impl Flows {
 /// # Errors
 /// If the kernel cannot be asked.
 pub fn forget_flows(which: &[Flows]) -> io::Result<usize> {
-    if which.is_empty() {
+    // The number is that of the calling thread's namespace.
+    let none = fs::read(COUNT).is_ok_and(|count| count.trim_ascii() == b"0");
+    if which.is_empty() || none {
         return Ok(0);
     }
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
@@ -129,11 +134,15 @@ pub fn forget_flows(which: &[Flows]) -> io::Result<usize> {
     socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
     let mut gone = 0;
     let mut sequence = 0;
-    for flows in which {
+    for v4 in [true, false] {
+        let same: Vec<&Flows> = which.iter().filter(|one| one.address().is_ipv4() == v4).collect();
+        let Some(first) = same.first() else { continue };
         sequence += 1;
-        for flow in list(&socket, flows, sequence)? {
+        // Each look walks the whole table, which takes the kernel milliseconds, so there is one for all.
+        let filter = if same.len() == 1 { first.filter() } else { Vec::new() };
+        for flow in list(&socket, first.address(), &filter, &same, sequence)? {
             sequence += 1;
-            gone += usize::from(delete(&socket, flows.address(), &flow, sequence)?);
+            gone += usize::from(delete(&socket, first.address(), &flow, sequence)?);
         }
     }
     Ok(gone)
@@ -144,12 +153,17 @@ fn family(address: IpAddr) -> u8 {
     if address.is_ipv4() { 2 } else { 10 }
 }
 
-fn list(socket: &Socket, flows: &Flows, sequence: u32) -> io::Result<Vec<Flow>> {
-    let generic = (family(flows.address()), 0);
-    let request = message(GET, FLAG_REQUEST | FLAG_DUMP, sequence, generic, &flows.filter());
+fn list(
+    socket: &Socket,
+    address: IpAddr,
+    filter: &[u8],
+    which: &[&Flows],
+    sequence: u32,
+) -> io::Result<Vec<Flow>> {
+    let request = message(GET, FLAG_REQUEST | FLAG_DUMP, sequence, (family(address), 0), filter);
     let mut found = Vec::new();
     let listed = exchange(socket, &request, sequence, &mut |payload| {
-        found.extend(parse(payload).filter(|flow| flows.has(flow)));
+        found.extend(parse(payload).filter(|flow| which.iter().any(|flows| flows.has(flow))));
     });
     match listed {
         // The answer to a message of a part of netfilter that the kernel does not have.

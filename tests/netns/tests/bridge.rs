@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, UdpSocket};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -100,6 +100,35 @@ fn del_leaves_nothing_and_is_repeatable() -> Result {
     assert_nothing_left(&t)?;
     t.del(&pod, &with_result)?;
     t.del(&pod, &conf)
+}
+
+#[test]
+fn del_makes_conntrack_forget_the_flows_to_the_pod() -> Result {
+    let t = Testbed::new()?;
+    let mut conf = t.conf(&[SUBNET]);
+    // With NAT rules in the namespace, conntrack looks at its packets.
+    conf["ipMasq"] = json!(true);
+    let (pod, other) = (t.pod()?, t.pod()?);
+    let (result, stays) = (t.add(&pod, &conf)?, t.add(&other, &conf)?);
+    let flows = || -> Result<u32> {
+        let count = t.host.run(|| -> Result<String> {
+            Ok(fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")?)
+        })?;
+        Ok(count.trim().parse()?)
+    };
+    for result in [&result, &stays] {
+        let to = (address(result, 0)?, 53);
+        t.host.run(|| -> Result {
+            UdpSocket::bind(("0.0.0.0", 0))?.send_to(b"x", to)?;
+            Ok(())
+        })?;
+    }
+    let before = flows()?;
+    assert!(before >= 2, "{before} flows");
+    conf["prevResult"] = result;
+    t.del(&pod, &conf)?;
+    assert_eq!(flows()?, before - 1, "and only those");
+    Ok(())
 }
 
 #[test]
