@@ -1,4 +1,5 @@
-//! Logs, exec and attach: handed to the agent of the pod's node, byte for byte.
+//! Logs, exec, attach and port-forward: handed to the agent of the pod's node, byte for byte, whatever protocol the
+//! two ends agree on (WebSocket or SPDY/3.1).
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
@@ -44,6 +45,9 @@ const UPGRADE_HEADERS: [&str; 8] = [
     "x-stream-protocol-version",
 ];
 
+/// Bytes carried at once in each direction of a session.
+const COPY_BYTES: usize = 64 << 10;
+
 /// How the server speaks to agents: with its own client certificate.
 pub(crate) struct AgentClient {
     ca_pem: String,
@@ -68,15 +72,47 @@ impl AgentClient {
     }
 }
 
-/// Where a container is: the agent's address and the container's name.
-async fn locate(call: &Call<'_>) -> Result<(String, String, String), ApiError> {
+/// What a call is about, and where.
+struct Place {
+    /// Authority of the agent.
+    address: String,
+    node: String,
+    /// Path of the agent's API: the pod, and the container where there is one.
+    path: String,
+}
+
+/// Finds the container that a call is about.
+async fn locate_container(call: &Call<'_>) -> Result<Place, ApiError> {
     let pod = call.current().await?.object;
+    let container = container_name(call, &pod)?;
+    let mut place = locate(call, &pod)?;
+    place.path.push('/');
+    place.path.push_str(&container);
+    Ok(place)
+}
+
+fn locate(call: &Call<'_>, pod: &Value) -> Result<Place, ApiError> {
+    let node = pod["spec"]["nodeName"].as_str().unwrap_or_default();
+    if node.is_empty() {
+        return Err(ApiError::bad_request(format!(
+            "pod {} does not have a host assigned",
+            call.name
+        )));
+    }
+    Ok(Place {
+        address: agent_address(call.shared, node)?,
+        node: node.to_owned(),
+        path: format!("{}/{}", call.namespace, call.name),
+    })
+}
+
+fn container_name(call: &Call<'_>, pod: &Value) -> Result<String, ApiError> {
     let containers: Vec<&str> = ["containers", "initContainers"]
         .iter()
         .flat_map(|list| pod["spec"][*list].as_array().into_iter().flatten())
         .filter_map(|container| container["name"].as_str())
         .collect();
-    let container = match call.query.get("container") {
+    Ok(match call.query.get("container") {
         Some(name) if containers.contains(&name) => name.to_owned(),
         Some(name) => {
             return Err(ApiError::bad_request(format!(
@@ -105,15 +141,7 @@ async fn locate(call: &Call<'_>) -> Result<(String, String, String), ApiError> {
                 }
             }
         }
-    };
-    let node = pod["spec"]["nodeName"].as_str().unwrap_or_default();
-    if node.is_empty() {
-        return Err(ApiError::bad_request(format!(
-            "pod {} does not have a host assigned",
-            call.name
-        )));
-    }
-    Ok((agent_address(call.shared, node)?, container, node.to_owned()))
+    })
 }
 
 fn agent_address(shared: &Shared, node: &str) -> Result<String, ApiError> {
@@ -145,8 +173,8 @@ fn agent_address(shared: &Shared, node: &str) -> Result<String, ApiError> {
     })
 }
 
-fn agent_path(verb: &str, call: &Call<'_>, container: &str) -> String {
-    let mut path = format!("/{verb}/{}/{}/{container}", call.namespace, call.name);
+fn agent_path(verb: &str, call: &Call<'_>, place: &Place) -> String {
+    let mut path = format!("/{verb}/{}", place.path);
     let mut separator = '?';
     for key in FORWARDED {
         for value in call.query.all(key) {
@@ -186,24 +214,25 @@ fn unreachable(node: &str, error: &orch_client::Error) -> ApiError {
 
 /// GET of `pods/NAME/log`.
 pub(crate) async fn log(call: &Call<'_>) -> Result<Response<Body>, ApiError> {
-    let (address, container, node) = locate(call).await?;
+    let place = locate_container(call).await?;
     let request = Request::builder()
-        .uri(agent_path("containerLogs", call, &container))
+        .uri(agent_path("containerLogs", call, &place))
         .body(Bytes::new())
         .map_err(ApiError::internal)?;
     let answer = call
         .shared
         .agents
-        .to(&address)?
+        .to(&place.address)?
         .stream_ok(request)
         .await
-        .map_err(|error| unreachable(&node, &error))?;
+        .map_err(|error| unreachable(&place.node, &error))?;
     let mut response = Response::new(answer.into_body());
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     Ok(response)
 }
 
-/// GET or POST of `pods/NAME/exec` and `attach`: the client's connection and the agent's are joined.
+/// GET (WebSocket) or POST (SPDY/3.1) of `pods/NAME/exec`, `attach` and `portforward`: the client's connection and the
+/// agent's are joined.
 pub(crate) async fn stream(
     call: &Call<'_>,
     verb: &str,
@@ -213,22 +242,26 @@ pub(crate) async fn stream(
 ) -> Result<Response<Body>, ApiError> {
     let Some(upgrade) = upgrade.filter(|_| call.headers.contains_key(header::UPGRADE)) else {
         return Err(ApiError::bad_request(
-            "you must specify an upgrade to WebSocket (v5.channel.k8s.io) or SPDY/3.1",
+            "you must specify an upgrade: to WebSocket or to SPDY/3.1",
         ));
     };
     if call.query.all("command").next().is_none() && verb == "exec" {
         return Err(ApiError::bad_request("you must specify at least 1 command for the container"));
     }
-    let (address, container, node) = locate(call).await?;
+    let (place, verb) = if verb == "portforward" {
+        (locate(call, &call.current().await?.object)?, "portForward")
+    } else {
+        (locate_container(call).await?, verb)
+    };
     let mut headers = pass(call.headers);
     headers.remove(header::HOST);
     let agent = call
         .shared
         .agents
-        .to(&address)?
-        .upgrade(method.clone(), &agent_path(verb, call, &container), headers)
+        .to(&place.address)?
+        .upgrade(method.clone(), &agent_path(verb, call, &place), headers)
         .await
-        .map_err(|error| unreachable(&node, &error))?;
+        .map_err(|error| unreachable(&place.node, &error))?;
     let mut response = Response::new(empty_body());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     *response.headers_mut() = pass(&agent.headers);
@@ -239,7 +272,9 @@ pub(crate) async fn stream(
             Ok(client) => {
                 let mut client = TokioIo::new(client);
                 let copied = tokio::select! {
-                    copied = tokio::io::copy_bidirectional(&mut client, &mut agent) => copied,
+                    copied = tokio::io::copy_bidirectional_with_sizes(
+                        &mut client, &mut agent, COPY_BYTES, COPY_BYTES,
+                    ) => copied,
                     () = stop.cancelled() => return,
                 };
                 if let Err(error) = copied {

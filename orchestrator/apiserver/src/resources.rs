@@ -164,6 +164,13 @@ const POD_SUBRESOURCES: &[Subresource] = &[
     },
     Subresource { name: "exec", group: "", version: "v1", kind: "PodExecOptions", verbs: STREAM },
     Subresource { name: "log", group: "", version: "v1", kind: "Pod", verbs: GET },
+    Subresource {
+        name: "portforward",
+        group: "",
+        version: "v1",
+        kind: "PodPortForwardOptions",
+        verbs: STREAM,
+    },
 ];
 
 const CSR_FIELDS: &[(&str, &str)] = &[("spec.signerName", "/spec/signerName")];

@@ -586,7 +586,7 @@ async fn subresource(
             Some(error) => Err(error),
             None => proxy::log(call).await,
         },
-        ("exec" | "attach", Verb::Get | Verb::Create) => {
+        ("exec" | "attach" | "portforward", Verb::Get | Verb::Create) => {
             proxy::stream(call, &info.subresource, method, upgrade, call.shared.stop.clone()).await
         }
         _ => Err(ApiError::method_not_allowed()),

@@ -1,10 +1,12 @@
-//! The kubelet's HTTPS API: logs, exec and attach, for the API server alone.
+//! The kubelet's HTTPS API: logs, exec, attach and port-forward, for the API server alone.
 //!
-//! [`tls`] authenticates the caller by certificate, this module authorises and routes, [`logs`] and [`stream`]
-//! answer.
+//! [`tls`] authenticates the caller by certificate, this module authorises and routes, [`logs`], [`stream`] and
+//! [`port_forward`] answer, the latter two over [`websocket`] or [`spdy`].
 
 mod logs;
 mod path;
+mod port_forward;
+mod spdy;
 pub(crate) mod stream;
 pub(crate) mod tls;
 pub(crate) mod websocket;
@@ -160,6 +162,10 @@ async fn answer(shared: &Shared, caller: &Caller, request: Request<Incoming>) ->
             }
             Err((code, message)) => text(code, &message),
         },
+        Route::PortForward(which) => match find_target(shared, &which).await {
+            Ok(target) => port_forward::answer(request, target),
+            Err((code, message)) => text(code, &message),
+        },
         Route::Logs(..) => text(StatusCode::METHOD_NOT_ALLOWED, "only GET"),
     }
 }
@@ -170,8 +176,7 @@ fn not_running(name: &str) -> Response<Body> {
 
 type Refusal = (StatusCode, String);
 
-/// The newest container of that name in the pod, or the one before it.
-async fn find(shared: &Shared, which: &path::Which, previous: bool) -> Result<Container, Refusal> {
+fn find_pod(shared: &Shared, which: &path::WhichPod) -> Result<Arc<Pod>, Refusal> {
     let pod = shared.pods.borrow().as_ref().and_then(|pods| {
         pods.values()
             .find(|pod| {
@@ -184,20 +189,15 @@ async fn find(shared: &Shared, which: &path::Which, previous: bool) -> Result<Co
             })
             .cloned()
     });
-    let missing = || {
-        (
-            StatusCode::NOT_FOUND,
-            format!("pod \"{}/{}\" not found on this node", which.namespace, which.pod),
-        )
-    };
-    let pod = pod.ok_or_else(missing)?;
-    if !api::all_containers(&pod).any(|container| container.name == which.container) {
-        let message = format!("container {} is not valid for pod {}", which.container, which.pod);
-        return Err((StatusCode::BAD_REQUEST, message));
-    }
-    let uid = pod.metadata.uid.clone().unwrap_or_default();
-    let wanted = [(labels::POD_UID, uid.as_str()), (labels::CONTAINER, which.container.as_str())];
-    let mut found = shared.cx.runtime().list(&wanted).await.map_err(|error| {
+    pod.ok_or_else(|| {
+        let message = format!("pod \"{}/{}\" not found on this node", which.namespace, which.pod);
+        (StatusCode::NOT_FOUND, message)
+    })
+}
+
+/// The engine's containers with these labels, the newest first.
+async fn newest(shared: &Shared, wanted: &[(&str, &str)]) -> Result<Vec<Container>, Refusal> {
+    let mut found = shared.cx.runtime().list(wanted).await.map_err(|error| {
         let code = if error.is_unavailable() {
             StatusCode::SERVICE_UNAVAILABLE
         } else {
@@ -211,6 +211,41 @@ async fn find(shared: &Shared, which: &path::Which, previous: bool) -> Result<Co
             container.created_nanos,
         ))
     });
+    Ok(found)
+}
+
+/// Where the ports of a pod are.
+async fn find_target(
+    shared: &Shared,
+    which: &path::WhichPod,
+) -> Result<port_forward::Target, Refusal> {
+    let pod = find_pod(shared, which)?;
+    let uid = pod.metadata.uid.clone().unwrap_or_default();
+    let wanted = [(labels::POD_UID, uid.as_str()), (labels::CONTAINER, labels::SANDBOX)];
+    let sandbox = newest(shared, &wanted).await?.into_iter().find(Container::is_running);
+    let sandbox = sandbox
+        .ok_or_else(|| (StatusCode::BAD_REQUEST, format!("pod {} is not running", which.pod)))?;
+    let status = pod.status.as_ref();
+    let pod_ips = status.and_then(|status| status.pod_ips.as_deref()).unwrap_or_default();
+    let host_network = api::is_host_network(&pod);
+    Ok(port_forward::Target {
+        pod: format!("{}/{}", which.namespace, which.pod),
+        netns: (!host_network).then(|| shared.cx.network.netns_path(&sandbox.id)),
+        pod_ips: pod_ips.iter().filter_map(|ip| ip.ip.parse().ok()).collect(),
+    })
+}
+
+/// The newest container of that name in the pod, or the one before it.
+async fn find(shared: &Shared, which: &path::Which, previous: bool) -> Result<Container, Refusal> {
+    let pod = find_pod(shared, &which.pod)?;
+    if !api::all_containers(&pod).any(|container| container.name == which.container) {
+        let message =
+            format!("container {} is not valid for pod {}", which.container, which.pod.pod);
+        return Err((StatusCode::BAD_REQUEST, message));
+    }
+    let uid = pod.metadata.uid.clone().unwrap_or_default();
+    let wanted = [(labels::POD_UID, uid.as_str()), (labels::CONTAINER, which.container.as_str())];
+    let mut found = newest(shared, &wanted).await?;
     // What was created is not started yet, so it has no words and no process.
     found.retain(|container| container.state != State::Created);
     // A container that waits for its restart has its last words in `lastState` already.
@@ -225,7 +260,7 @@ async fn find(shared: &Shared, which: &path::Which, previous: bool) -> Result<Co
             StatusCode::BAD_REQUEST,
             format!(
                 "previous terminated container \"{}\" in pod \"{}\" not found",
-                which.container, which.pod
+                which.container, which.pod.pod
             ),
         )),
         None => Err((
@@ -233,7 +268,7 @@ async fn find(shared: &Shared, which: &path::Which, previous: bool) -> Result<Co
             format!(
                 "container \"{}\" in pod \"{}\" is waiting to start: {}",
                 which.container,
-                which.pod,
+                which.pod.pod,
                 waiting_reason(&pod, &which.container)
             ),
         )),

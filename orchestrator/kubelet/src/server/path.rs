@@ -7,10 +7,16 @@ use orch_cri::ExecSpec;
 /// One container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Which {
+    pub(crate) pod: WhichPod,
+    pub(crate) container: String,
+}
+
+/// One pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct WhichPod {
     pub(crate) namespace: String,
     pub(crate) pod: String,
     pub(crate) uid: Option<String>,
-    pub(crate) container: String,
 }
 
 /// What of a log is wanted.
@@ -32,6 +38,7 @@ pub(crate) enum Route {
     Logs(Which, LogOptions),
     Exec(Which, ExecSpec),
     Attach(Which, ExecSpec),
+    PortForward(WhichPod),
 }
 
 fn bad(message: impl Into<String>) -> (StatusCode, String) {
@@ -44,10 +51,13 @@ pub(crate) fn parse(path: &str, query: &str) -> Result<Route, (StatusCode, Strin
     let parts: Vec<String> = path.split('/').filter(|part| !part.is_empty()).map(decode).collect();
     let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
     let query = parse_query(query);
-    let which = |namespace: &str, pod: &str, uid: Option<&str>, container: &str| Which {
+    let which_pod = |namespace: &str, pod: &str, uid: Option<&str>| WhichPod {
         namespace: namespace.to_owned(),
         pod: pod.to_owned(),
         uid: uid.map(str::to_owned),
+    };
+    let which = |namespace: &str, pod: &str, uid: Option<&str>, container: &str| Which {
+        pod: which_pod(namespace, pod, uid),
         container: container.to_owned(),
     };
     match parts.as_slice() {
@@ -68,6 +78,10 @@ pub(crate) fn parse(path: &str, query: &str) -> Result<Route, (StatusCode, Strin
         }
         ["attach", namespace, pod, uid, container] => {
             Ok(Route::Attach(which(namespace, pod, Some(uid), container), streams(&query)))
+        }
+        ["portForward", namespace, pod] => Ok(Route::PortForward(which_pod(namespace, pod, None))),
+        ["portForward", namespace, pod, uid] => {
+            Ok(Route::PortForward(which_pod(namespace, pod, Some(uid))))
         }
         _ => Err((StatusCode::NOT_FOUND, "404 page not found".to_owned())),
     }
@@ -187,9 +201,18 @@ mod tests {
         let Ok(Route::Exec(which, spec)) = parse("/exec/shop/web/a", query) else {
             panic!("an exec")
         };
-        assert_eq!((which.namespace.as_str(), which.container.as_str()), ("shop", "a"));
+        assert_eq!((which.pod.namespace.as_str(), which.container.as_str()), ("shop", "a"));
         assert_eq!(spec.command, ["sh", "-c", "echo a+b c"]);
         assert!(spec.stdin && spec.stdout && !spec.stderr && !spec.tty);
+    }
+
+    #[test]
+    fn a_port_forward_is_to_a_pod() {
+        let Ok(Route::PortForward(pod)) = parse("/portForward/shop/web", "ports=80") else {
+            panic!("a port-forward")
+        };
+        assert_eq!((pod.pod.as_str(), pod.uid), ("web", None));
+        assert!(parse("/portForward/shop", "").is_err());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The WebSocket hand-over of remote commands: which channel protocol, and the 101 answer (RFC 6455 §4.2.2).
+//! The hand-over to a WebSocket: which sub-protocol, and the 101 answer (RFC 6455 §4.2.2).
 
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
@@ -26,16 +26,24 @@ impl Protocol {
     ];
 }
 
-/// The best protocol of those offered; a browser that offers none gets the oldest.
-fn choose(headers: &HeaderMap) -> Option<(Option<&'static str>, Protocol)> {
-    let offered: Vec<&str> = headers
+/// The sub-protocols a client offers.
+pub(super) fn offered(headers: &HeaderMap) -> Vec<&str> {
+    headers
         .get_all(header::SEC_WEBSOCKET_PROTOCOL)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
         .map(str::trim)
         .filter(|name| !name.is_empty())
-        .collect();
+        .collect()
+}
+
+/// A sub-protocol's name for the answer, and what it means; the client may have named none.
+pub(super) type Chosen<P> = (Option<&'static str>, P);
+
+/// The best protocol of those offered for a remote command; a browser that offers none gets the oldest.
+pub(super) fn choose(headers: &HeaderMap) -> Option<Chosen<Protocol>> {
+    let offered = offered(headers);
     if offered.is_empty() {
         return Some((None, Protocol::V1));
     }
@@ -50,9 +58,10 @@ fn choose(headers: &HeaderMap) -> Option<(Option<&'static str>, Protocol)> {
 /// # Errors
 /// The answer for a request that is no WebSocket of ours.
 #[expect(clippy::result_large_err, reason = "the error is the answer itself, sent once")]
-pub(super) fn accept(
+pub(super) fn accept<P>(
     request: &Request<Incoming>,
-) -> Result<(Response<Body>, Protocol), Response<Body>> {
+    choose: impl FnOnce(&HeaderMap) -> Option<Chosen<P>>,
+) -> Result<(Response<Body>, P), Response<Body>> {
     let headers = request.headers();
     let has = |name: header::HeaderName, word: &str| {
         let values = headers.get_all(name);
@@ -64,7 +73,7 @@ pub(super) fn accept(
     if !has(header::CONNECTION, "upgrade") || !has(header::UPGRADE, "websocket") {
         return Err(text(
             StatusCode::BAD_REQUEST,
-            "Upgrade request required: a WebSocket with v5.channel.k8s.io",
+            "Upgrade request required: a WebSocket or SPDY/3.1",
         ));
     }
     let Some(key) = headers.get(header::SEC_WEBSOCKET_KEY) else {
