@@ -43,7 +43,7 @@ fn reach(from: &NetNs, to: &str, server: &NetNs, port: u16) -> Result<IpAddr> {
     let to: SocketAddr = to.parse()?;
     let any = if to.is_ipv4() { "0.0.0.0" } else { "[::]" };
     let listener = server.run(|| -> Result<TcpListener> {
-        Ok(TcpListener::bind(format!("{any}:{port}")).context("listen")?)
+        TcpListener::bind(format!("{any}:{port}")).context("listen")
     })?;
     let client = thread::scope(|scope| -> Result<IpAddr> {
         let accepted = scope.spawn(|| -> Result<IpAddr> {
