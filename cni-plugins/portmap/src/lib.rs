@@ -9,7 +9,7 @@
 //! * Each element's comment says whose it is, so DEL needs neither namespace nor previous result, and there is a GC.
 //! * The change is only made if nobody has changed the ruleset since it was planned, else it is planned anew: what runs
 //!   in parallel, or is killed half-way, leaves either all of an attachment or nothing.
-//! * Flows that conntrack remembers are forgotten at ADD and at DEL.
+//! * UDP flows that conntrack remembers are forgotten at ADD and at DEL.
 //!
 //! Deciding is in `forward.rs` (pure), touching in `table.rs`. Start reading at [`Plugin::add`] below.
 

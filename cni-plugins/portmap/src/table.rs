@@ -10,7 +10,7 @@ use cni_nftables::{
 use cni_spec::{Error, code};
 use ipnetwork::IpNetwork;
 
-use crate::conf::{RuleOptions, Settings};
+use crate::conf::{Protocol, RuleOptions, Settings};
 use crate::forward::{Forward, MAPS, Owner, Plan, Present, parse_ip, plan_add, plan_remove};
 use crate::rules::{CHAIN_ALL, RULE_COUNTS, TABLE_PREFIX, script, subnet_chain, table_name};
 
@@ -75,11 +75,7 @@ impl Tables {
             },
             || write_rules(&table, &settings.options, subnets),
         )?;
-        // Flows that conntrack has sent elsewhere so far: UDP clients never begin anew. Of what was removed, all go.
-        let datagrams =
-            plan.add.iter().filter(|forward| forward.protocol == crate::conf::Protocol::UDP);
-        let flows: Vec<Flows> = plan.remove.iter().chain(datagrams).map(flows_to).collect();
-        forget(&flows);
+        forget(plan.remove.iter().chain(&plan.add));
         Ok(())
     }
 
@@ -113,8 +109,7 @@ impl Tables {
                 },
                 || Ok(()),
             )?;
-            let flows: Vec<Flows> = plan.remove.iter().map(flows_to).collect();
-            forget(&flows);
+            forget(plan.remove.iter());
         }
         Ok(())
     }
@@ -239,9 +234,13 @@ fn flows_to(forward: &Forward) -> Flows {
     }
 }
 
-/// A flow that goes on as before is a nuisance to one client; a pod that does not start is worse.
-fn forget(flows: &[Flows]) {
-    if let Err(error) = forget_flows(flows) {
+/// Makes conntrack forget what it has decided about the datagrams of these forwards. A UDP client never begins anew, so
+/// its flow would lead to the former place for as long as it is busy; a TCP client does, and the look at conntrack's table
+/// takes milliseconds. A flow that goes on as before is a nuisance to one client; a pod that does not start is worse.
+fn forget<'a>(forwards: impl Iterator<Item = &'a Forward>) {
+    let datagrams = forwards.filter(|forward| forward.protocol == Protocol::UDP);
+    let flows: Vec<Flows> = datagrams.map(flows_to).collect();
+    if let Err(error) = forget_flows(&flows) {
         eprintln!("portmap: make conntrack forget former flows: {error}");
     }
 }
