@@ -96,3 +96,27 @@ fn parse_name(name: &str) -> Option<AttachmentId> {
     let (container, ifname) = name.strip_prefix('.').unwrap_or(name).split_once('@')?;
     Some(AttachmentId { container_id: container.parse().ok()?, ifname: ifname.parse().ok()? })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_a_killed_writer_left_is_listed_and_goes_with_the_attachment() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let kept = Kept::new(dir.path(), &"net".parse().expect("good"));
+        let id = AttachmentId {
+            container_id: "c1".parse().expect("good"),
+            ifname: "eth0".parse().expect("good"),
+        };
+        let conf = json!({"type": "bridge"}).as_object().expect("object").clone();
+        kept.write(&id, &Delegation { plugin: "bridge".to_owned(), conf }).expect("written");
+        fs::rename(kept.file(&id), kept.aside(&id)).expect("as if killed before the rename");
+        assert_eq!(kept.read(&id), None);
+        assert_eq!(kept.all().expect("listed"), [id.clone()]);
+        kept.remove(&id).expect("removed");
+        assert!(kept.all().expect("listed").is_empty());
+    }
+}
