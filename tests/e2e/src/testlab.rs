@@ -113,12 +113,7 @@ impl TestLab {
     /// It does not end in time.
     pub fn run(&self, args: &[&str], stdin: &[u8], limit: Duration) -> anyhow::Result<Output> {
         let mut command = match &self.client {
-            Client::Kubectl(path) => {
-                let mut command = Command::new(path);
-                // A cache of its own: discovery of another cluster at the same address must not be believed.
-                command.env("HOME", self.home.path());
-                command
-            }
+            Client::Kubectl(path) => self.kubectl(path),
             Client::Orchctl => {
                 let mut command = Command::new(self.programs.join("orchctl"));
                 command.arg("--lab-dir").arg(&self.dir);
@@ -127,6 +122,24 @@ impl TestLab {
         };
         command.env("KUBECONFIG", self.kubeconfig()).args(args);
         shell::run(&mut command, stdin, limit)
+    }
+
+    /// A call of one kubectl, without its arguments yet.
+    #[must_use]
+    pub fn kubectl(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        // A cache of its own: discovery of another cluster at the same address must not be believed.
+        command.env("HOME", self.home.path()).env("KUBECONFIG", self.kubeconfig());
+        command
+    }
+
+    /// The client, if it is kubectl, and the oldest kubectl beside it, which may speak other protocols.
+    #[must_use]
+    pub fn kubectls(&self) -> Vec<PathBuf> {
+        let Client::Kubectl(client) = &self.client else { return Vec::new() };
+        let oldest = versions_beside(client).into_iter().next().map(|(_, path)| path);
+        let oldest = oldest.filter(|oldest| oldest != client);
+        std::iter::once(client.clone()).chain(oldest).collect()
     }
 
     /// Standard output of a call of the client that must succeed.
@@ -306,15 +319,20 @@ fn find_client() -> Client {
     else {
         return Client::Orchctl;
     };
-    let real = kubectl.canonicalize().unwrap_or_else(|_| kubectl.clone());
+    let newest = versions_beside(&kubectl).pop().map(|(_, path)| path);
+    Client::Kubectl(newest.unwrap_or(kubectl))
+}
+
+/// The programs `kubectl.1.NN` in the folder of a kubectl, by version.
+fn versions_beside(kubectl: &Path) -> Vec<(u32, PathBuf)> {
+    let real = kubectl.canonicalize().unwrap_or_else(|_| kubectl.to_owned());
     let minor = |path: &Path| -> Option<u32> {
         path.file_name()?.to_str()?.strip_prefix("kubectl.1.")?.parse().ok()
     };
     let beside =
         real.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten();
-    let newest = beside
-        .map(|entry| entry.path())
-        .filter(|path| minor(path).is_some())
-        .max_by_key(|path| minor(path));
-    Client::Kubectl(newest.unwrap_or(kubectl))
+    let mut versions: Vec<_> =
+        beside.filter_map(|entry| Some((minor(&entry.path())?, entry.path()))).collect();
+    versions.sort();
+    versions
 }

@@ -8,6 +8,7 @@ mod mistakes;
 mod network;
 mod overlay;
 mod rollout;
+mod streams;
 
 use std::time::Duration;
 
@@ -49,6 +50,10 @@ pub(crate) const CHAPTERS: &[Chapter] = &[
     told("get_describe_and_logs_show_the_app", deploy::get_describe_and_logs),
     told("exec_passes_megabytes_and_the_exit_code", deploy::exec),
     with_kubectl("kubectl_apply_label_patch_explain_wait_cp_and_delete_work", deploy::kubectl_tour),
+    with_kubectl(
+        "exec_cp_and_port_forward_work_with_the_newest_and_the_oldest_kubectl",
+        streams::streams,
+    ),
     told(
         "pods_reach_pods_on_other_nodes_through_vxlan_without_fragments",
         network::pods_reach_pods,
@@ -63,7 +68,10 @@ pub(crate) const CHAPTERS: &[Chapter] = &[
     told("a_killed_agent_leaves_its_pods_alone", faults::agent_killed),
     told("a_killed_server_stops_no_traffic", faults::server_killed),
     told("a_killed_etcd_stops_no_traffic", faults::etcd_killed),
-    told("the_doctor_is_silent_in_a_healthy_lab_and_finds_each_of_seventeen_faults", overlay::doctor),
+    told(
+        "the_doctor_is_silent_in_a_healthy_lab_and_finds_each_of_seventeen_faults",
+        overlay::doctor,
+    ),
     told("a_trace_follows_a_packet_and_says_where_it_is_lost", overlay::trace),
     told("streams_survive_what_happens_to_the_overlay_and_the_kernel_converges", overlay::chaos),
     told("pods_of_a_killed_node_run_elsewhere_and_the_node_keeps_its_subnet", faults::node_killed),
