@@ -51,7 +51,8 @@ fn pod(place: usize, nodes: usize) -> Pod {
         container_port: number,
         ..Default::default()
     };
-    let ports = Some(vec![port("web", 8080 + i32::from(app % 2 == 0)), port("metrics", 9090)]);
+    let ports =
+        Some(vec![port("web", 8080 + i32::from(app.is_multiple_of(2))), port("metrics", 9090)]);
     let node = place % nodes;
     let ip = Ipv4Addr::from(
         0x0af4_0000

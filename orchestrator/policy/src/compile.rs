@@ -66,12 +66,15 @@ struct Part<'a> {
     rules: Vec<Rule<'a>>,
 }
 
+/// Port names with what they mean at one pod.
+type Named<'a> = (&'a PortName, &'a [u16]);
+
 /// Which policies select an endpoint, and its own numbers of the port names in their ingress rules.
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct TemplateKey<'a> {
     ingress: Vec<&'a Name>,
     egress: Vec<&'a Name>,
-    ports: Vec<(&'a PortName, &'a [u16])>,
+    ports: Vec<Named<'a>>,
 }
 
 /// What decides about a prefix; equal traits are one group. Group 0 is that of addresses without entry.
@@ -80,7 +83,7 @@ struct Traits<'a> {
     kind: PeerKind,
     /// Peer lists that contain it, ascending.
     lists: Vec<usize>,
-    ports: Vec<(&'a PortName, &'a [u16])>,
+    ports: Vec<Named<'a>>,
 }
 
 /// Rows of one template and direction: those of the outside and those of groups that differ from it.
@@ -189,7 +192,7 @@ fn port_names<'a>(rules: impl Iterator<Item = &'a RuleSpec>) -> BTreeSet<&'a Por
         .collect()
 }
 
-fn resolve<'a>(names: BTreeSet<&'a PortName>, pod: &'a PodFacts) -> Vec<(&'a PortName, &'a [u16])> {
+fn resolve<'a>(names: BTreeSet<&'a PortName>, pod: &'a PodFacts) -> Vec<Named<'a>> {
     names
         .into_iter()
         .filter_map(|name| pod.ports.get(name).map(|numbers| (name, numbers.as_slice())))
@@ -450,7 +453,7 @@ fn decide_rules(
     rules: &[&Rule<'_>],
     isolates: RuleId,
     direction: Direction,
-    own_ports: &[(&PortName, &[u16])],
+    own_ports: &[Named<'_>],
     members: &Members<'_>,
 ) -> Decisions {
     // Rules that mean each group, by their places; those for everyone come to all of them.
@@ -472,14 +475,14 @@ fn decide_rules(
             .filter_map(|rule| rule.ports)
             .flatten()
             .any(|port| matches!(port, PortSpec::Named(_)));
-    let rows = |places: &[usize], peer_ports: &[(&PortName, &[u16])]| -> Rc<Rows> {
+    let rows = |places: &[usize], peer_ports: &[Named<'_>]| -> Rc<Rows> {
         let ports = if direction == Direction::Ingress { own_ports } else { peer_ports };
         allow_rows(places.iter().map(|place| rules[*place]), isolates, ports).into()
     };
     let outside = rows(&everyone, &[]);
     let mut groups = HashMap::new();
     // Many groups meet the same rules.
-    let mut seen: HashMap<(Vec<usize>, &[(&PortName, &[u16])]), Rc<Rows>> = HashMap::new();
+    let mut seen: HashMap<(Vec<usize>, &[Named<'_>]), Rc<Rows>> = HashMap::new();
     if asks_names {
         for group in &members.named {
             touched.entry(*group).or_default();
@@ -502,7 +505,7 @@ fn decide_rules(
 fn allow_rows<'a>(
     rules: impl Iterator<Item = &'a Rule<'a>> + Clone,
     isolates: RuleId,
-    names: &[(&PortName, &[u16])],
+    names: &[Named<'_>],
 ) -> Vec<(Ports, Verdict)> {
     if let Some(rule) = rules.clone().find(|rule| rule.ports.is_none()) {
         return vec![(Ports::ANY, Verdict { allow: true, rule: rule.id })];

@@ -24,11 +24,12 @@ pub(crate) fn number<'a>(
     pairs: impl Iterator<Item = (&'a Arc<Table>, &'a [Decisions; 2])>,
     previous: &Compiled,
 ) -> (Vec<Class>, Class) {
-    let mut distinct: HashMap<(*const Table, *const [Decisions; 2]), (&Table, &[Decisions; 2])> =
-        HashMap::new();
-    for (table, decisions) in pairs {
-        distinct.insert((Arc::as_ptr(table), decisions), (table.as_ref(), decisions));
-    }
+    // Endpoints share tables and decisions: each pair is compared once.
+    let distinct: HashMap<_, (&Table, &[Decisions; 2])> = pairs
+        .map(|(table, decisions)| {
+            ((Arc::as_ptr(table), std::ptr::from_ref(decisions)), (table.as_ref(), decisions))
+        })
+        .collect();
 
     let says_the_same = |class: Class, group: usize| {
         distinct.values().all(|(table, decisions)| {

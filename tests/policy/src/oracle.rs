@@ -42,6 +42,9 @@ pub struct Answer {
     pub allowed_by: Vec<(String, usize)>,
 }
 
+/// A rule of either direction: its peers and its ports.
+type Sided<'a> = (Option<&'a Vec<NetworkPolicyPeer>>, Option<&'a Vec<NetworkPolicyPort>>);
+
 impl Cluster {
     /// Whether policy at `subject` lets traffic of a connection with `other` pass. For ingress `other` is the source, for
     /// egress the destination.
@@ -56,14 +59,13 @@ impl Cluster {
             answer.isolated_by.push(name.clone());
             let Some(spec) = &policy.spec else { continue };
             // The two directions have equal rules under different names.
-            let rules: Vec<(Option<&Vec<NetworkPolicyPeer>>, Option<&Vec<NetworkPolicyPort>>)> =
-                if side == INGRESS {
-                    let rules = spec.ingress.iter().flatten();
-                    rules.map(|rule| (rule.from.as_ref(), rule.ports.as_ref())).collect()
-                } else {
-                    let rules = spec.egress.iter().flatten();
-                    rules.map(|rule| (rule.to.as_ref(), rule.ports.as_ref())).collect()
-                };
+            let rules: Vec<Sided<'_>> = if side == INGRESS {
+                let rules = spec.ingress.iter().flatten();
+                rules.map(|rule| (rule.from.as_ref(), rule.ports.as_ref())).collect()
+            } else {
+                let rules = spec.egress.iter().flatten();
+                rules.map(|rule| (rule.to.as_ref(), rule.ports.as_ref())).collect()
+            };
             for (place, (peers, ports)) in rules.iter().enumerate() {
                 // "If this field is empty or missing, this rule matches all sources/destinations."
                 let peer_fits = peers.is_none_or(|peers| {
