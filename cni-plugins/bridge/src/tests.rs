@@ -129,3 +129,21 @@ fn check_names_each_difference_of_the_port() {
     assert_eq!(count(Some(&bridge), Some(&elsewhere), &hairpin), 2);
     assert_eq!(count(Some(&bridge), Some(&port), &settings(r#"{"portIsolation":true}"#)), 1);
 }
+
+#[path = "../../corpus/mutate.rs"]
+mod mutate;
+
+proptest::proptest! {
+    #[test]
+    fn fuzz_the_corpus_of_configurations_is_taken_or_refused(
+        value in mutate::values("stdin"),
+        args in "(MAC=)?[0-9a-f:;=]{0,20}",
+    ) {
+        let args = CniArgs::parse(&args).unwrap_or_default();
+        if let Ok(conf) = serde_json::from_value::<NetConf>(value)
+            && let Ok(settings) = conf.settings(&args)
+        {
+            proptest::prop_assert!(settings.vlans.iter().all(|vlan| (1..=4094).contains(&vlan.id)));
+        }
+    }
+}

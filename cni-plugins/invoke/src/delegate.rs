@@ -1,13 +1,12 @@
 //! Delegation: a plugin calls another one (CNI spec 1.1.0 §4).
 
-use std::fs;
+use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
 
 use cni_spec::{AddResult, Command, Env, Error, Version, code};
 use serde_json::{Map, Value};
 
-use crate::exec::{self, PLUGIN_TIMEOUT, Talk, find_plugin};
+use crate::exec::{self, PLUGIN_TIMEOUT, Talk, find_program};
 
 /// A plugin that is part of this program: its name, and the call `cni_skel::call` makes of it.
 pub type Builtin = (&'static str, fn(&Env, &[u8]) -> Result<Option<Value>, Error>);
@@ -87,7 +86,7 @@ impl<'a> Delegate<'a> {
         command: Command,
         conf: &Map<String, Value>,
     ) -> Result<Option<Value>, Error> {
-        let program = find_plugin(plugin, &self.env.path_dirs())?;
+        let (program, meta) = find_program(plugin, &self.env.path_dirs())?;
         let env = self.env.with_command(command);
         let stdin = serde_json::to_vec(conf)
             .map_err(|error| Error::internal(&error).context("encode configuration"))?;
@@ -96,17 +95,16 @@ impl<'a> Delegate<'a> {
         // call is made here instead. If somebody put another program under that name, it is the one that is run.
         let builtin = self.builtins.iter().find(|(name, _)| *name == plugin);
         let answer = match builtin {
-            Some((_, call)) if is_this_program(&program) => call(&env, &stdin),
+            Some((_, call)) if is_this_program(&meta) => call(&env, &stdin),
             _ => exec::run(&program, &env, &stdin, Talk::Inherit, PLUGIN_TIMEOUT),
         };
         answer.map_err(|error| error.context(plugin))
     }
 }
 
-fn is_this_program(program: &Path) -> bool {
-    let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
-    let own = identity(Path::new("/proc/self/exe"));
-    own.is_some() && own == identity(program)
+fn is_this_program(program: &Metadata) -> bool {
+    let own = fs::metadata("/proc/self/exe");
+    own.is_ok_and(|own| (own.dev(), own.ino()) == (program.dev(), program.ino()))
 }
 
 #[cfg(test)]

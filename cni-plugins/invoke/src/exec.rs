@@ -1,6 +1,6 @@
 //! One plugin as a child process.
 
-use std::fs;
+use std::fs::{self, Metadata};
 use std::io::{self, Read, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -33,15 +33,20 @@ const BUSY_PAUSE: Duration = Duration::from_millis(50);
 /// # Errors
 /// Code 7 if the name cannot be a plugin's, code 999 naming the folders if none has it.
 pub fn find_plugin(plugin: &str, dirs: &[PathBuf]) -> Result<PathBuf, Error> {
+    find_program(plugin, dirs).map(|(path, _)| path)
+}
+
+/// The same with what is known of the file.
+pub(crate) fn find_program(plugin: &str, dirs: &[PathBuf]) -> Result<(PathBuf, Metadata), Error> {
     if plugin.is_empty() || matches!(plugin, "." | "..") || plugin.contains(['/', '\\', '\0']) {
         let msg = format!("\"type\" is {plugin:?}, which is not the name of a plugin");
         return Err(Error::new(code::INVALID_CONFIG, msg));
     }
-    let executable = |path: &PathBuf| {
-        fs::metadata(path)
-            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    let executable = |path: PathBuf| {
+        let meta = fs::metadata(&path).ok()?;
+        (meta.is_file() && meta.permissions().mode() & 0o111 != 0).then_some((path, meta))
     };
-    dirs.iter().map(|dir| dir.join(plugin)).find(executable).ok_or_else(|| {
+    dirs.iter().map(|dir| dir.join(plugin)).find_map(executable).ok_or_else(|| {
         let places: Vec<_> = dirs.iter().map(|dir| dir.display().to_string()).collect();
         let msg = format!("the CNI plugin \"{plugin}\" is not in {}", places.join(", "));
         Error::new(code::INTERNAL, msg).with_details("install it there, or name its folder")

@@ -129,3 +129,18 @@ proptest! {
         let _ = parse_resolv_conf(&text);
     }
 }
+
+#[path = "../../../corpus/mutate.rs"]
+mod mutate;
+
+proptest! {
+    #[test]
+    fn fuzz_the_corpus_of_configurations_is_taken_or_refused(value in mutate::values("stdin")) {
+        let Ok(conf) = serde_json::from_value::<Conf>(value) else { return Ok(()) };
+        if let Ok(pool) = Pool::parse(&conf, &CniArgs::default(), Version::V1_1_0) {
+            for set in &pool.sets {
+                prop_assert!(set.candidates(None).take(4).all(|(ip, _)| set.range_of(ip).is_some()));
+            }
+        }
+    }
+}

@@ -255,3 +255,39 @@ proptest! {
         }
     }
 }
+
+#[path = "../../../corpus/mutate.rs"]
+mod mutate;
+
+proptest! {
+    /// A folder in any state: whatever is in it, leases are found, freed and given.
+    #[test]
+    fn fuzz_a_folder_of_odd_files_is_cleared_and_used(
+        leases in proptest::collection::btree_map(1..30_u8, mutate::bytes("lease"), 0..6),
+        index in proptest::collection::btree_map("[a-z0-9@.]{1,12}", mutate::bytes("lease"), 0..4),
+        last in mutate::bytes("lease"),
+    ) {
+        let dir = temp();
+        std::fs::create_dir(dir.path().join(INDEX)).expect("made");
+        for (low, text) in &leases {
+            std::fs::write(dir.path().join(format!("10.0.0.{low}")), text).expect("written");
+        }
+        for (name, text) in index.iter().filter(|(name, _)| !matches!(name.as_str(), "." | "..")) {
+            std::fs::write(dir.path().join(INDEX).join(name), text).expect("written");
+        }
+        std::fs::write(dir.path().join("last_reserved_ip.0"), last).expect("written");
+        let store = Store::create(dir.path()).expect("opened");
+        prop_assert_eq!(store.all().expect("listed").len(), leases.len());
+        store.release_of(&id("c1")).expect("released");
+        let range = Range::new("10.0.0.0/24".parse().expect("net"), None, None, None).expect("good");
+        let sets = [RangeSet::new(0, vec![range]).expect("good")];
+        let given = lease_all(&store, &sets, &[], &id("fresh")).expect("leased");
+        prop_assert_eq!(store.leases_of(&id("fresh")).expect("read"), [given[0].0.ip()]);
+        for (ip, _) in store.all().expect("listed") {
+            store.release(ip).expect("released");
+        }
+        drop(store);
+        let store = Store::create(dir.path()).expect("opened again");
+        prop_assert!(store.all().expect("listed").is_empty());
+    }
+}

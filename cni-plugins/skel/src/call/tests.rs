@@ -214,3 +214,22 @@ proptest! {
         }
     }
 }
+
+#[path = "../../../corpus/mutate.rs"]
+mod mutate;
+
+proptest! {
+    #[test]
+    fn fuzz_the_corpus_gets_an_answer(
+        text in mutate::bytes("stdin"),
+        value in mutate::values("stdin"),
+        command in "(ADD|DEL|CHECK|GC|STATUS|VERSION)",
+    ) {
+        for text in [String::from_utf8_lossy(&text).into_owned(), value.to_string()] {
+            if let Err(error) = ask(&env(&command), &text) {
+                prop_assert!(error.code > 0, "{error}");
+                prop_assert!(error.msg.len() < 6000, "a message of {} bytes", error.msg.len());
+            }
+        }
+    }
+}

@@ -181,3 +181,26 @@ proptest! {
         }
     }
 }
+
+#[path = "../../../corpus/mutate.rs"]
+mod mutate;
+
+proptest! {
+    #[test]
+    fn fuzz_the_corpus_of_results_is_read_or_refused(value in mutate::values("prev-result")) {
+        for version in [Version::V0_2_0, Version::V0_4_0, Version::V1_0_0, Version::V1_1_0] {
+            let Ok(result) = AddResult::from_value(&value, version) else { continue };
+            // What was read can be said again, and is then the same.
+            if let Ok(said) = result.to_value(Version::V1_1_0) {
+                prop_assert_eq!(AddResult::from_value(&said, Version::V1_1_0), Ok(result));
+            }
+        }
+    }
+
+    #[test]
+    fn fuzz_the_corpus_of_valid_attachments_is_read_or_refused(value in mutate::values("stdin")) {
+        if let Value::Object(conf) = value {
+            let _ = crate::parse_valid_attachments(&conf);
+        }
+    }
+}

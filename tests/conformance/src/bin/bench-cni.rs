@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, reason = "the table is what this program is for")]
 
 use std::fs;
+use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -86,11 +87,27 @@ impl Subject {
         start(&self.host, &[], command, pod, &self.conf)
     }
 
-    /// How long a call takes, start and end of its process included.
+    /// How long a call takes, start and end of its process included, and nothing else of this program: the thread is in
+    /// the host already when the clock starts.
     fn call(&self, command: &str, pod: &Pod) -> Result<Duration> {
-        let begun = Instant::now();
-        let output = self.start(command, pod)?.wait_with_output()?;
-        let took = begun.elapsed();
+        let netns = pod.path();
+        let stdin = self.conf.to_string();
+        let mut call = Command::new(self.host.plugins.join("bridge"));
+        call.env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", &pod.id)
+            .env("CNI_NETNS", &netns)
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", &self.host.plugins)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let (took, output) = self.host.host.run(|| -> Result<_> {
+            let begun = Instant::now();
+            let mut child = call.spawn().context("run the plugin")?;
+            let _ = child.stdin.take().context("stdin")?.write_all(stdin.as_bytes());
+            let output = child.wait_with_output()?;
+            Ok((begun.elapsed(), output))
+        })?;
         succeeded(command, &output)?;
         Ok(took)
     }
@@ -201,9 +218,12 @@ impl Times {
 fn row(name: &str, [ours, reference, floor]: [&Times; 3], goal: Option<f64>) {
     let ratio = ours.median() / reference.median();
     let ratio_text = if ratio.is_nan() { "-".to_owned() } else { format!("{ratio:.2}") };
+    let bound = floor.median() / reference.median();
     let goal = match goal {
         Some(goal) if ratio.is_nan() => format!("{goal:.2}"),
-        Some(goal) => format!("{goal:.2} {}", if ratio <= goal { "met" } else { "missed" }),
+        Some(goal) if ratio <= goal => format!("{goal:.2} met"),
+        Some(goal) if bound > goal => format!("{goal:.2} missed; bare netlink: {bound:.2}"),
+        Some(goal) => format!("{goal:.2} missed"),
         None => String::new(),
     };
     println!(
