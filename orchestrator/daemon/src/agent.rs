@@ -1,6 +1,6 @@
 //! `orchestrator agent`: what runs on every node.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -33,6 +33,9 @@ pub(crate) struct Flags {
     /// Address at which other nodes reach this one, if it is not one of the link's own (NAT)
     #[arg(long)]
     public_ip: Option<Ipv4Addr>,
+    /// The same for IPv6, in a dual-stack network
+    #[arg(long)]
+    public_ipv6: Option<Ipv6Addr>,
     /// Unix socket of the Docker engine
     #[arg(long, default_value = "/var/run/docker.sock")]
     engine: PathBuf,
@@ -89,6 +92,7 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
             patterns: flags.iface_regex,
         },
         public_ip: flags.public_ip,
+        public_ipv6: flags.public_ipv6,
         client: client.clone(),
         paths: paths.clone(),
         service_cidr: orch_config::SERVICE_CIDR.parse().context("service CIDR")?,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use cni_netlink::{
     AddressOptions, Change, FdbEntry, Neighbour, Netlink, NetlinkError, Route, VxlanDevice,
 };
-use ipnetwork::{IpNetwork, Ipv4Network};
+use ipnetwork::IpNetwork;
 use nix::sched::{CloneFlags, unshare};
 use orch_netagent::mac::Mac;
 use orch_netagent::overlay::kernel::{OverlayError, apply_peers, observe_peers};
@@ -71,11 +71,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn peer(number: u32) -> (Ipv4Network, Peer) {
+fn peer(number: u32) -> (IpNetwork, Peer) {
     let base = Ipv4Addr::from_bits(Ipv4Addr::new(10, 64, 0, 0).to_bits() + (number << 8));
-    let subnet = Ipv4Network::new(base, 24).expect("a valid length");
+    let subnet = IpNetwork::new(base.into(), 24).expect("a valid length");
     let [_, _, high, low] = number.to_be_bytes();
-    let public_ip = Ipv4Addr::new(198, 18, high, low);
+    let public_ip = Ipv4Addr::new(198, 18, high, low).into();
     (subnet, Peer { subnet, public_ip, path: Path::Vxlan(Mac([2, 0, 0, 0, high, low])) })
 }
 
@@ -108,12 +108,12 @@ fn in_netns<T: Send>(work: impl FnOnce(&Netlink, u32) -> Result<T> + Send) -> Re
 
 fn entries(peer: &Peer, link: u32) -> (FdbEntry, Neighbour, Route) {
     let Path::Vxlan(Mac(mac)) = peer.path else { unreachable!("all are in VXLAN") };
-    let gateway = peer.gateway().into();
+    let gateway = peer.gateway();
     (
-        FdbEntry { link, mac, dst: Some(peer.public_ip.into()) },
+        FdbEntry { link, mac, dst: Some(peer.public_ip) },
         Neighbour { link, ip: gateway, mac, permanent: true },
         Route {
-            dst: IpNetwork::V4(peer.subnet),
+            dst: peer.subnet,
             via: Some(gateway),
             link: Some(link),
             onlink: true,
@@ -163,7 +163,7 @@ fn joins(
     netlink: &Netlink,
     device: u32,
     before: &Peers,
-    new: (Ipv4Network, Peer),
+    new: (IpNetwork, Peer),
 ) -> std::result::Result<(), OverlayError> {
     let seen = SeenPeers::from(&WantedPeers::new(before, device, 0));
     let mut peers = before.clone();

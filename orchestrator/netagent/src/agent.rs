@@ -9,7 +9,7 @@
 //! every part ──> status file
 //! ```
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -64,8 +64,10 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
     let paths = &options.paths;
     let vtep_mac =
         mac::ensure(&paths.lib().join("vtep-mac"), &options.node_name).map_err(Error::Mac)?;
-    let Some(public_ip) = public_ip(&options, &cancel).await else { return Ok(()) };
-    let identity = Identity { public_ip, vtep_mac };
+    let Some((public_ip, public_ipv6)) = public_addresses(&options, &cancel).await else {
+        return Ok(());
+    };
+    let identity = Identity { public_ip, vtep_mac, public_ipv6 };
     // Informers and parts end together, also when one of them fails.
     let stop = cancel.child_token();
     let _stop_all = stop.clone().drop_guard();
@@ -161,20 +163,31 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
 }
 
 /// Where other nodes send to; `None` if cancelled. A link that the operator chose may come up after the agent.
-async fn public_ip(options: &Options, cancel: &CancellationToken) -> Option<Ipv4Addr> {
-    if options.public_ip.is_some() || !options.interface.is_given() {
-        return Some(options.public_ip.unwrap_or(options.node_ip));
-    }
+async fn public_addresses(
+    options: &Options,
+    cancel: &CancellationToken,
+) -> Option<(Ipv4Addr, Option<Ipv6Addr>)> {
     let mut told = false;
     loop {
         let netlink = cni_netlink::Netlink::open();
         let problem = match netlink.as_ref().map(|netlink| {
             interface::find(netlink, &options.interface, options.node_ip, &options.device)
         }) {
-            Ok(Ok(underlay)) => return Some(underlay.local),
+            Ok(Ok(underlay)) => {
+                let own =
+                    if options.interface.is_given() { underlay.local } else { options.node_ip };
+                return Some((
+                    options.public_ip.unwrap_or(own),
+                    options.public_ipv6.or(underlay.local_ipv6),
+                ));
+            }
             Ok(Err(error)) => crate::chain(&error),
             Err(error) => crate::chain(error),
         };
+        if !options.interface.is_given() {
+            // The overlay says so itself, and goes on when the link is there.
+            return Some((options.public_ip.unwrap_or(options.node_ip), options.public_ipv6));
+        }
         if !std::mem::replace(&mut told, true) {
             warn!(problem, "waiting for the link that carries the overlay");
         }

@@ -3,10 +3,10 @@
 
 use std::fs;
 use std::io::{self, Write as _};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use orch_config::Paths;
 
 /// Why a file could not be read or written.
@@ -72,6 +72,8 @@ pub struct SubnetEnv {
     pub subnet: Ipv4Network,
     /// MTU of pods: the underlay's less the overhead of VXLAN.
     pub mtu: u32,
+    /// The whole IPv6 pod network and the node's part of it, in dual stack.
+    pub ipv6: Option<(Ipv6Network, Ipv6Network)>,
 }
 
 impl SubnetEnv {
@@ -79,10 +81,16 @@ impl SubnetEnv {
     #[must_use]
     pub fn render(&self) -> String {
         let gateway = Ipv4Addr::from_bits(self.subnet.network().to_bits() + 1);
+        let ipv6 = self.ipv6.map(|(network, subnet)| {
+            let gateway = Ipv6Addr::from_bits(subnet.network().to_bits() + 1);
+            let length = subnet.prefix();
+            format!("FLANNEL_IPV6_NETWORK={network}\nFLANNEL_IPV6_SUBNET={gateway}/{length}\n")
+        });
         format!(
-            "FLANNEL_NETWORK={}\nFLANNEL_SUBNET={gateway}/{}\nFLANNEL_MTU={}\nFLANNEL_IPMASQ=true\n",
+            "FLANNEL_NETWORK={}\nFLANNEL_SUBNET={gateway}/{}\n{}FLANNEL_MTU={}\nFLANNEL_IPMASQ=true\n",
             self.network,
             self.subnet.prefix(),
+            ipv6.unwrap_or_default(),
             self.mtu
         )
     }
@@ -98,6 +106,13 @@ impl SubnetEnv {
             network: get("FLANNEL_NETWORK")?.parse().ok()?,
             subnet: Ipv4Network::new(subnet.network(), subnet.prefix()).ok()?,
             mtu: get("FLANNEL_MTU")?.parse().ok()?,
+            ipv6: get("FLANNEL_IPV6_NETWORK").zip(get("FLANNEL_IPV6_SUBNET")).and_then(
+                |(network, subnet)| {
+                    let subnet: Ipv6Network = subnet.parse().ok()?;
+                    let base = Ipv6Network::new(subnet.network(), subnet.prefix()).ok()?;
+                    Some((network.parse().ok()?, base))
+                },
+            ),
         })
     }
 
@@ -149,6 +164,7 @@ mod tests {
             network: "10.244.0.0/16".parse().expect("CIDR"),
             subnet: "10.244.3.0/24".parse().expect("CIDR"),
             mtu: 1450,
+            ipv6: None,
         };
         let text = env.render();
         assert_eq!(
@@ -156,6 +172,10 @@ mod tests {
             "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n"
         );
         assert_eq!(SubnetEnv::parse(&text), Some(env));
+        let ipv6 = ("fd00::/48".parse().expect("CIDR"), "fd00:0:0:3::/64".parse().expect("CIDR"));
+        let dual = SubnetEnv { ipv6: Some(ipv6), ..env };
+        assert!(dual.render().contains("FLANNEL_IPV6_SUBNET=fd00:0:0:3::1/64\n"));
+        assert_eq!(SubnetEnv::parse(&dual.render()), Some(dual));
         assert_eq!(SubnetEnv::parse("FLANNEL_SUBNET=10.244.3.1/24\n"), None);
     }
 

@@ -147,6 +147,22 @@ impl LeaseValue {
         VxlanData::deserialize(self.backend_data.as_ref()?).ok()
     }
 
+    /// The same with the node's IPv6 side.
+    #[must_use]
+    pub fn with_ipv6(self, public_ipv6: Ipv6Addr, data: VxlanData) -> Self {
+        Self {
+            public_ipv6: Some(public_ipv6),
+            backend_v6_data: Some(serde_json::to_value(data).expect("plain data has a JSON form")),
+            ..self
+        }
+    }
+
+    /// The VTEP of the node's IPv6 device.
+    #[must_use]
+    pub fn vtep_ipv6(&self) -> Option<VxlanData> {
+        VxlanData::deserialize(self.backend_v6_data.as_ref()?).ok().filter(|_| self.forwards())
+    }
+
     /// Whether packets for the subnet can be sent to the node as they are: it runs a backend whose nodes forward them.
     #[must_use]
     pub fn forwards(&self) -> bool {

@@ -18,6 +18,17 @@ use crate::files::{FileError, write_atomic};
 #[serde(try_from = "String", into = "String")]
 pub struct Mac(pub [u8; 6]);
 
+impl Mac {
+    /// The MAC of the IPv6 device beside the device of this MAC: another one, and always the same.
+    #[must_use]
+    pub fn partner(self) -> Self {
+        let hash = Sha256::digest([b"orch vtep IPv6 ".as_slice(), &self.0].concat());
+        let mut bytes: [u8; 6] = hash[..6].try_into().expect("a SHA-256 has 32 bytes");
+        bytes[0] = (bytes[0] & 0xfc) | 0x02;
+        Self(bytes)
+    }
+}
+
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;

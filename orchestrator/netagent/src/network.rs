@@ -1,9 +1,9 @@
 //! The network configuration in etcd: flannel's JSON, its defaults, its checks
 //! (`../shared/reference/networking.md` §3.1).
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -16,6 +16,12 @@ pub const HOST_GW: &str = "host-gw";
 /// Bytes VXLAN takes from the underlay MTU when the outer header is IPv4: inner Ethernet 14 + VXLAN 8 + UDP 8 + outer
 /// IPv4 20 (RFC 7348 §5).
 pub const VXLAN_OVERHEAD_IPV4: u32 = 50;
+/// The same when the outer header is IPv6, of 40 bytes.
+pub const VXLAN_OVERHEAD_IPV6: u32 = 70;
+/// Limits of the IPv6 network, flannel's.
+const DEFAULT_IPV6_SUBNET_LEN: u8 = 64;
+const MAX_IPV6_NETWORK_LEN: u8 = 124;
+const MAX_IPV6_SUBNET_LEN: u8 = 126;
 /// Prefix length of a node's subnet in a network of /22 or wider.
 const DEFAULT_SUBNET_LEN: u8 = 24;
 /// Longest prefix of the whole network.
@@ -60,6 +66,87 @@ pub struct NetworkConfig {
     pub port: u16,
     /// How packets get to another node.
     pub mode: Mode,
+    /// The IPv6 network, in dual stack.
+    pub v6: Option<Ipv6Config>,
+}
+
+/// The IPv6 half of a dual-stack network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ipv6Config {
+    /// The network that node subnets are cut from.
+    pub network: Ipv6Network,
+    /// Prefix length of one node's subnet.
+    pub subnet_len: u8,
+    /// First subnet that may be leased.
+    pub subnet_min: Ipv6Addr,
+    /// Last subnet that may be leased.
+    pub subnet_max: Ipv6Addr,
+}
+
+impl Ipv6Config {
+    fn checked(
+        network: Ipv6Network,
+        len: Option<u8>,
+        min: Option<Ipv6Addr>,
+        max: Option<Ipv6Addr>,
+    ) -> Result<Self, ConfigError> {
+        let prefix = network.prefix();
+        let network =
+            Ipv6Network::new(network.network(), prefix).expect("a network's own prefix is valid");
+        if prefix > MAX_IPV6_NETWORK_LEN {
+            return Err(field(
+                "IPv6Network",
+                format!("{network} is too small: /{MAX_IPV6_NETWORK_LEN} or wider"),
+            ));
+        }
+        let default = if prefix <= 62 { DEFAULT_IPV6_SUBNET_LEN } else { prefix + 2 };
+        let subnet_len = len.unwrap_or(default);
+        if subnet_len > MAX_IPV6_SUBNET_LEN || subnet_len < prefix + 2 {
+            return Err(field(
+                "IPv6SubnetLen",
+                format!("{subnet_len} must be between {} and {MAX_IPV6_SUBNET_LEN}", prefix + 2),
+            ));
+        }
+        let size = 1_u128 << (128 - subnet_len);
+        let first = network.network().to_bits();
+        let check = |name: &'static str, address: Ipv6Addr| {
+            if !network.contains(address) || !address.to_bits().is_multiple_of(size) {
+                return Err(field(
+                    name,
+                    format!("{address} must be the base of a /{subnet_len} inside {network}"),
+                ));
+            }
+            Ok(address)
+        };
+        let subnet_min = check("IPv6SubnetMin", min.unwrap_or(Ipv6Addr::from_bits(first + size)))?;
+        let last = network.broadcast().to_bits() - (size - 1);
+        let subnet_max = check("IPv6SubnetMax", max.unwrap_or(Ipv6Addr::from_bits(last)))?;
+        if subnet_min > subnet_max {
+            return Err(field(
+                "IPv6SubnetMin",
+                format!("{subnet_min} is above IPv6SubnetMax {subnet_max}"),
+            ));
+        }
+        Ok(Self { network, subnet_len, subnet_min, subnet_max })
+    }
+
+    /// The first `count` subnets that may be leased, in order.
+    pub fn subnets(&self, count: usize) -> impl Iterator<Item = Ipv6Network> + use<> {
+        let Self { subnet_len, subnet_min, subnet_max, .. } = *self;
+        let size = 1_u128 << (128 - subnet_len);
+        let bases = (0..count as u128).map(move |number| subnet_min.to_bits() + number * size);
+        bases.take_while(move |base| *base <= subnet_max.to_bits()).map(move |base| {
+            Ipv6Network::new(Ipv6Addr::from_bits(base), subnet_len).expect("the length was checked")
+        })
+    }
+
+    /// Whether `subnet` is one that may be leased.
+    #[must_use]
+    pub fn allows(&self, subnet: Ipv6Network) -> bool {
+        subnet.prefix() == self.subnet_len
+            && subnet.ip() == subnet.network()
+            && (self.subnet_min..=self.subnet_max).contains(&subnet.ip())
+    }
 }
 
 /// How packets get to another node. One setting for the whole network: `Backend` in the configuration.
@@ -87,10 +174,13 @@ impl Mode {
         }
     }
 
-    /// MTU of pods on an underlay of this MTU.
+    /// MTU of pods on an underlay of this MTU. A pod has one MTU for both families: in dual stack the smaller one.
     #[must_use]
-    pub fn pod_mtu(self, underlay_mtu: u32) -> u32 {
+    pub fn pod_mtu(self, underlay_mtu: u32, dual_stack: bool) -> u32 {
         match self {
+            Self::Vxlan | Self::DirectRouting if dual_stack => {
+                underlay_mtu.saturating_sub(VXLAN_OVERHEAD_IPV6)
+            }
             Self::Vxlan | Self::DirectRouting => underlay_mtu.saturating_sub(VXLAN_OVERHEAD_IPV4),
             Self::HostGw => underlay_mtu,
         }
@@ -102,6 +192,16 @@ impl Mode {
 struct Read {
     #[serde(default)]
     enableipv4: Option<bool>,
+    #[serde(default)]
+    enableipv6: bool,
+    #[serde(default)]
+    ipv6network: Option<String>,
+    #[serde(default)]
+    ipv6subnetlen: Option<u8>,
+    #[serde(default)]
+    ipv6subnetmin: Option<Ipv6Addr>,
+    #[serde(default)]
+    ipv6subnetmax: Option<Ipv6Addr>,
     #[serde(default)]
     network: Option<String>,
     #[serde(default)]
@@ -132,7 +232,23 @@ struct Written {
     subnet_len: u8,
     subnet_min: Ipv4Addr,
     subnet_max: Ipv4Addr,
+    #[serde(flatten)]
+    v6: Option<WrittenIpv6>,
     backend: WrittenBackend,
+}
+
+#[derive(Debug, Serialize)]
+struct WrittenIpv6 {
+    #[serde(rename = "EnableIPv6")]
+    enable: bool,
+    #[serde(rename = "IPv6Network")]
+    network: Ipv6Network,
+    #[serde(rename = "IPv6SubnetLen")]
+    subnet_len: u8,
+    #[serde(rename = "IPv6SubnetMin")]
+    subnet_min: Ipv6Addr,
+    #[serde(rename = "IPv6SubnetMax")]
+    subnet_max: Ipv6Addr,
 }
 
 #[derive(Debug, Serialize)]
@@ -183,7 +299,7 @@ impl NetworkConfig {
         if read.enableipv4 == Some(false) {
             return Err(field(
                 "EnableIPv4",
-                "must be true: this agent has no IPv6-only network yet",
+                "must be true: this agent has no network of IPv6 alone; dual stack has both",
             ));
         }
         let text =
@@ -213,7 +329,24 @@ impl NetworkConfig {
             backend.vni.unwrap_or(orch_config::VXLAN_VNI),
             port.unwrap_or(orch_config::VXLAN_PORT),
         )?;
-        Ok(config.with_mode(mode))
+        let v6 = if read.enableipv6 {
+            let text = read
+                .ipv6network
+                .ok_or_else(|| field("IPv6Network", "is missing, e.g. \"fd00:10:244::/48\""))?;
+            let network = text
+                .parse()
+                .map_err(|_| field("IPv6Network", format!("{text:?} is no IPv6 CIDR")))?;
+            let v6 = Ipv6Config::checked(
+                network,
+                read.ipv6subnetlen,
+                read.ipv6subnetmin,
+                read.ipv6subnetmax,
+            );
+            Some(v6?)
+        } else {
+            None
+        };
+        Ok(Self { v6, ..config.with_mode(mode) })
     }
 
     /// The same with another mode.
@@ -274,7 +407,16 @@ impl NetworkConfig {
                 format!("{subnet_min} is above SubnetMax {subnet_max}"),
             ));
         }
-        Ok(Self { network, subnet_len, subnet_min, subnet_max, vni, port, mode: Mode::default() })
+        Ok(Self {
+            network,
+            subnet_len,
+            subnet_min,
+            subnet_max,
+            vni,
+            port,
+            mode: Mode::default(),
+            v6: None,
+        })
     }
 
     /// The JSON to put into etcd.
@@ -285,6 +427,13 @@ impl NetworkConfig {
             subnet_len: self.subnet_len,
             subnet_min: self.subnet_min,
             subnet_max: self.subnet_max,
+            v6: self.v6.map(|v6| WrittenIpv6 {
+                enable: true,
+                network: v6.network,
+                subnet_len: v6.subnet_len,
+                subnet_min: v6.subnet_min,
+                subnet_max: v6.subnet_max,
+            }),
             backend: WrittenBackend {
                 kind: self.mode.backend(),
                 vni: self.vni,
@@ -374,5 +523,11 @@ mod tests {
             let config = config.clone().with_mode(mode);
             assert_eq!(NetworkConfig::parse(&config.to_json()), Ok(config));
         }
+        let dual = parse(r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}"#).expect("valid");
+        let v6 = dual.v6.expect("dual stack");
+        assert_eq!((v6.subnet_len, v6.subnet_min.to_string()), (64, "fd00:5:0:1::".to_owned()));
+        assert_eq!(v6.subnet_max.to_string(), "fd00:5:0:ffff::");
+        assert!(v6.subnets(3).all(|subnet| v6.allows(subnet)));
+        assert_eq!(NetworkConfig::parse(&dual.to_json()), Ok(dual));
     }
 }

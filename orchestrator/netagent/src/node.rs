@@ -1,6 +1,6 @@
 //! The node's subnet, mirrored into its Node object for whoever reads `podCIDR` there.
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use k8s_openapi::api::core::v1::Node;
 use orch_client::{Api, Client, Error, Patch};
 use orch_reconcile::Informer;
@@ -57,11 +57,14 @@ pub(crate) async fn mirror(
     }
     loop {
         changed.borrow_and_update();
-        let own = network.borrow_and_update().as_ref().map(|network| network.own);
+        let (own, own_v6) = match &*network.borrow_and_update() {
+            Some(network) => (Some(network.own), network.own_v6),
+            None => (None, None),
+        };
         let step = own.map_or(Step::Nothing, |own| plan(nodes.get("", &name).as_deref(), own));
         let mut retry = false;
         match (step, own) {
-            (Step::Set, Some(own)) => match set(&api, &name, own).await {
+            (Step::Set, Some(own)) => match set(&api, &name, own, own_v6).await {
                 Ok(()) => info!(pod_cidr = %own, "subnet written to the Node object"),
                 Err(error) => {
                     retry = true;
@@ -87,9 +90,16 @@ pub(crate) async fn mirror(
     }
 }
 
-async fn set(api: &Api<Node>, name: &str, own: Ipv4Network) -> Result<(), Error> {
+async fn set(
+    api: &Api<Node>,
+    name: &str,
+    own: Ipv4Network,
+    own_v6: Option<Ipv6Network>,
+) -> Result<(), Error> {
     let cidr = own.to_string();
-    let patch = json!({"spec": {"podCIDR": cidr, "podCIDRs": [cidr]}});
+    let all: Vec<String> =
+        [cidr.clone()].into_iter().chain(own_v6.map(|own| own.to_string())).collect();
+    let patch = json!({"spec": {"podCIDR": cidr, "podCIDRs": all}});
     api.patch(name, &Patch::Merge(patch)).await.map(drop)
 }
 

@@ -1,6 +1,6 @@
 //! What the network agent is told at its start.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use async_trait::async_trait;
@@ -36,6 +36,8 @@ pub struct Options {
     /// Where other nodes send to, if that is no address of the link (a NAT between). Else it is the link's: `node_ip`,
     /// unless `interface` chooses a link that does not have it.
     pub public_ip: Option<Ipv4Addr>,
+    /// The same for IPv6; else the link's first global address.
+    pub public_ipv6: Option<Ipv6Addr>,
     /// Where cluster IPs come from.
     pub service_cidr: Ipv4Network,
     /// Address of the node's DNS server, the cluster IP of `kube-dns`.
@@ -68,6 +70,7 @@ impl Default for Options {
             device: orch_config::VXLAN_DEVICE.to_owned(),
             interface: Choice::default(),
             public_ip: None,
+            public_ipv6: None,
             service_cidr: cidr(orch_config::SERVICE_CIDR),
             dns_ip: orch_config::DNS_IP,
             cluster_domain: orch_config::CLUSTER_DOMAIN.to_owned(),

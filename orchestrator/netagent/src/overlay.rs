@@ -20,9 +20,9 @@ pub mod plan;
 pub(crate) mod task;
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 
 use crate::lease::{Identity, Network};
 use crate::mac::Mac;
@@ -44,24 +44,24 @@ pub struct Device {
     /// UDP port.
     pub port: u16,
     /// Address of this node on the underlay.
-    pub local: Ipv4Addr,
+    pub local: IpAddr,
     /// Index of the underlay's link.
     pub underlay: u32,
     /// MAC of this node's VTEP.
     pub mac: Mac,
     /// MTU.
     pub mtu: u32,
-    /// Base of this node's subnet; a /32, so that no broadcast routes appear.
-    pub address: Ipv4Addr,
+    /// Base of this node's subnet; with the longest prefix, so that no broadcast routes appear.
+    pub address: IpAddr,
 }
 
 /// A remote node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer {
     /// Its subnet.
-    pub subnet: Ipv4Network,
+    pub subnet: IpNetwork,
     /// Its address on the underlay.
-    pub public_ip: Ipv4Addr,
+    pub public_ip: IpAddr,
     /// How packets get there.
     pub path: Path,
 }
@@ -78,7 +78,7 @@ pub enum Path {
 impl Peer {
     /// Next hop of the route to its subnet: the address of its device, or of the node itself.
     #[must_use]
-    pub fn gateway(&self) -> Ipv4Addr {
+    pub fn gateway(&self) -> IpAddr {
         match self.path {
             Path::Vxlan(_) => self.subnet.network(),
             Path::Direct => self.public_ip,
@@ -87,59 +87,68 @@ impl Peer {
 }
 
 /// Remote nodes by their subnet.
-pub type Peers = BTreeMap<Ipv4Network, Peer>;
+pub type Peers = BTreeMap<IpNetwork, Peer>;
 
-/// The remote nodes that the leases name, without ourselves, and those of them that cannot be reached in this network's
-/// mode: `on_link` are the networks of the underlay's link.
+/// The remote nodes that the leases name, of both families and without ourselves, and those of them that cannot be reached
+/// in this network's mode: `on_link` are the networks of the underlay's link.
 #[must_use]
 pub fn desired_peers(
     network: &Network,
     me: &Identity,
-    on_link: &[Ipv4Network],
+    on_link: &[IpNetwork],
 ) -> (Peers, Vec<String>) {
     let mode = network.config.mode;
     let mut unreachable = Vec::new();
-    let peers = network.leases.values().filter_map(|lease| {
-        let value = lease.value.as_ref()?;
-        let vtep = value.vtep();
+    let mut peers = Peers::new();
+    for lease in network.leases.values() {
+        let Some(value) = &lease.value else { continue };
+        let (vtep, vtep_v6) = (value.vtep(), value.vtep_ipv6());
         let own = lease.key.v4 == network.own
             || vtep.is_some_and(|data| data.vtep_mac == me.vtep_mac)
             || value.public_ip == me.public_ip;
         if own || !value.forwards() {
-            return None;
+            continue;
         }
-        let public_ip = value.public_ip;
-        let neighbour = || on_link.iter().any(|link| link.contains(public_ip));
-        let vxlan = vtep
-            .filter(|data| data.vni == network.config.vni)
-            .map(|data| Path::Vxlan(data.vtep_mac));
-        let path = if mode != Mode::Vxlan && neighbour() { Some(Path::Direct) } else { vxlan };
-        match path {
-            Some(path) => Some((lease.key.v4, Peer { subnet: lease.key.v4, public_ip, path })),
-            // In a network of VXLAN a node of another backend belongs to another network.
-            None if mode == Mode::HostGw => {
-                unreachable.push(format!(
-                    "{}: its node {public_ip} is on no link of this node, and mode host-gw has no other way; set the backend to {{\"Type\":\"vxlan\",\"DirectRouting\":true}}",
-                    lease.key.v4
-                ));
-                None
+        let v4 = (IpNetwork::V4(lease.key.v4), IpAddr::V4(value.public_ip), vtep);
+        // Only where this node has a part in it itself.
+        let v6 = lease.key.v6.zip(value.public_ipv6).filter(|_| network.own_v6.is_some());
+        let v6 = v6.map(|(subnet, ip)| (IpNetwork::V6(subnet), IpAddr::V6(ip), vtep_v6));
+        for (subnet, public_ip, vtep) in [v4].into_iter().chain(v6) {
+            let neighbour = || on_link.iter().any(|link| link.contains(public_ip));
+            let vxlan = vtep
+                .filter(|data| data.vni == network.config.vni)
+                .map(|data| Path::Vxlan(data.vtep_mac));
+            let path = if mode != Mode::Vxlan && neighbour() { Some(Path::Direct) } else { vxlan };
+            match path {
+                Some(path) => drop(peers.insert(subnet, Peer { subnet, public_ip, path })),
+                // In a network of VXLAN a node of another backend belongs to another network.
+                None if mode == Mode::HostGw => unreachable.push(format!(
+                    "{subnet}: its node {public_ip} is on no link of this node, and mode host-gw has no other way; set the backend to {{\"Type\":\"vxlan\",\"DirectRouting\":true}}"
+                )),
+                None => {}
             }
-            None => None,
         }
-    });
-    (peers.collect(), unreachable)
+    }
+    (peers, unreachable)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
+    use ipnetwork::Ipv4Network;
+
     use super::*;
     use crate::lease::{Lease, LeaseValue, SubnetKey, VxlanData};
     use crate::network::NetworkConfig;
 
     #[test]
     fn own_leases_and_those_of_other_backends_and_networks_are_no_peers() {
-        let me =
-            Identity { public_ip: Ipv4Addr::new(192, 0, 2, 1), vtep_mac: Mac([2, 0, 0, 0, 0, 1]) };
+        let me = Identity {
+            public_ip: Ipv4Addr::new(192, 0, 2, 1),
+            vtep_mac: Mac([2, 0, 0, 0, 0, 1]),
+            public_ipv6: None,
+        };
         let lease = |third: u8, host: u8, vni: u32, backend: &str| {
             let v4 = Ipv4Network::new(Ipv4Addr::new(10, 244, third, 0), 24).expect("CIDR");
             let data = VxlanData { vni, vtep_mac: Mac([2, 0, 0, 0, 0, host]) };
@@ -168,6 +177,7 @@ mod tests {
                 lease(6, 6, 1, "wireguard"),
             ]
             .into(),
+            own_v6: None,
             config_problem: None,
         };
         let (peers, _) = desired_peers(&network, &me, &[]);
@@ -184,9 +194,14 @@ mod tests {
             let (peers, lost) = desired_peers(&network, &me, &on_link);
             let paths: Vec<_> = peers
                 .values()
-                .map(|peer| (peer.public_ip.octets()[3], peer.path == Path::Direct))
+                .map(|peer| (peer.public_ip.to_string(), peer.path == Path::Direct))
                 .collect();
-            assert_eq!(paths, [(2, true), (3, true), (4, false)], "{mode:?}");
+            assert_eq!(
+                paths,
+                [(2, true), (3, true), (4, false)]
+                    .map(|(last, direct)| (format!("192.0.2.{last}"), direct)),
+                "{mode:?}"
+            );
             assert_eq!(lost.len(), unreachable);
         }
     }

@@ -10,6 +10,7 @@ const ROOT: &str = "/proc/sys/net";
 /// underlay address.
 const RP_FILTER_LOOSE: &str = "2";
 const RP_FILTER_STRICT: &str = "1";
+const IPV6_FORWARDING: &str = "ipv6/conf/all/forwarding";
 const BRIDGE_NF: &str = "bridge/bridge-nf-call-iptables";
 
 /// A setting that could not be made.
@@ -76,16 +77,44 @@ pub fn plan(seen: &BTreeMap<String, String>, links: &[&str]) -> Vec<Setting> {
     settings
 }
 
+/// Settings of a dual-stack node, given those that are there. Pure.
+#[must_use]
+pub fn plan_ipv6(seen: &BTreeMap<String, String>, underlay: &str) -> Vec<Setting> {
+    let mut settings = Vec::new();
+    // First: a host that forwards hears router advertisements only if told so, and its default route may come from one.
+    if seen.get(&accept_ra(underlay)).is_some_and(|value| value == "1") {
+        settings.push(Setting {
+            key: accept_ra(underlay),
+            value: "2",
+            why: "a node that forwards keeps the default route that a router told it",
+        });
+    }
+    if seen.get(IPV6_FORWARDING).is_some_and(|value| value != "1") {
+        settings.push(Setting {
+            key: IPV6_FORWARDING.to_owned(),
+            value: "1",
+            why: "nodes forward between pods and other nodes",
+        });
+    }
+    settings
+}
+
+fn accept_ra(link: &str) -> String {
+    format!("ipv6/conf/{link}/accept_ra")
+}
+
 fn rp_filter(link: &str) -> String {
     format!("ipv4/conf/{link}/rp_filter")
 }
 
-/// Reads, plans and makes the settings. `links` are those that overlay traffic uses.
+/// Reads, plans and makes the settings. `links` are those that overlay traffic uses; `ipv6_underlay` is given in dual stack.
 #[must_use]
-pub fn ensure(links: &[&str]) -> Report {
+pub fn ensure(links: &[&str], ipv6_underlay: Option<&str>) -> Report {
     let mut keys: Vec<String> =
         ["ipv4/ip_forward", "ipv4/conf/all/route_localnet", BRIDGE_NF].map(str::to_owned).into();
     keys.extend(links.iter().chain(&["all"]).map(|link| rp_filter(link)));
+    keys.extend(ipv6_underlay.map(accept_ra));
+    keys.extend(ipv6_underlay.map(|_| IPV6_FORWARDING.to_owned()));
     let seen: BTreeMap<String, String> = keys
         .into_iter()
         .filter_map(|key| {
@@ -95,7 +124,9 @@ pub fn ensure(links: &[&str]) -> Report {
         .collect();
     let mut report =
         Report { bridge_netfilter_missing: !seen.contains_key(BRIDGE_NF), ..Report::default() };
-    for setting in plan(&seen, links) {
+    let mut settings = plan(&seen, links);
+    settings.extend(ipv6_underlay.into_iter().flat_map(|underlay| plan_ipv6(&seen, underlay)));
+    for setting in settings {
         let path = Path::new(ROOT).join(&setting.key);
         match fs::write(&path, setting.value) {
             Ok(()) => report.changed.push(setting),
@@ -144,5 +175,16 @@ mod tests {
             [""; 0]
         );
         assert_eq!(keys(&[("ipv4/ip_forward", "0")]), ["ipv4/ip_forward"]);
+    }
+
+    #[test]
+    fn a_dual_stack_node_forwards_and_still_hears_its_router() {
+        let settings = plan_ipv6(
+            &seen(&[("ipv6/conf/eth0/accept_ra", "1"), ("ipv6/conf/all/forwarding", "0")]),
+            "eth0",
+        );
+        let keys: Vec<&str> = settings.iter().map(|setting| setting.key.as_str()).collect();
+        assert_eq!(keys, ["ipv6/conf/eth0/accept_ra", "ipv6/conf/all/forwarding"]);
+        assert_eq!(plan_ipv6(&seen(&[("ipv6/conf/eth0/accept_ra", "0")]), "eth0"), []);
     }
 }

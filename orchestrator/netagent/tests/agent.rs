@@ -598,6 +598,7 @@ fn after_a_reboot_pods_wait_for_the_overlay_and_the_node_has_its_subnet_again() 
         network: "10.244.0.0/16".parse().expect("CIDR"),
         subnet: "10.244.77.0/24".parse().expect("CIDR"),
         mtu: 1450,
+        ipv6: None,
     };
     write_atomic(&paths.subnet_env(), former.render().as_bytes()).expect("written");
     write_atomic(&conflist, b"{}").expect("written");

@@ -46,6 +46,7 @@ impl Node {
             identity: Identity {
                 public_ip: Ipv4Addr::new(192, 0, 2, number),
                 vtep_mac: derived(&format!("node-{number}")),
+                public_ipv6: None,
             },
             subnet_env: folder.path().join("subnet.env"),
             network: network_sender,
@@ -127,8 +128,12 @@ async fn the_former_subnet_is_taken_again_after_the_lease_was_lost() {
     let etcd = Etcd::start();
     let folder = tempfile::tempdir().expect("temporary folder");
     let former: Ipv4Network = "10.244.77.0/24".parse().expect("CIDR");
-    let env =
-        SubnetEnv { network: "10.244.0.0/16".parse().expect("CIDR"), subnet: former, mtu: 1450 };
+    let env = SubnetEnv {
+        network: "10.244.0.0/16".parse().expect("CIDR"),
+        subnet: former,
+        mtu: 1450,
+        ipv6: None,
+    };
     write_atomic(&folder.path().join("subnet.env"), env.render().as_bytes()).expect("written");
     let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
     assert_eq!(node.subnet().await, former);
@@ -152,7 +157,12 @@ async fn a_subnet_that_somebody_else_took_is_given_up_and_its_file_with_it() {
     let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
     let subnet = node.subnet().await;
     let file = folder.path().join("subnet.env");
-    let env = SubnetEnv { network: "10.244.0.0/16".parse().expect("CIDR"), subnet, mtu: 1450 };
+    let env = SubnetEnv {
+        network: "10.244.0.0/16".parse().expect("CIDR"),
+        subnet,
+        mtu: 1450,
+        ipv6: None,
+    };
     write_atomic(&file, env.render().as_bytes()).expect("written");
 
     let value = r#"{"PublicIP":"192.0.2.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}"#;
@@ -248,8 +258,9 @@ async fn etcd_over_tls_takes_the_agents_certificate_and_no_other() {
     let addresses = [Ipv4Addr::LOCALHOST.into()];
     let pki = orch_pki::ClusterPki::ensure(folder.path(), &addresses, &[]).expect("certificates");
     let etcd = Etcd::start_tls(folder.path());
-    let agent =
-        pki.agent_credentials("node-1", &addresses, &["https://127.0.0.1:6443".to_owned()]).expect("credentials");
+    let agent = pki
+        .agent_credentials("node-1", &addresses, &["https://127.0.0.1:6443".to_owned()])
+        .expect("credentials");
     let mut config = EtcdConfig {
         endpoints: vec![etcd.url.clone()],
         ca_pem: Some(agent.etcd_ca.clone()),
@@ -387,7 +398,12 @@ async fn a_lease_that_expired_while_the_agent_was_stopped_is_acquired_again_as_i
     let folder = tempfile::tempdir().expect("temporary folder");
     let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
     let subnet = node.subnet().await;
-    let env = SubnetEnv { network: "10.244.0.0/16".parse().expect("CIDR"), subnet, mtu: 1450 };
+    let env = SubnetEnv {
+        network: "10.244.0.0/16".parse().expect("CIDR"),
+        subnet,
+        mtu: 1450,
+        ipv6: None,
+    };
     write_atomic(&folder.path().join("subnet.env"), env.render().as_bytes()).expect("written");
     node.stop().await;
     let options = EtcdConfig { endpoints: vec![etcd.url.clone()], ..EtcdConfig::default() };

@@ -3,13 +3,14 @@
 mod support;
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use orch_netagent::overlay::interface::Choice;
 use support::netns::{Netns, run};
 use support::overlay::{Node, Pod, World, eventually};
@@ -552,6 +553,157 @@ fn a_node_that_returns_with_another_address_keeps_its_subnet_and_is_found() {
     assert_eq!(moving.env().subnet, subnet);
     assert_eq!(world.lease(&moving.key())["PublicIP"], "192.0.2.91");
     assert_eq!(world.subnet_keys().len(), 2);
+}
+
+/// IPv6 between two pods: the answer names the client, so that translation on the way would show.
+fn reach_ipv6(from: &Netns, from_ip: Ipv6Addr, to: Ipv6Addr) {
+    eventually(&format!("{from_ip} to {to}"), || {
+        let answer = from.ask(&format!("[{to}]:8081")).ok()?;
+        (answer == format!("pod {from_ip}")).then_some(())
+    });
+}
+
+const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
+
+#[test]
+fn dual_stack_carries_both_families_and_comes_and_goes_under_a_running_connection() {
+    let world = World::new();
+    world.configure(VXLAN);
+    let nodes = [1_u8, 2].map(|last| {
+        let host = world.host(last);
+        host.ip(&format!("address add 2001:db8::{last}/64 dev eth0 nodad"));
+        world.node_in(host, last, |_| {})
+    });
+    let before = [nodes[0].pod(2), nodes[1].pod(2)];
+    reach(&before[0], &before[1]);
+    let stream = Stream::start(&before[0], &before[1]);
+    let subnets = [nodes[0].env().subnet, nodes[1].env().subnet];
+
+    world.configure(DUAL);
+    for node in &nodes {
+        eventually("an IPv6 subnet", || node.env().ipv6.map(drop));
+    }
+    assert_eq!([nodes[0].env().subnet, nodes[1].env().subnet], subnets, "IPv4 stays");
+    assert_eq!(world.subnet_keys().len(), 2, "one key for each node");
+    let (network, own) = nodes[0].env().ipv6.expect("dual stack");
+    assert_eq!(network.to_string(), "fd00:10:244::/48");
+    let key = format!("{}-24&{}-64", subnets[0].network(), own.network());
+    let lease = world.lease(&key);
+    assert_eq!(lease["PublicIPv6"], "2001:db8::1");
+    assert_ne!(lease["BackendV6Data"]["VtepMAC"], lease["BackendData"]["VtepMAC"]);
+    assert_eq!(nodes[0].env().mtu, 1430, "70 bytes less");
+
+    let pods = [nodes[0].pod(5), nodes[1].pod(5)];
+    let ips = [0, 1].map(|index| {
+        let (_, subnet) = nodes[index].env().ipv6.expect("dual stack");
+        pods[index].add_ipv6(&nodes[index].netns, subnet, 5)
+    });
+    reach_ipv6(&pods[0].netns, ips[0], ips[1]);
+    reach_ipv6(&pods[1].netns, ips[1], ips[0]);
+    reach(&pods[0], &pods[1]);
+    // To the outside under the node's address.
+    world.server.ip("address add 2001:db8::3/64 dev eth0 nodad");
+    world.server.serve_tcp6("outside", 8081);
+    eventually("masqueraded", || {
+        let answer = pods[0].netns.ask("[2001:db8::3]:8081").ok()?;
+        (answer == "outside 2001:db8::1").then_some(())
+    });
+    // The second device and its firewall are looked after as the first one is.
+    for damage in
+        ["link delete vxlan-orch-v6", "-6 route flush proto 111", "link set vxlan-orch-v6 down"]
+    {
+        nodes[0].netns.ip(damage);
+        reach_ipv6(&pods[0].netns, ips[0], ips[1]);
+    }
+    assert!(nodes[0].nft("list table ip6 orch-overlay").contains("2001:db8::2"));
+    // Directly, and back.
+    world.configure(&DUAL.replace(r#""vxlan""#, r#""host-gw""#));
+    eventually("IPv6 goes directly, too", || {
+        let routes = nodes[0].netns.ip("-6 route show proto 111");
+        routes.contains("via 2001:db8::2 dev eth0").then_some(())
+    });
+    reach_ipv6(&pods[0].netns, ips[0], ips[1]);
+    reach_ipv6(&pods[1].netns, ips[1], ips[0]);
+    assert!(nodes[0].status().problems.is_empty(), "{:?}", nodes[0].status().problems);
+
+    world.configure(VXLAN);
+    for node in &nodes {
+        eventually("IPv6 is gone", || {
+            let left = node.netns.ip("-6 route show proto 111")
+                + &node.netns.ip("-br link show type vxlan")
+                + &node.nft("list tables ip6");
+            (node.env().ipv6.is_none()
+                && !left.contains("fd00")
+                && !left.contains("-v6")
+                && !left.contains("orch-overlay"))
+            .then_some(())
+        });
+    }
+    assert!(stream.longest_gap() < Duration::from_secs(1));
+    assert!(world.subnet_keys().iter().all(|key| !key.contains('&')));
+}
+
+#[test]
+fn a_dual_stack_node_of_flannels_is_reached_in_both_families() {
+    let world = World::new();
+    world.configure(DUAL);
+    let host = world.host(1);
+    host.ip("address add 2001:db8::1/64 dev eth0 nodad");
+    let ours = world.node_in(host, 1, |_| {});
+    let pod = ours.pod(2);
+    let (_, subnet) = eventually("an IPv6 subnet", || ours.env().ipv6);
+    let pod_ip = pod.add_ipv6(&ours.netns, subnet, 2);
+
+    // By hand, as flanneld does it.
+    let theirs = world.host(13);
+    for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        let file = format!("/proc/sys/net/{setting}");
+        theirs.within(move || std::fs::write(file, "1").expect("sysctl"));
+    }
+    theirs.ip("address add 2001:db8::13/64 dev eth0 nodad");
+    let (v4, v6): (Ipv4Network, Ipv6Network) =
+        ("10.244.200.0/24".parse().expect("CIDR"), "fd00:10:244:c8::/64".parse().expect("CIDR"));
+    let key = format!("{}-24&{}-64", ours.env().subnet.network(), subnet.network());
+    let lease = world.lease(&key);
+    for (device, local, base, mac, field, ip, peer) in [
+        (
+            "flannel.1",
+            "192.0.2.13",
+            "10.244.200.0/32",
+            "5e:00:00:00:00:04",
+            "BackendData",
+            "PublicIP",
+            IpNetwork::V4(ours.env().subnet),
+        ),
+        (
+            "flannel-v6.1",
+            "2001:db8::13",
+            "fd00:10:244:c8::/128",
+            "5e:00:00:00:00:06",
+            "BackendV6Data",
+            "PublicIPv6",
+            IpNetwork::V6(subnet),
+        ),
+    ] {
+        theirs.ip(&format!("link add {device} address {mac} mtu 1430 type vxlan id 1 dstport 8472 local {local} dev eth0 nolearning"));
+        theirs.ip(&format!("address add {base} dev {device} nodad"));
+        theirs.ip(&format!("link set {device} up"));
+        let vtep = lease[field]["VtepMAC"].as_str().expect("a MAC");
+        let node = lease[ip].as_str().expect("an address");
+        let gateway = peer.network();
+        theirs.ip(&format!("neighbour replace {gateway} lladdr {vtep} dev {device} nud permanent"));
+        theirs.bridge(&format!("fdb replace {vtep} dev {device} dst {node} self permanent"));
+        theirs.ip(&format!("route replace {peer} via {gateway} dev {device} onlink"));
+    }
+    let value = r#"{"PublicIP":"192.0.2.13","PublicIPv6":"2001:db8::13","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5e:00:00:00:00:04"},"BackendV6Data":{"VNI":1,"VtepMAC":"5e:00:00:00:00:06"}}"#;
+    let key = format!("/coreos.com/network/subnets/{}-24&{}-64", v4.network(), v6.network());
+    world.etcdctl(&["put", &key, value]);
+    let other = Pod::attach(&theirs, v4, 1430, 2);
+    let other_ip = other.add_ipv6(&theirs, v6, 2);
+    reach(&pod, &other);
+    reach(&other, &pod);
+    reach_ipv6(&pod.netns, pod_ip, other_ip);
+    reach_ipv6(&other.netns, other_ip, pod_ip);
 }
 
 #[test]

@@ -47,7 +47,7 @@ impl World {
             pod.serve_udp(&format!("pod{last}"), 8080);
             pod
         });
-        let report = node.within(|| sysctl::ensure(&["eth0", "cni0"]));
+        let report = node.within(|| sysctl::ensure(&["eth0", "cni0"], None));
         assert!(report.errors.is_empty(), "{:?}", report.errors);
         client.serve_tcp("client", 7000);
         Self { client, node, pods: pods.into(), proxy: Some(Proxy::default()) }

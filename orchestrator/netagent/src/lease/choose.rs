@@ -1,12 +1,13 @@
 //! Which subnet a node takes. Pure.
 
-use std::net::Ipv4Addr;
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use rand::Rng;
 use rand::seq::IteratorRandom as _;
 
-use super::{Lease, Leases};
+use super::{Lease, Leases, SubnetKey};
 use crate::mac::Mac;
 use crate::network::NetworkConfig;
 
@@ -17,6 +18,8 @@ pub struct Identity {
     pub public_ip: Ipv4Addr,
     /// MAC of its VXLAN device.
     pub vtep_mac: Mac,
+    /// Its IPv6 address on the underlay; without one it takes no part in an IPv6 network.
+    pub public_ipv6: Option<Ipv6Addr>,
 }
 
 /// What to do about the lease.
@@ -25,7 +28,9 @@ pub enum Choice {
     /// This key is ours: keep it.
     Keep(Box<Lease>),
     /// Create the key of this free subnet.
-    Take(Ipv4Network),
+    Take(SubnetKey),
+    /// Put this key in the place of ours: the IPv6 half changes, the IPv4 subnet stays.
+    Move(Box<Lease>, SubnetKey),
     /// Every subnet has an owner.
     Full,
 }
@@ -62,8 +67,23 @@ pub fn choose(
         .values()
         .filter(|lease| config.allows(lease.key.v4) && me.owns(lease, former))
         .max_by_key(|lease| (former == Some(lease.key.v4), std::cmp::Reverse(lease.key)));
+    let v6 = Ipv6Pool::new(config, leases, me);
     if let Some(lease) = own {
-        return Choice::Keep(Box::new(lease.clone()));
+        let right = match (lease.key.v6, &v6) {
+            (None, None) => true,
+            (Some(subnet), Some(pool)) => pool.config.allows(subnet),
+            _ => false,
+        };
+        let v6 = v6.as_ref().map(|pool| pool.partner(config, lease.key.v4));
+        // An IPv6 network without a free subnet is no reason to lose the IPv4 one.
+        return match v6 {
+            _ if right => Choice::Keep(Box::new(lease.clone())),
+            Some(None) => Choice::Keep(Box::new(lease.clone())),
+            v6 => {
+                let key = SubnetKey { v4: lease.key.v4, v6: v6.flatten() };
+                Choice::Move(Box::new(lease.clone()), key)
+            }
+        };
     }
     // Leases of another length (an older configuration) may cover part of a candidate.
     let odd: Vec<Ipv4Network> =
@@ -71,10 +91,37 @@ pub fn choose(
     let free = |subnet: &Ipv4Network| {
         !leases.contains_key(subnet) && !odd.iter().any(|other| other.overlaps(*subnet))
     };
+    let key = |v4: Ipv4Network| SubnetKey {
+        v4,
+        v6: v6.as_ref().and_then(|pool| pool.partner(config, v4)),
+    };
     if let Some(subnet) = former.filter(|subnet| config.allows(*subnet) && free(subnet)) {
-        return Choice::Take(subnet);
+        return Choice::Take(key(subnet));
     }
-    config.subnets().filter(free).choose(rng).map_or(Choice::Full, Choice::Take)
+    let chosen = config.subnets().filter(free).choose(rng);
+    chosen.map_or(Choice::Full, |subnet| Choice::Take(key(subnet)))
+}
+
+/// The IPv6 subnets. The n-th IPv4 subnet has the n-th IPv6 subnet as its partner, so that two nodes that cannot get
+/// the same IPv4 subnet cannot get the same IPv6 one either: etcd compares only whole keys.
+struct Ipv6Pool {
+    config: crate::network::Ipv6Config,
+    taken: BTreeSet<Ipv6Network>,
+}
+
+impl Ipv6Pool {
+    fn new(config: &NetworkConfig, leases: &Leases, me: &Identity) -> Option<Self> {
+        let v6 = config.v6.filter(|_| me.public_ipv6.is_some())?;
+        Some(Self { config: v6, taken: leases.values().filter_map(|lease| lease.key.v6).collect() })
+    }
+
+    /// The partner of an IPv4 subnet, unless somebody (a flanneld, which pairs at random) has it.
+    fn partner(&self, config: &NetworkConfig, v4: Ipv4Network) -> Option<Ipv6Network> {
+        let place = (v4.ip().to_bits() - config.subnet_min.to_bits()) >> (32 - config.subnet_len);
+        let place = place as usize;
+        let partner = self.config.subnets(place + 1).nth(place)?;
+        (!self.taken.iter().any(|other| other.overlaps(partner))).then_some(partner)
+    }
 }
 
 #[cfg(test)]
@@ -86,8 +133,11 @@ mod tests {
     use super::super::{LeaseValue, SubnetKey, VxlanData};
     use super::*;
 
-    const ME: Identity =
-        Identity { public_ip: Ipv4Addr::new(192, 0, 2, 1), vtep_mac: Mac([2, 0, 0, 0, 0, 1]) };
+    const ME: Identity = Identity {
+        public_ip: Ipv4Addr::new(192, 0, 2, 1),
+        vtep_mac: Mac([2, 0, 0, 0, 0, 1]),
+        public_ipv6: None,
+    };
 
     fn config(len: u8) -> NetworkConfig {
         NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), len, 1, 8472).expect("valid")
@@ -129,7 +179,7 @@ mod tests {
     fn a_lease_with_our_address_but_another_mac_is_only_ours_if_we_held_it() {
         let leases = Leases::from([lease(net("10.244.7.0/24"), 1, 99)]);
         assert!(
-            matches!(decide(&leases, None), Choice::Take(subnet) if subnet != net("10.244.7.0/24"))
+            matches!(decide(&leases, None), Choice::Take(key) if key.v4 != net("10.244.7.0/24"))
         );
         assert!(matches!(decide(&leases, Some("10.244.7.0/24")), Choice::Keep(_)));
     }
@@ -145,7 +195,7 @@ mod tests {
         reservation.value.as_mut().expect("set").public_ip = Ipv4Addr::new(192, 0, 2, 50);
         let others = Leases::from([(subnet, reservation)]);
         assert!(
-            matches!(decide(&others, Some("10.244.9.0/24")), Choice::Take(other) if other != subnet)
+            matches!(decide(&others, Some("10.244.9.0/24")), Choice::Take(other) if other.v4 != subnet)
         );
     }
 
@@ -153,11 +203,35 @@ mod tests {
     fn the_former_subnet_comes_back_if_nobody_took_it() {
         assert_eq!(
             decide(&Leases::new(), Some("10.244.42.0/24")),
-            Choice::Take(net("10.244.42.0/24"))
+            Choice::Take(SubnetKey { v4: net("10.244.42.0/24"), v6: None })
         );
         assert!(
-            matches!(decide(&Leases::new(), Some("10.99.0.0/24")), Choice::Take(subnet) if subnet.ip().octets()[1] == 244)
+            matches!(decide(&Leases::new(), Some("10.99.0.0/24")), Choice::Take(key) if key.v4.ip().octets()[1] == 244)
         );
+    }
+
+    #[test]
+    fn the_ipv6_half_follows_the_configuration_and_the_ipv4_half_stays() {
+        let json = br#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"vxlan"}}"#;
+        let dual = NetworkConfig::parse(json).expect("valid");
+        let me = Identity { public_ipv6: Some("2001:db8::1".parse().expect("address")), ..ME };
+        let choose = |config: &NetworkConfig, leases: &Leases, me: &Identity| {
+            choose(config, leases, me, None, &mut StdRng::seed_from_u64(1))
+        };
+        let mut leases = Leases::from([lease(net("10.244.7.0/24"), 1, 1)]);
+        let Choice::Move(_, key) = choose(&dual, &leases, &me) else { panic!("it moves") };
+        assert_eq!(key.to_string(), "10.244.7.0-24&fd00:0:0:7::-64");
+        // A node without an IPv6 address stays as it is, and so does one whose partner is taken.
+        assert!(matches!(choose(&dual, &leases, &ME), Choice::Keep(_)));
+        let (subnet, mut other) = lease(net("10.244.9.0/24"), 9, 9);
+        other.key.v6 = key.v6;
+        leases.insert(subnet, other);
+        assert!(matches!(choose(&dual, &leases, &me), Choice::Keep(_)));
+        leases.remove(&subnet);
+        leases.get_mut(&net("10.244.7.0/24")).expect("ours").key = key;
+        assert!(matches!(choose(&dual, &leases, &me), Choice::Keep(_)));
+        let Choice::Move(_, key) = choose(&config(24), &leases, &me) else { panic!("it moves") };
+        assert_eq!(key.to_string(), "10.244.7.0-24");
     }
 
     #[test]
@@ -186,14 +260,14 @@ mod tests {
                 })
                 .collect();
             match choose(&config, &leases, &ME, None, &mut StdRng::seed_from_u64(seed)) {
-                Choice::Take(subnet) => {
+                Choice::Take(SubnetKey { v4: subnet, .. }) => {
                     prop_assert!(config.allows(subnet));
                     prop_assert!(!leases.keys().any(|other| other.overlaps(subnet)));
                 }
                 Choice::Full => {
                     prop_assert!(config.subnets().all(|one| leases.keys().any(|other| other.overlaps(one))));
                 }
-                Choice::Keep(_) => prop_assert!(false, "none is ours"),
+                Choice::Keep(_) | Choice::Move(..) => prop_assert!(false, "none is ours"),
             }
         }
     }

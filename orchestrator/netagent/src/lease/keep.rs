@@ -3,13 +3,14 @@
 //! One loop: list, choose, acquire, watch. Whatever goes wrong — a lost race, a deleted key, an expired lease, a
 //! compaction, an outage — leads back to the list. While etcd is away the last known network stays in force.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use rand::Rng as _;
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -26,8 +27,10 @@ const RENEW_INTERVAL: Duration = Duration::from_secs(5 * 60);
 /// Waits between attempts while etcd is away.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// Wait when every subnet is taken.
+/// Longest wait for a change when every subnet is taken.
 const FULL_WAIT: Duration = Duration::from_secs(10);
+/// Those who wait for a free subnet try within this time of a change.
+const FULL_SPREAD: Duration = Duration::from_millis(500);
 
 /// What the lease keeper knows of the network.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +39,8 @@ pub struct Network {
     pub config: NetworkConfig,
     /// This node's subnet.
     pub own: Ipv4Network,
+    /// This node's IPv6 subnet, in dual stack.
+    pub own_v6: Option<Ipv6Network>,
     /// Everybody's leases, ours among them.
     pub leases: Leases,
     /// Why the configuration in etcd is not the one that is followed.
@@ -82,18 +87,10 @@ struct Followed {
 /// What became of an acquisition.
 enum Acquired {
     Lease(Lease),
-    /// All subnets are taken.
-    Full,
+    /// All subnets are taken, at this revision.
+    Full(i64),
     /// Read it again first.
     ConfigChanged,
-}
-
-/// Why a session ended without an error.
-enum Ended {
-    /// Look again at once.
-    Relist,
-    /// All subnets are taken.
-    Full,
 }
 
 impl Keeper {
@@ -105,15 +102,9 @@ impl Keeper {
                 () = cancel.cancelled() => return,
                 ended = self.session(&mut backoff) => ended,
             };
-            let wait = match ended {
-                Ok(Ended::Relist) => Duration::ZERO,
-                Ok(Ended::Full) => FULL_WAIT,
-                Err(problem) => {
-                    self.report(&problem);
-                    backoff = (backoff * 2).min(BACKOFF_MAX);
-                    backoff.mul_f64(rand::rng().random_range(0.5..1.0))
-                }
-            };
+            self.report(&ended);
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+            let wait = backoff.mul_f64(rand::rng().random_range(0.5..1.0));
             tokio::select! {
                 () = cancel.cancelled() => return,
                 () = sleep(wait) => {}
@@ -145,14 +136,25 @@ impl Keeper {
         self.health.send_replace(EtcdHealth::Away(text));
     }
 
-    /// One connection's life.
-    async fn session(&mut self, backoff: &mut Duration) -> Result<Ended, RegistryError> {
+    /// One connection's life; returns why it ended.
+    async fn session(&mut self, backoff: &mut Duration) -> RegistryError {
+        match self.hold(backoff).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    /// Holds the lease for as long as etcd answers.
+    async fn hold(&mut self, backoff: &mut Duration) -> Result<Infallible, RegistryError> {
         let registry = Registry::connect(&self.etcd, &self.prefix).await?;
         loop {
             let followed = self.config(&registry).await?;
             let own = match self.acquire(&registry, &followed).await? {
                 Acquired::Lease(own) => own,
-                Acquired::Full => return Ok(Ended::Full),
+                Acquired::Full(revision) => {
+                    wait_for_change(&registry, revision).await?;
+                    continue;
+                }
                 Acquired::ConfigChanged => continue,
             };
             let Snapshot { leases, config, revision } = registry.snapshot().await?;
@@ -161,20 +163,18 @@ impl Keeper {
                 info!("etcd answers again");
             }
             self.health.send_replace(EtcdHealth::Healthy);
-            if !self.still_ours(&leases, own.key.v4) || config != followed.revision {
+            if !self.still_ours(&leases, &own.key) || config != followed.revision {
                 continue;
             }
             self.leave_former_subnets(&registry, &leases, own.key.v4).await?;
             self.publish(Network {
                 config: followed.config.clone(),
                 own: own.key.v4,
+                own_v6: own.key.v6,
                 leases,
                 config_problem: followed.problem.clone(),
             });
-            match self.follow(&registry, &own, revision).await? {
-                Ended::Relist => {}
-                ended @ Ended::Full => return Ok(ended),
-            }
+            self.follow(&registry, &own, revision).await?;
         }
     }
 
@@ -195,12 +195,17 @@ impl Keeper {
         }
     }
 
-    fn value(&self, config: &NetworkConfig) -> LeaseValue {
-        LeaseValue::node(
+    fn value(&self, config: &NetworkConfig, key: &SubnetKey) -> LeaseValue {
+        let data = |vtep_mac| VxlanData { vni: config.vni, vtep_mac };
+        let value = LeaseValue::node(
             config.mode.backend(),
             self.identity.public_ip,
-            VxlanData { vni: config.vni, vtep_mac: self.identity.vtep_mac },
-        )
+            data(self.identity.vtep_mac),
+        );
+        match (key.v6, self.identity.public_ipv6) {
+            (Some(_), Some(ip)) => value.with_ipv6(ip, data(self.identity.vtep_mac.partner())),
+            _ => value,
+        }
     }
 
     /// Removes what this node held under an older configuration, so that others can have it. A reservation stays.
@@ -235,26 +240,38 @@ impl Keeper {
         followed: &Followed,
     ) -> Result<Acquired, RegistryError> {
         let config = &followed.config;
-        let value = self.value(config);
         loop {
-            let Snapshot { leases, config: revision, .. } = registry.snapshot().await?;
-            if revision != followed.revision {
+            let Snapshot { leases, config: config_revision, revision } =
+                registry.snapshot().await?;
+            if config_revision != followed.revision {
                 return Ok(Acquired::ConfigChanged);
             }
             let former = self.former();
             let choice = choose(config, &leases, &self.identity, former, &mut rand::rng());
-            let (key, taken) = match choice {
-                Choice::Keep(lease) if lease.value.as_ref() == Some(&value) => {
+            let (key, value, taken) = match choice {
+                Choice::Keep(lease)
+                    if lease.value.as_ref() == Some(&self.value(config, &lease.key)) =>
+                {
                     if lease.etcd_lease == 0 || registry.keep_alive(lease.etcd_lease).await? {
                         return Ok(Acquired::Lease(*lease));
                     }
                     // The lease went away between list and renewal, and the key with it.
                     continue;
                 }
-                Choice::Keep(lease) => (lease.key, registry.rewrite(&lease, &value).await?),
-                Choice::Take(subnet) => {
-                    let key = SubnetKey { v4: subnet, v6: None };
-                    (key, registry.create(&key, &value, revision).await?)
+                Choice::Keep(lease) => {
+                    let value = self.value(config, &lease.key);
+                    let taken = registry.rewrite(&lease, &value).await?;
+                    (lease.key, value, taken)
+                }
+                Choice::Move(lease, key) => {
+                    let value = self.value(config, &key);
+                    let taken = registry.move_key(&lease, &key, &value, config_revision).await?;
+                    (key, value, taken)
+                }
+                Choice::Take(key) => {
+                    let value = self.value(config, &key);
+                    let taken = registry.create(&key, &value, config_revision).await?;
+                    (key, value, taken)
                 }
                 Choice::Full => {
                     error!(
@@ -267,12 +284,12 @@ impl Keeper {
                     if former.is_some() && self.subnet_env.exists() {
                         self.fence(former);
                     }
-                    return Ok(Acquired::Full);
+                    return Ok(Acquired::Full(revision));
                 }
             };
             match taken {
                 Some(etcd_lease) => {
-                    info!(subnet = %key.v4, former = ?former.map(|former| former.to_string()), "subnet acquired");
+                    info!(subnet = %key, former = ?former.map(|former| former.to_string()), "subnet acquired");
                     if former.is_some_and(|former| former != key.v4) {
                         self.fence(former);
                     }
@@ -294,7 +311,7 @@ impl Keeper {
         registry: &Registry,
         own: &Lease,
         revision: i64,
-    ) -> Result<Ended, RegistryError> {
+    ) -> Result<(), RegistryError> {
         let mut watch = registry.watch(revision + 1).await?;
         let mut renew = interval_at(Instant::now() + RENEW_INTERVAL, RENEW_INTERVAL);
         renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -306,32 +323,33 @@ impl Keeper {
                         && self.is_another_config(&json)
                     {
                         info!("the network configuration was changed; following it");
-                        return Ok(Ended::Relist);
+                        return Ok(());
                     }
                     self.network.send_if_modified(|network| {
                         network.as_mut().is_some_and(|network| apply(&mut network.leases, changes))
                     });
                     let ours = self.network.borrow().as_ref().is_some_and(|network| {
-                        self.still_ours(&network.leases, own.key.v4)
+                        self.still_ours(&network.leases, &own.key)
                     });
                     if !ours {
                         warn!(subnet = %own.key.v4, "our subnet's key was deleted or overwritten; acquiring again");
-                        return Ok(Ended::Relist);
+                        return Ok(());
                     }
                 }
                 _ = renew.tick() => {
                     if own.etcd_lease != 0 && !registry.keep_alive(own.etcd_lease).await? {
                         warn!(subnet = %own.key.v4, "the etcd lease of our subnet is gone; acquiring again");
-                        return Ok(Ended::Relist);
+                        return Ok(());
                     }
                 }
             }
         }
     }
 
-    fn still_ours(&self, leases: &Leases, own: Ipv4Network) -> bool {
+    fn still_ours(&self, leases: &Leases, own: &SubnetKey) -> bool {
         leases
-            .get(&own)
+            .get(&own.v4)
+            .filter(|lease| lease.key == *own)
             .and_then(|lease| lease.value.as_ref()?.vtep())
             .is_some_and(|data| data.vtep_mac == self.identity.vtep_mac)
     }
@@ -376,6 +394,22 @@ impl Keeper {
     }
 }
 
+/// Waits until a subnet or the configuration changes, with a look now and then for what a watch may miss. Those who wait
+/// together do not come back together.
+async fn wait_for_change(registry: &Registry, revision: i64) -> Result<(), RegistryError> {
+    let mut watch = registry.watch(revision + 1).await?;
+    let mut told = false;
+    while !told {
+        match timeout(FULL_WAIT, watch.next()).await {
+            Ok(changes) => told = !changes?.is_empty(),
+            Err(_) => told = true,
+        }
+    }
+    let spread = FULL_SPREAD.mul_f64(rand::rng().random_range(0.0..1.0));
+    sleep(spread).await;
+    Ok(())
+}
+
 /// Applies watch events; true if anything is different afterwards.
 fn apply(leases: &mut Leases, changes: Vec<Change>) -> bool {
     let mut changed = false;
@@ -387,7 +421,11 @@ fn apply(leases: &mut Leases, changes: Vec<Change>) -> bool {
                 leases.insert(lease.key.v4, *lease);
                 differs
             }
-            Change::Delete(subnet) => leases.remove(&subnet).is_some(),
+            // A key that was replaced by one with another IPv6 half is not the one that is there.
+            Change::Delete(key) if leases.get(&key.v4).is_some_and(|lease| lease.key == key) => {
+                leases.remove(&key.v4).is_some()
+            }
+            Change::Delete(_) => false,
             Change::Config(_) => false,
         };
     }

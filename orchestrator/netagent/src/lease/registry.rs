@@ -7,7 +7,6 @@ use etcd_client::{
     Identity as TlsIdentity, PutOptions, TlsOptions, Txn, TxnOp, TxnOpResponse, WatchOptions,
     WatchStream,
 };
-use ipnetwork::Ipv4Network;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -88,7 +87,7 @@ pub(super) enum Change {
     /// A lease was made or changed.
     Put(Box<Lease>),
     /// A lease is gone.
-    Delete(Ipv4Network),
+    Delete(SubnetKey),
     /// The configuration was written.
     Config(Vec<u8>),
 }
@@ -283,6 +282,26 @@ impl Registry {
         self.write(key, value, vec![free, same_config]).await
     }
 
+    /// Puts another key in the place of ours, if nobody changed that and the other is free. `None`: somebody did.
+    ///
+    /// # Errors
+    /// If etcd is away.
+    pub(super) async fn move_key(
+        &self,
+        from: &Lease,
+        to: &SubnetKey,
+        value: &LeaseValue,
+        config: i64,
+    ) -> Result<Option<i64>, RegistryError> {
+        let old = self.lease_key(&from.key);
+        let conditions = vec![
+            Compare::mod_revision(old.clone(), CompareOp::Equal, from.mod_revision),
+            Compare::version(self.lease_key(to), CompareOp::Equal, 0),
+            Compare::mod_revision(self.config_key(), CompareOp::Equal, config),
+        ];
+        self.write_and(to, value, conditions, Some(TxnOp::delete(old, None))).await
+    }
+
     /// Removes a lease that nobody changed since it was read; false if somebody did.
     ///
     /// # Errors
@@ -331,12 +350,23 @@ impl Registry {
         value: &LeaseValue,
         conditions: Vec<Compare>,
     ) -> Result<Option<i64>, RegistryError> {
+        self.write_and(key, value, conditions, None).await
+    }
+
+    async fn write_and(
+        &self,
+        key: &SubnetKey,
+        value: &LeaseValue,
+        conditions: Vec<Compare>,
+        also: Option<TxnOp>,
+    ) -> Result<Option<i64>, RegistryError> {
         let ttl = i64::try_from(LEASE_TTL.as_secs()).expect("a day fits");
         let mut leases = self.client.lease_client();
         let id = self.call("get an etcd lease", leases.grant(ttl, None)).await?.id();
         let json = serde_json::to_vec(value).expect("plain data has a JSON form");
         let put = TxnOp::put(self.lease_key(key), json, Some(PutOptions::new().with_lease(id)));
-        let txn = Txn::new().when(conditions).and_then([put]);
+        let txn =
+            Txn::new().when(conditions).and_then(also.into_iter().chain([put]).collect::<Vec<_>>());
         let answer = self.call("acquire a subnet", self.client.kv_client().txn(txn)).await;
         if !answer.as_ref().is_ok_and(etcd_client::TxnResponse::succeeded) {
             // Unknown or lost: revoking removes at most a key that hangs on this very lease.
@@ -422,9 +452,7 @@ impl SubnetWatch {
                 EventType::Put => {
                     decode(&self.prefix, kv).map(|lease| Change::Put(Box::new(lease)))
                 }
-                EventType::Delete => {
-                    subnet_of(&self.prefix, kv.key()).map(|key| Change::Delete(key.v4))
-                }
+                EventType::Delete => subnet_of(&self.prefix, kv.key()).map(Change::Delete),
             }
         });
         Ok(changes.collect())

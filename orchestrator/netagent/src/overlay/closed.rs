@@ -10,10 +10,10 @@
 //!
 //! One table of ours, one set of addresses; a node that joins or leaves is one element.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use cni_nftables::{Chain, Family, Hook, Nft, NftError, Set, Table};
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 
 use super::Peers;
 use crate::lease::{Identity, Network};
@@ -25,15 +25,45 @@ const NODES: &str = "nodes";
 /// Before the rules of others, and before destination NAT: what is dropped here concerns nobody.
 const BEFORE_FILTER: i32 = -10;
 const BEFORE_CONNTRACK: i32 = -300;
+const SOURCE_NAT: i32 = 100;
 
-/// Everything that belongs into the table. Pure.
+/// Everything that belongs into the IPv4 table. Pure.
 #[must_use]
 pub fn desired_table(network: &Network, me: &Identity, peers: &Peers) -> Table {
-    let (port, own, bridge) = (network.config.port, network.own, orch_config::POD_BRIDGE);
-    let mut table = Table::new(Family::Ip, TABLE);
+    table(network, network.own.into(), me.public_ip.into(), peers)
+}
+
+/// Everything that belongs into the IPv6 table, in dual stack; also masquerade, which the table of Services has for IPv4.
+/// Pure.
+#[must_use]
+pub fn desired_table_ipv6(network: &Network, me: &Identity, peers: &Peers) -> Option<Table> {
+    let cluster = network.config.v6?.network;
+    let mut table = table(network, network.own_v6?.into(), me.public_ipv6?.into(), peers);
+    table.chain(
+        "postrouting",
+        Chain::base(
+            "nat",
+            Hook::Postrouting,
+            SOURCE_NAT,
+            [format!(
+                "ip6 saddr {cluster} ip6 daddr != {cluster} ip6 daddr != ff00::/8 masquerade fully-random"
+            )],
+        ),
+    );
+    Some(table)
+}
+
+fn table(network: &Network, own: IpNetwork, public_ip: IpAddr, peers: &Peers) -> Table {
+    let (port, bridge) = (network.config.port, orch_config::POD_BRIDGE);
+    let (family, ip, kind) = match own {
+        IpNetwork::V4(_) => (Family::Ip, "ip", "ipv4_addr"),
+        IpNetwork::V6(_) => (Family::Ip6, "ip6", "ipv6_addr"),
+    };
+    let mut table = Table::new(family, TABLE);
     // Our own address is there for the rule about pods; we send nothing to ourselves.
-    let nodes = peers.values().map(|peer| peer.public_ip).chain([me.public_ip]);
-    table.set(NODES, Set::keys("ipv4_addr", nodes.map(|ip| ip.to_string())));
+    let peers = peers.values().map(|peer| peer.public_ip);
+    let nodes = peers.filter(|peer| peer.is_ipv4() == public_ip.is_ipv4()).chain([public_ip]);
+    table.set(NODES, Set::keys(kind, nodes.map(|ip| ip.to_string())));
     let rules = |rules: &[String]| rules.to_vec();
     table.chain(
         "input",
@@ -41,7 +71,7 @@ pub fn desired_table(network: &Network, me: &Identity, peers: &Peers) -> Table {
             "filter",
             Hook::Input,
             BEFORE_FILTER,
-            rules(&[format!("udp dport {port} ip saddr != @{NODES} counter drop")]),
+            rules(&[format!("udp dport {port} {ip} saddr != @{NODES} counter drop")]),
         ),
     );
     table.chain(
@@ -51,7 +81,7 @@ pub fn desired_table(network: &Network, me: &Identity, peers: &Peers) -> Table {
             Hook::Forward,
             BEFORE_FILTER,
             rules(&[format!(
-                "iifname \"{bridge}\" udp dport {port} ip daddr @{NODES} counter drop"
+                "iifname \"{bridge}\" udp dport {port} {ip} daddr @{NODES} counter drop"
             )]),
         ),
     );
@@ -62,12 +92,16 @@ pub fn desired_table(network: &Network, me: &Identity, peers: &Peers) -> Table {
     table
 }
 
-/// A pod that asks for an address by DHCP has none yet.
-fn spoofed(bridge: &str, own: Ipv4Network) -> String {
-    format!(
-        "iifname \"{bridge}\" ip saddr != {own} ip saddr != {} counter drop",
-        Ipv4Addr::UNSPECIFIED
-    )
+/// A pod that has no address yet asks for one, or looks whether it is free; link-local addresses do not leave the link.
+fn spoofed(bridge: &str, own: IpNetwork) -> String {
+    match own {
+        IpNetwork::V4(own) => {
+            format!("iifname \"{bridge}\" ip saddr != {own} ip saddr != 0.0.0.0 counter drop")
+        }
+        IpNetwork::V6(own) => format!(
+            "iifname \"{bridge}\" ip6 saddr != {own} ip6 saddr != fe80::/10 ip6 saddr != :: counter drop"
+        ),
+    }
 }
 
 /// The table in the kernel, and what we know of it.
@@ -109,13 +143,24 @@ impl Closed {
         Ok(damaged)
     }
 
+    /// Removes the table, if it was ever made.
+    ///
+    /// # Errors
+    /// If nft refuses.
+    pub(super) fn remove(&mut self) -> Result<(), NftError> {
+        if let Some(applied) = self.applied.take() {
+            self.nft.remove(applied.table.family, &applied.table.name)?;
+        }
+        Ok(())
+    }
+
     /// Whether the kernel still holds what was applied, if anything was.
     fn is_intact(&self) -> Result<bool, NftError> {
         let Some(Applied { table, shape }) = &self.applied else { return Ok(true) };
         let Some(listing) = self.nft.listing(table)? else { return Ok(false) };
         let (seen, mut elements) = parse(&listing);
         elements.sort_unstable();
-        let mut wanted: Vec<Ipv4Addr> = match table.sets.get(NODES).map(|set| &set.kind) {
+        let mut wanted: Vec<IpAddr> = match table.sets.get(NODES).map(|set| &set.kind) {
             Some(cni_nftables::SetKind::Keys(keys)) => {
                 keys.iter().filter_map(|key| key.parse().ok()).collect()
             }
@@ -127,14 +172,14 @@ impl Closed {
 }
 
 /// Takes a listing apart: the text without elements, and the elements.
-fn parse(listing: &str) -> (String, Vec<Ipv4Addr>) {
+fn parse(listing: &str) -> (String, Vec<IpAddr>) {
     let mut shape = String::new();
     let mut elements = Vec::new();
     let mut rest = listing;
     while let Some((before, list)) = rest.split_once("elements = {") {
         shape.push_str(before);
         let (list, after) = list.split_once('}').unwrap_or((list, ""));
-        elements.extend(list.split(',').filter_map(|ip| ip.trim().parse::<Ipv4Addr>().ok()));
+        elements.extend(list.split(',').filter_map(|ip| ip.trim().parse::<IpAddr>().ok()));
         rest = after;
     }
     shape.push_str(rest);

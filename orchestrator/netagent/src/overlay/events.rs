@@ -3,10 +3,11 @@
 //! An event only says "look". Those that agree with what is wanted say nothing new: our own changes, and the coming and
 //! going of pods' interfaces, cost no look.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use futures::StreamExt as _;
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::link::LinkAttribute;
 use netlink_packet_route::neighbour::{
@@ -26,14 +27,12 @@ use crate::mac::Mac;
 /// Links whose changes concern us.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Interest {
-    /// Index of our device.
-    pub(super) device: Option<u32>,
+    /// Index of each device of ours, and what the kernel is to hold of the peers behind it.
+    pub(super) devices: Vec<(u32, WantedPeers)>,
     /// Index of the underlay's link.
     pub(super) underlay: Option<u32>,
     /// Their names: a link that is made again has a new index.
     pub(super) names: Vec<String>,
-    /// What the kernel is to hold of peers.
-    pub(super) peers: WantedPeers,
 }
 
 /// Notifies about changes that may concern us, until cancelled or the socket breaks.
@@ -47,6 +46,8 @@ pub(super) async fn watch(
         MulticastGroup::Neigh,
         MulticastGroup::Ipv4Route,
         MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Route,
+        MulticastGroup::Ipv6Ifaddr,
     ];
     let (connection, _handle, mut messages) = rtnetlink::new_multicast_connection(&groups)?;
     let mut connection = std::pin::pin!(connection);
@@ -72,7 +73,9 @@ pub(super) async fn watch(
 }
 
 fn concerns(message: &RouteNetlinkMessage, interest: &Interest) -> bool {
-    let ours = |index: u32| Some(index) == interest.device;
+    let peers =
+        |index: u32| interest.devices.iter().find(|(one, _)| *one == index).map(|(_, peers)| peers);
+    let ours = |index: u32| peers(index).is_some();
     let either = |index: u32| ours(index) || Some(index) == interest.underlay;
     match message {
         RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link) => {
@@ -82,26 +85,35 @@ fn concerns(message: &RouteNetlinkMessage, interest: &Interest) -> bool {
                 })
         }
         RouteNetlinkMessage::NewNeighbour(neighbour) => {
-            ours(neighbour.header.ifindex) && concerns_neighbour(neighbour, &interest.peers, true)
+            peers(neighbour.header.ifindex).is_some_and(|peers| concerns_neighbour(neighbour, peers, true))
         }
         RouteNetlinkMessage::DelNeighbour(neighbour) => {
-            ours(neighbour.header.ifindex) && concerns_neighbour(neighbour, &interest.peers, false)
+            peers(neighbour.header.ifindex).is_some_and(|peers| concerns_neighbour(neighbour, peers, false))
         }
         RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
             either(address.header.index)
         }
         RouteNetlinkMessage::NewRoute(route) => match hop(route) {
-            Some(hop) if is_ours(route) => interest.peers.routes.get(&hop.subnet) != Some(&hop),
-            Some(hop) => interest.peers.is_in_the_way(&hop),
+            Some(hop) if is_ours(route) => wanted_route(&hop, interest) != Some(&hop),
+            Some(hop) => is_in_the_way(&hop, interest),
             None => false,
         },
         RouteNetlinkMessage::DelRoute(route) => match hop(route) {
-            Some(hop) if is_ours(route) => interest.peers.routes.get(&hop.subnet) == Some(&hop),
-            Some(hop) => interest.peers.is_in_the_way(&hop),
+            Some(hop) if is_ours(route) => wanted_route(&hop, interest) == Some(&hop),
+            Some(hop) => is_in_the_way(&hop, interest),
             None => false,
         },
         _ => false,
     }
+}
+
+/// Our route to the same destination.
+fn wanted_route<'a>(hop: &Hop, interest: &'a Interest) -> Option<&'a Hop> {
+    interest.devices.iter().find_map(|(_, peers)| peers.routes.get(&hop.subnet))
+}
+
+fn is_in_the_way(hop: &Hop, interest: &Interest) -> bool {
+    interest.devices.iter().any(|(_, peers)| peers.is_in_the_way(hop))
 }
 
 fn is_ours(route: &RouteMessage) -> bool {
@@ -114,7 +126,12 @@ fn concerns_neighbour(message: &NeighbourMessage, want: &WantedPeers, new: bool)
     let mut mac: Option<Mac> = None;
     for attribute in &message.attributes {
         match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => ip = Some(*address),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
+                ip = Some(IpAddr::V4(*address));
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
+                ip = Some(IpAddr::V6(*address));
+            }
             NeighbourAttribute::LinkLayerAddress(bytes) => {
                 mac = bytes.as_slice().try_into().ok().map(Mac);
             }
@@ -135,29 +152,30 @@ fn concerns_neighbour(message: &NeighbourMessage, want: &WantedPeers, new: bool)
     }
 }
 
-/// An IPv4 route of the main table.
+/// A route of the main table.
 fn hop(route: &RouteMessage) -> Option<Hop> {
-    let main = route.header.table == RouteHeader::RT_TABLE_MAIN;
-    if !main || route.header.address_family != AddressFamily::Inet {
+    if route.header.table != RouteHeader::RT_TABLE_MAIN {
         return None;
     }
-    let mut hop = Hop {
-        subnet: Ipv4Network::new([0, 0, 0, 0].into(), 0).expect("everywhere"),
-        via: None,
-        link: None,
-        metric: None,
+    let everywhere = match route.header.address_family {
+        AddressFamily::Inet => IpAddr::from([0; 4]),
+        AddressFamily::Inet6 => IpAddr::from([0; 16]),
+        _ => return None,
     };
+    let mut hop = Hop { subnet: IpNetwork::from(everywhere), via: None, link: None, metric: None };
+    let mut destination = everywhere;
     for attribute in &route.attributes {
         match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(ip)) => {
-                hop.subnet = Ipv4Network::new(*ip, route.header.destination_prefix_length).ok()?;
-            }
-            RouteAttribute::Gateway(RouteAddress::Inet(ip)) => hop.via = Some(*ip),
+            RouteAttribute::Destination(RouteAddress::Inet(ip)) => destination = (*ip).into(),
+            RouteAttribute::Destination(RouteAddress::Inet6(ip)) => destination = (*ip).into(),
+            RouteAttribute::Gateway(RouteAddress::Inet(ip)) => hop.via = Some((*ip).into()),
+            RouteAttribute::Gateway(RouteAddress::Inet6(ip)) => hop.via = Some((*ip).into()),
             RouteAttribute::Oif(link) => hop.link = Some(*link),
             RouteAttribute::Priority(metric) => hop.metric = Some(*metric),
             _ => {}
         }
     }
+    hop.subnet = IpNetwork::new(destination, route.header.destination_prefix_length).ok()?;
     Some(hop)
 }
 
@@ -171,17 +189,16 @@ mod tests {
     const DEVICE: u32 = 9;
 
     fn interest() -> Interest {
-        let subnet: Ipv4Network = "10.244.3.0/24".parse().expect("CIDR");
+        let subnet: IpNetwork = "10.244.3.0/24".parse().expect("CIDR");
         let peer = Peer {
             subnet,
-            public_ip: [192, 0, 2, 3].into(),
+            public_ip: IpAddr::from([192, 0, 2, 3]),
             path: Path::Vxlan(Mac([2, 0, 0, 0, 0, 3])),
         };
         Interest {
-            device: Some(DEVICE),
+            devices: vec![(DEVICE, WantedPeers::new(&Peers::from([(subnet, peer)]), DEVICE, 2))],
             underlay: Some(2),
             names: Vec::new(),
-            peers: WantedPeers::new(&Peers::from([(subnet, peer)]), DEVICE, 2),
         }
     }
 

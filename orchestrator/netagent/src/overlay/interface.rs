@@ -1,10 +1,10 @@
 //! Which link carries the overlay: by name, regular expression or address as flannel's `--iface` and `--iface-regex`
 //! choose it, else the one with the node's address, else that of the default route.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cni_netlink::{Link, Netlink, Route, RouteFilter};
-use ipnetwork::{IpNetwork, Ipv4Network};
+use ipnetwork::IpNetwork;
 use regex::Regex;
 
 use super::kernel::OverlayError;
@@ -35,8 +35,8 @@ pub struct Candidate {
     pub name: String,
     /// MTU.
     pub mtu: u32,
-    /// Its IPv4 addresses.
-    pub addresses: Vec<Ipv4Network>,
+    /// Its addresses.
+    pub addresses: Vec<IpNetwork>,
 }
 
 /// The link that carries the overlay's packets.
@@ -50,25 +50,45 @@ pub struct Underlay {
     pub mtu: u32,
     /// Source of the overlay's packets.
     pub local: Ipv4Addr,
+    /// The same for IPv6, if the link has a global address.
+    pub local_ipv6: Option<Ipv6Addr>,
     /// Networks whose hosts are on this link.
-    pub on_link: Vec<Ipv4Network>,
+    pub on_link: Vec<IpNetwork>,
 }
 
 impl Candidate {
     fn has(&self, ip: Ipv4Addr) -> bool {
-        self.addresses.iter().any(|address| address.ip() == ip)
+        self.addresses.iter().any(|address| address.ip() == IpAddr::V4(ip))
+    }
+
+    fn ipv4(&self) -> impl Iterator<Item = Ipv4Addr> {
+        self.addresses.iter().filter_map(|address| match address {
+            IpNetwork::V4(address) => Some(address.ip()),
+            IpNetwork::V6(_) => None,
+        })
     }
 
     /// `preferred` if the link has it, else its first address.
     fn underlay(&self, preferred: Ipv4Addr) -> Option<Underlay> {
-        let first = self.addresses.iter().map(|one| one.ip()).find(|ip| !ip.is_link_local());
+        let first = self.ipv4().find(|ip| !ip.is_link_local());
         let local = if self.has(preferred) { preferred } else { first? };
         Some(Underlay {
             index: self.index,
             name: self.name.clone(),
             mtu: self.mtu,
             local,
-            on_link: self.addresses.clone(),
+            local_ipv6: self.addresses.iter().find_map(|address| match address {
+                IpNetwork::V6(address) if !address.ip().is_unicast_link_local() => {
+                    Some(address.ip())
+                }
+                _ => None,
+            }),
+            on_link: self
+                .addresses
+                .iter()
+                .filter(|address| !matches!(address, IpNetwork::V6(v6) if v6.ip().is_unicast_link_local()))
+                .copied()
+                .collect(),
         })
     }
 }
@@ -100,8 +120,9 @@ pub fn choose(
             .find_map(|link| link.underlay(node_ip));
         let by_address = || {
             links.iter().find_map(|link| {
-                let fits = |address: &&Ipv4Network| pattern.is_match(&address.ip().to_string());
-                link.underlay(link.addresses.iter().find(fits)?.ip())
+                let fits = |ip: &Ipv4Addr| pattern.is_match(&ip.to_string());
+                let ip = link.ipv4().find(fits)?;
+                link.underlay(ip)
             })
         };
         if let Some(underlay) = by_name.or_else(by_address) {
@@ -138,16 +159,7 @@ pub fn find(
     };
     for link in netlink.links().map_err(failed("links"))?.into_iter().filter(possible) {
         let addresses = netlink.addresses(link.index).map_err(failed("addresses"))?;
-        let v4 = |address| match address {
-            IpNetwork::V4(address) => Some(address),
-            IpNetwork::V6(_) => None,
-        };
-        links.push(Candidate {
-            index: link.index,
-            name: link.name,
-            mtu: link.mtu,
-            addresses: addresses.into_iter().filter_map(v4).collect(),
-        });
+        links.push(Candidate { index: link.index, name: link.name, mtu: link.mtu, addresses });
     }
     let found = choose(&links, None, choice, node_ip);
     if choice.is_given() || found.is_ok() {

@@ -6,7 +6,6 @@ use cni_netlink::{
     AddressOptions, Change, FdbEntry, LinkKind, Neighbour, Netlink, NetlinkError, Route,
     RouteFilter, VxlanDevice,
 };
-use ipnetwork::{IpNetwork, Ipv4Network};
 
 use super::plan::{DeviceStep, Hop, PeerStep, SeenDevice, SeenPeers, SeenVxlan, plan_device};
 use super::{Device, ROUTE_PROTOCOL};
@@ -87,6 +86,20 @@ pub fn ensure_device(netlink: &Netlink, device: &Device) -> Result<(u32, usize),
     Ok((index, steps.len()))
 }
 
+/// Removes a VXLAN device, if there is one; says how many steps that took.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn remove_device(netlink: &Netlink, name: &str) -> Result<usize, OverlayError> {
+    let link = netlink.link(name).map_err(observing("links"))?;
+    let Some(link) = link.filter(|link| matches!(link.kind, LinkKind::Vxlan(_))) else {
+        return Ok(0);
+    };
+    let failed = |source| OverlayError::Step { step: format!("delete {name}"), source };
+    netlink.delete_link(link.index).map_err(failed)?;
+    Ok(1)
+}
+
 fn device_index(netlink: &Netlink, device: &Device) -> Result<u32, OverlayError> {
     let link = netlink.link(&device.name).map_err(observing("links"))?;
     link.map(|link| link.index).ok_or_else(|| OverlayError::Vanished(device.name.clone()))
@@ -103,18 +116,11 @@ pub fn observe_device(netlink: &Netlink, name: &str) -> Result<Option<SeenDevice
         LinkKind::Vxlan(vxlan) => Some(SeenVxlan {
             vni: vxlan.vni,
             port: vxlan.port,
-            local: match vxlan.local {
-                Some(IpAddr::V4(local)) => Some(local),
-                _ => None,
-            },
+            local: vxlan.local,
             underlay: vxlan.underlay_index,
             learning: vxlan.learning,
         }),
         _ => None,
-    };
-    let v4 = |address: IpNetwork| match address {
-        IpNetwork::V4(address) => Some(address),
-        IpNetwork::V6(_) => None,
     };
     Ok(Some(SeenDevice {
         index: link.index,
@@ -122,7 +128,7 @@ pub fn observe_device(netlink: &Netlink, name: &str) -> Result<Option<SeenDevice
         mac: Mac(link.mac),
         mtu: link.mtu,
         up: link.up,
-        addresses: addresses.into_iter().filter_map(v4).collect(),
+        addresses,
     }))
 }
 
@@ -133,24 +139,17 @@ pub fn observe_device(netlink: &Netlink, name: &str) -> Result<Option<SeenDevice
 pub fn observe_peers(netlink: &Netlink, device: u32) -> Result<SeenPeers, OverlayError> {
     let mut seen = SeenPeers::default();
     for neighbour in netlink.neighbours(device).map_err(observing("neighbours"))? {
-        if let IpAddr::V4(ip) = neighbour.ip
-            && neighbour.permanent
-        {
-            seen.neighbours.insert(ip, Mac(neighbour.mac));
+        if neighbour.permanent {
+            seen.neighbours.insert(neighbour.ip, Mac(neighbour.mac));
         }
     }
     for entry in netlink.fdb(device).map_err(observing("forwarding entries"))? {
-        if let Some(IpAddr::V4(node)) = entry.dst {
+        if let Some(node) = entry.dst {
             seen.forwarding.entry(Mac(entry.mac)).or_default().insert(node);
         }
     }
     for route in netlink.routes(&RouteFilter::default()).map_err(observing("routes"))? {
-        let IpNetwork::V4(subnet) = route.dst else { continue };
-        let via = match route.via {
-            Some(IpAddr::V4(via)) => Some(via),
-            _ => None,
-        };
-        let hop = Hop { subnet, via, link: route.link, metric: route.metric };
+        let hop = Hop { subnet: route.dst, via: route.via, link: route.link, metric: route.metric };
         if route.protocol == ROUTE_PROTOCOL {
             seen.routes.insert(hop);
         } else {
@@ -172,7 +171,7 @@ fn apply_device(netlink: &Netlink, device: &Device, step: &DeviceStep) -> Result
                 name: device.name.clone(),
                 vni: device.vni,
                 port: device.port,
-                local: Some(IpAddr::V4(device.local)),
+                local: Some(device.local),
                 underlay_index: Some(device.underlay),
                 mac: Some(device.mac.0),
                 mtu: Some(device.mtu),
@@ -198,13 +197,14 @@ fn apply_device(netlink: &Netlink, device: &Device, step: &DeviceStep) -> Result
             .set_mtu(device_index(netlink, device)?, device.mtu)
             .map_err(failed("set the MTU of")),
         DeviceStep::AddAddress => {
-            let address = IpNetwork::V4(Ipv4Network::from(device.address));
+            // Nobody else has it: there is nothing to detect.
+            let options = AddressOptions { nodad: true, no_prefix_route: false };
             netlink
-                .add_address(device_index(netlink, device)?, address, &AddressOptions::default())
+                .add_address(device_index(netlink, device)?, device.address.into(), &options)
                 .map_err(failed("add the address of"))
         }
         DeviceStep::DeleteAddress(address) => netlink
-            .delete_address(device_index(netlink, device)?, IpNetwork::V4(*address))
+            .delete_address(device_index(netlink, device)?, *address)
             .map_err(failed("remove an old address of")),
         DeviceStep::SetUp => {
             netlink.set_up(device_index(netlink, device)?).map_err(failed("bring up"))
@@ -229,20 +229,17 @@ pub fn apply_peers(netlink: &Netlink, device: u32, steps: &[PeerStep]) -> Result
 }
 
 fn change(device: u32, step: &PeerStep) -> Change {
-    let forwarding = |mac: &Mac, node: &Ipv4Addr| FdbEntry {
+    let forwarding =
+        |mac: &Mac, node: &IpAddr| FdbEntry { link: device, mac: mac.0, dst: Some(*node) };
+    let neighbour = |gateway: &IpAddr, mac: &Mac| Neighbour {
         link: device,
-        mac: mac.0,
-        dst: Some(IpAddr::V4(*node)),
-    };
-    let neighbour = |gateway: &Ipv4Addr, mac: &Mac| Neighbour {
-        link: device,
-        ip: IpAddr::V4(*gateway),
+        ip: *gateway,
         mac: mac.0,
         permanent: true,
     };
     let route = |hop: &Hop| Route {
-        dst: IpNetwork::V4(hop.subnet),
-        via: hop.via.map(IpAddr::V4),
+        dst: hop.subnet,
+        via: hop.via,
         link: hop.link,
         // No address of our device covers the next hop.
         onlink: hop.link == Some(device),

@@ -1,12 +1,15 @@
 //! From what the kernel holds to what it must hold. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 
 use super::{Device, Path, Peers, ROUTE_PROTOCOL};
 use crate::mac::Mac;
+
+/// `IP6_RT_PRIO_USER` (`linux/ipv6_route.h`).
+const IPV6_METRIC: u32 = 1024;
 
 /// The device as the kernel holds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,8 +24,8 @@ pub struct SeenDevice {
     pub mtu: u32,
     /// Whether it is up.
     pub up: bool,
-    /// Its IPv4 addresses.
-    pub addresses: Vec<Ipv4Network>,
+    /// Its addresses.
+    pub addresses: Vec<IpNetwork>,
 }
 
 /// Attributes that are fixed at creation.
@@ -33,7 +36,7 @@ pub struct SeenVxlan {
     /// UDP port.
     pub port: u16,
     /// Local address.
-    pub local: Option<Ipv4Addr>,
+    pub local: Option<IpAddr>,
     /// Index of the underlay's link.
     pub underlay: Option<u32>,
     /// Whether it learns from what it receives. It must not: peers are what etcd says.
@@ -44,37 +47,53 @@ pub struct SeenVxlan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Hop {
     /// Destination.
-    pub subnet: Ipv4Network,
+    pub subnet: IpNetwork,
     /// Next hop.
-    pub via: Option<Ipv4Addr>,
+    pub via: Option<IpAddr>,
     /// Index of the link.
     pub link: Option<u32>,
-    /// Metric; ours have none.
+    /// Metric: none in IPv4, 1024 in IPv6, where the kernel puts it in if nobody names one.
     pub metric: Option<u32>,
+}
+
+impl Hop {
+    /// The metric of our routes of its family.
+    #[must_use]
+    pub fn own_metric(subnet: IpNetwork) -> Option<u32> {
+        subnet.is_ipv6().then_some(IPV6_METRIC)
+    }
 }
 
 /// What the kernel holds of peers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SeenPeers {
     /// Permanent neighbours on our device.
-    pub neighbours: BTreeMap<Ipv4Addr, Mac>,
+    pub neighbours: BTreeMap<IpAddr, Mac>,
     /// FDB entries of our device.
-    pub forwarding: BTreeMap<Mac, BTreeSet<Ipv4Addr>>,
+    pub forwarding: BTreeMap<Mac, BTreeSet<IpAddr>>,
     /// Routes of our protocol, on whatever link.
     pub routes: BTreeSet<Hop>,
     /// Routes of others, with their protocol.
     pub foreign: BTreeSet<(Hop, u8)>,
 }
 
+impl SeenPeers {
+    /// Forgets the routes of the other family.
+    pub fn keep_family(&mut self, ipv4: bool) {
+        self.routes.retain(|hop| hop.subnet.is_ipv4() == ipv4);
+        self.foreign.retain(|(hop, _)| hop.subnet.is_ipv4() == ipv4);
+    }
+}
+
 /// What the kernel must hold of peers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct WantedPeers {
     /// Node of each VTEP.
-    pub forwarding: BTreeMap<Mac, Ipv4Addr>,
+    pub forwarding: BTreeMap<Mac, IpAddr>,
     /// VTEP of each next hop on our device.
-    pub neighbours: BTreeMap<Ipv4Addr, Mac>,
+    pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Routes by destination.
-    pub routes: BTreeMap<Ipv4Network, Hop>,
+    pub routes: BTreeMap<IpNetwork, Hop>,
     /// The lengths of their destinations.
     lengths: BTreeSet<u8>,
 }
@@ -98,7 +117,7 @@ impl WantedPeers {
                 subnet: peer.subnet,
                 via: Some(peer.gateway()),
                 link: Some(link),
-                metric: None,
+                metric: Hop::own_metric(peer.subnet),
             };
             want.routes.insert(peer.subnet, hop);
             want.lengths.insert(peer.subnet.prefix());
@@ -111,10 +130,11 @@ impl WantedPeers {
     pub fn is_in_the_way(&self, hop: &Hop) -> bool {
         self.lengths.iter().filter(|length| **length <= hop.subnet.prefix()).any(|length| {
             let around =
-                Ipv4Network::new(hop.subnet.ip(), *length).expect("shorter than a valid one");
-            let subnet = Ipv4Network::new(around.network(), *length).expect("the same length");
+                IpNetwork::new(hop.subnet.ip(), *length).expect("shorter than a valid one");
+            let subnet = IpNetwork::new(around.network(), *length).expect("the same length");
             self.routes.contains_key(&subnet)
-                && (hop.subnet.prefix() > *length || hop.metric.unwrap_or(0) == 0)
+                && (hop.subnet.prefix() > *length
+                    || hop.metric.unwrap_or(0) <= Hop::own_metric(hop.subnet).unwrap_or(0))
         })
     }
 }
@@ -147,7 +167,7 @@ pub enum DeviceStep {
     /// Set the MTU.
     SetMtu,
     /// Remove an address.
-    DeleteAddress(Ipv4Network),
+    DeleteAddress(IpNetwork),
     /// Add our address.
     AddAddress,
     /// Bring it up.
@@ -158,9 +178,9 @@ pub enum DeviceStep {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PeerStep {
     /// Frames for this MAC go to that node.
-    PutForwarding(Mac, Ipv4Addr),
+    PutForwarding(Mac, IpAddr),
     /// This next hop has that MAC.
-    PutNeighbour(Ipv4Addr, Mac),
+    PutNeighbour(IpAddr, Mac),
     /// Packets to this subnet go there; nobody has a route to it.
     AddRoute(Hop),
     /// Packets to this subnet go there instead of where our former route led.
@@ -168,9 +188,9 @@ pub enum PeerStep {
     /// Remove a route.
     DeleteRoute(Hop),
     /// Remove a neighbour.
-    DeleteNeighbour(Ipv4Addr),
+    DeleteNeighbour(IpAddr),
     /// Remove an FDB entry.
-    DeleteForwarding(Mac, Ipv4Addr),
+    DeleteForwarding(Mac, IpAddr),
 }
 
 /// Steps that make the device right.
@@ -201,16 +221,18 @@ pub fn plan_device(seen: Option<&SeenDevice>, want: &Device) -> Vec<DeviceStep> 
     if seen.mtu != want.mtu {
         steps.push(DeviceStep::SetMtu);
     }
-    let address = Ipv4Network::from(want.address);
+    let address = IpNetwork::from(want.address);
+    // The kernel gives links addresses of their own, and each family has its device.
+    let other = |other: &&IpNetwork| {
+        **other != address
+            && other.is_ipv4() == address.is_ipv4()
+            && !matches!(other, IpNetwork::V6(other) if other.ip().is_unicast_link_local())
+    };
     if !seen.addresses.contains(&address) {
         steps.push(DeviceStep::AddAddress);
     }
-    steps.extend(
-        seen.addresses
-            .iter()
-            .filter(|other| **other != address)
-            .map(|other| DeviceStep::DeleteAddress(*other)),
-    );
+    steps
+        .extend(seen.addresses.iter().filter(other).map(|other| DeviceStep::DeleteAddress(*other)));
     if !seen.up {
         steps.push(DeviceStep::SetUp);
     }
@@ -236,14 +258,18 @@ pub fn plan_peers(seen: &SeenPeers, want: &WantedPeers) -> Vec<PeerStep> {
         }
     }
     // A route of somebody else to the very subnet would be replaced by ours. It is not ours to replace.
-    let taken: BTreeSet<Ipv4Network> = seen
+    let taken: BTreeSet<IpNetwork> = seen
         .foreign
         .iter()
-        .filter(|(hop, _)| hop.metric.unwrap_or(0) == 0)
+        .filter(|(hop, _)| hop.metric.unwrap_or(0) == Hop::own_metric(hop.subnet).unwrap_or(0))
         .map(|(hop, _)| hop.subnet)
         .collect();
-    let replaced: BTreeSet<Ipv4Network> =
-        seen.routes.iter().filter(|hop| hop.metric.is_none()).map(|hop| hop.subnet).collect();
+    let replaced: BTreeSet<IpNetwork> = seen
+        .routes
+        .iter()
+        .filter(|hop| hop.metric == Hop::own_metric(hop.subnet))
+        .map(|hop| hop.subnet)
+        .collect();
     for (subnet, hop) in &want.routes {
         if seen.routes.contains(hop) || taken.contains(subnet) {
             continue;
@@ -294,21 +320,33 @@ pub fn conflicts(seen: &SeenPeers, want: &WantedPeers) -> Vec<String> {
 mod tests {
     use proptest::prelude::*;
 
+    use std::net::Ipv4Addr;
+
+    use ipnetwork::Ipv4Network;
+
     use super::super::Peer;
     use super::*;
 
     const DEVICE: u32 = 9;
     const UNDERLAY: u32 = 2;
 
+    fn ip(octets: [u8; 4]) -> IpAddr {
+        octets.into()
+    }
+
+    fn net(third: u8) -> IpNetwork {
+        IpNetwork::V4(Ipv4Network::new(Ipv4Addr::new(10, 244, third, 0), 24).expect("CIDR"))
+    }
+
     fn wanted(peers: &Peers) -> WantedPeers {
         WantedPeers::new(peers, DEVICE, UNDERLAY)
     }
 
-    fn peer(third: u8, mac: u8, node: u8) -> (Ipv4Network, Peer) {
-        let subnet = Ipv4Network::new(Ipv4Addr::new(10, 244, third, 0), 24).expect("CIDR");
+    fn peer(third: u8, mac: u8, node: u8) -> (IpNetwork, Peer) {
+        let subnet = net(third);
         let peer = Peer {
             subnet,
-            public_ip: Ipv4Addr::new(192, 0, 2, node),
+            public_ip: ip([192, 0, 2, node]),
             // Every third node is on our link.
             path: if third % 3 == 2 {
                 Path::Direct
@@ -391,11 +429,11 @@ mod tests {
             name: "vxlan-orch".to_owned(),
             vni: 1,
             port: 8472,
-            local: Ipv4Addr::new(192, 0, 2, 1),
+            local: ip([192, 0, 2, 1]),
             underlay: 2,
             mac: Mac([2, 0, 0, 0, 0, 1]),
             mtu: 1450,
-            address: Ipv4Addr::new(10, 244, 1, 0),
+            address: ip([10, 244, 1, 0]),
         };
         let mut seen = SeenDevice {
             index: DEVICE,
@@ -439,20 +477,20 @@ mod tests {
             let seen = SeenPeers {
                 neighbours: neighbours
                     .into_iter()
-                    .map(|(third, mac)| (Ipv4Addr::new(10, 244, third, 0), Mac([2, 0, 0, 0, 0, mac])))
+                    .map(|(third, mac)| (ip([10, 244, third, 0]), Mac([2, 0, 0, 0, 0, mac])))
                     .collect(),
                 forwarding: forwarding
                     .into_iter()
                     .map(|(mac, nodes)| {
-                        let nodes = nodes.into_iter().map(|node| Ipv4Addr::new(192, 0, 2, node)).collect();
+                        let nodes = nodes.into_iter().map(|node| ip([192, 0, 2, node])).collect();
                         (Mac([2, 0, 0, 0, 0, mac]), nodes)
                     })
                     .collect(),
                 routes: routes
                     .into_iter()
                     .map(|(third, via, link, metric)| Hop {
-                        subnet: Ipv4Network::new(Ipv4Addr::new(10, 244, third, 0), 24).expect("CIDR"),
-                        via: Some(Ipv4Addr::new(10, 244, via, 0)),
+                        subnet: net(third),
+                        via: Some(ip([10, 244, via, 0])),
                         link: Some(link),
                         metric,
                     })

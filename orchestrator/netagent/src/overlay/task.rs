@@ -3,12 +3,13 @@
 //! A look is whole (read the kernel, compare, mend) unless only leases changed since the last one: then what was applied
 //! is known, and only the difference to it is written.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use cni_netlink::Netlink;
-use ipnetwork::Ipv4Network;
+use cni_nftables::NftError;
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use orch_config::Paths;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
@@ -22,7 +23,7 @@ use super::forward::{self, ForwardError};
 use super::interface::{self, Choice, Underlay};
 use super::kernel::{self, OverlayError};
 use super::plan::{SeenPeers, WantedPeers, conflicts, plan_peers};
-use super::{Device, Path, Peers, desired_peers};
+use super::{Device, Path, Peer, Peers, desired_peers};
 use crate::chain;
 use crate::files::{CONFLIST, FileError, SubnetEnv, conflist, ensure_content};
 use crate::lease::{Identity, Network};
@@ -34,6 +35,8 @@ use crate::sysctl;
 const RESYNC: Duration = Duration::from_secs(30);
 /// Events that come together are one reason to look.
 const GATHER: Duration = Duration::from_millis(20);
+/// Longest name of a link (`IFNAMSIZ` less the zero byte).
+const LINK_NAME_BYTES: usize = 15;
 /// Wait after a failure.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -52,7 +55,7 @@ pub(crate) struct Overlay {
 #[derive(Default)]
 struct State {
     netlink: Option<Netlink>,
-    closed: Closed,
+    closed: [Closed; 2],
     /// What the last look left in the kernel; nothing after a failure.
     applied: Option<Applied>,
 }
@@ -61,9 +64,10 @@ struct Applied {
     /// Own subnet and configuration, on which all but the peers depends.
     config: NetworkConfig,
     own: Ipv4Network,
+    own_v6: Option<Ipv6Network>,
     underlay: Underlay,
-    device: u32,
-    peers: WantedPeers,
+    /// Devices by family, with what the kernel holds behind each.
+    devices: Vec<(u32, WantedPeers)>,
     /// What the last whole look found wrong.
     problems: Vec<String>,
 }
@@ -71,9 +75,8 @@ struct Applied {
 /// What was done in one look.
 struct Done {
     underlay: Underlay,
-    device: u32,
+    devices: Vec<(u32, WantedPeers)>,
     peers: Peers,
-    want: WantedPeers,
     steps: usize,
     sysctls: sysctl::Report,
     /// Somebody removed our table of nftables.
@@ -223,7 +226,10 @@ impl Overlay {
             None => Netlink::open().map_err(Error::Socket)?,
         };
         let same = |applied: &Applied| {
-            !whole && applied.config == network.config && applied.own == network.own
+            !whole
+                && applied.config == network.config
+                && applied.own == network.own
+                && applied.own_v6 == network.own_v6
         };
         let done = match state.applied.take().filter(same) {
             Some(applied) => {
@@ -236,9 +242,9 @@ impl Overlay {
         state.applied = Some(Applied {
             config: network.config.clone(),
             own: network.own,
+            own_v6: network.own_v6,
             underlay: done.underlay.clone(),
-            device: done.device,
-            peers: done.want.clone(),
+            devices: done.devices.clone(),
             problems: done.problems.clone(),
         });
         Ok(done)
@@ -248,7 +254,7 @@ impl Overlay {
     fn look_at_all(
         &self,
         netlink: &Netlink,
-        closed: &mut Closed,
+        closed: &mut [Closed; 2],
         network: &Network,
         interest: &Mutex<Interest>,
     ) -> Result<Done, Error> {
@@ -256,26 +262,48 @@ impl Overlay {
         let underlay = interface::find(netlink, &self.interface, self.node_ip, &self.device_name)?;
         let (peers, lease_problems) = self.desired(network, &underlay);
         // Closed before it is open.
-        let table = closed::desired_table(network, &self.identity, &peers);
-        let firewall_mended = closed.apply(table, true).unwrap_or_else(|error| {
+        let firewall_mended = self.close(closed, network, &peers, true).unwrap_or_else(|error| {
             problems.push(format!("the VXLAN port is open to everybody: {}", chain(&error)));
             false
         });
-        let device = self.device(network, &underlay);
-        let (index, device_steps) = kernel::ensure_device(netlink, &device)?;
-        let want = WantedPeers::new(&peers, index, underlay.index);
+        let mut names = vec![self.device_name.clone(), underlay.name.clone()];
+        let mut devices = Vec::new();
+        let mut steps = 0;
+        for device in self.devices(network, &underlay) {
+            let (index, count) = kernel::ensure_device(netlink, &device)?;
+            steps += count;
+            let same_family = of_family(&peers, device.local.is_ipv4());
+            devices.push((index, WantedPeers::new(&same_family, index, underlay.index)));
+            names.push(device.name);
+        }
+        if network.own_v6.is_none() {
+            steps += kernel::remove_device(netlink, &self.device_name_ipv6())?;
+        }
         // From now on the kernel's news are compared with this.
-        *interest.lock() = Interest {
-            device: Some(index),
-            underlay: Some(underlay.index),
-            names: vec![self.device_name.clone(), underlay.name.clone()],
-            peers: want.clone(),
-        };
-        let seen = kernel::observe_peers(netlink, index)?;
-        let steps = plan_peers(&seen, &want);
-        kernel::apply_peers(netlink, index, &steps)?;
-        problems.extend(conflicts(&seen, &want));
-        let sysctls = sysctl::ensure(&[&self.device_name, &underlay.name]);
+        *interest.lock() =
+            Interest { devices: devices.clone(), underlay: Some(underlay.index), names };
+        for (place, (index, want)) in devices.iter().enumerate() {
+            let mut seen = kernel::observe_peers(netlink, *index)?;
+            if devices.len() > 1 {
+                // The first device is that of IPv4. Alone, it sees what a former IPv6 overlay left, too.
+                seen.keep_family(place == 0);
+            }
+            let changes = plan_peers(&seen, want);
+            kernel::apply_peers(netlink, *index, &changes)?;
+            steps += changes.len();
+            problems.extend(conflicts(&seen, want));
+        }
+        let dual_stack = devices.len() > 1;
+        if network.own_v6.is_some() && !dual_stack {
+            problems.push(format!(
+                "the link {} has no IPv6 address: IPv6 of pods does not leave the node",
+                underlay.name
+            ));
+        }
+        let sysctls = sysctl::ensure(
+            &[&self.device_name, &underlay.name],
+            dual_stack.then_some(underlay.name.as_str()),
+        );
         problems.extend(sysctls.errors.iter().map(ToString::to_string));
         let forward_rules = forward::ensure(network.config.network).unwrap_or_else(|error| {
             problems.push(forward_problem(&error));
@@ -285,6 +313,7 @@ impl Overlay {
             network: network.config.network,
             subnet: network.own,
             mtu: self.pod_mtu(network, &underlay),
+            ipv6: network.config.v6.map(|v6| v6.network).zip(network.own_v6),
         };
         // Only now may pods start: the way out of this node is there.
         ensure_content(&self.paths.subnet_env(), env.render().as_bytes())?;
@@ -292,10 +321,9 @@ impl Overlay {
         ensure_content(&self.paths.cni_conf_dir().join(CONFLIST), &list)?;
         Ok(Done {
             underlay,
-            device: index,
+            devices,
             peers,
-            want,
-            steps: device_steps + steps.len(),
+            steps,
             sysctls,
             firewall_mended,
             forward_rules,
@@ -308,33 +336,56 @@ impl Overlay {
     fn follow_leases(
         &self,
         netlink: &Netlink,
-        closed: &mut Closed,
+        closed: &mut [Closed; 2],
         applied: Applied,
         network: &Network,
         interest: &Mutex<Interest>,
     ) -> Result<Done, Error> {
-        let Applied { underlay, device, peers: before, mut problems, .. } = applied;
+        let Applied { underlay, devices: before, mut problems, .. } = applied;
         let (peers, lease_problems) = self.desired(network, &underlay);
-        let table = closed::desired_table(network, &self.identity, &peers);
-        if let Err(error) = closed.apply(table, false) {
+        if let Err(error) = self.close(closed, network, &peers, false) {
             problems = vec![format!("the VXLAN port does not follow the nodes: {}", chain(&error))];
         }
-        let want = WantedPeers::new(&peers, device, underlay.index);
-        interest.lock().peers = want.clone();
-        let steps = plan_peers(&SeenPeers::from(&before), &want);
-        kernel::apply_peers(netlink, device, &steps)?;
+        let mut devices = Vec::new();
+        let mut changes = Vec::new();
+        for (place, (index, before)) in before.iter().enumerate() {
+            let same_family = of_family(&peers, place == 0);
+            let want = WantedPeers::new(&same_family, *index, underlay.index);
+            changes.push(plan_peers(&SeenPeers::from(before), &want));
+            devices.push((*index, want));
+        }
+        interest.lock().devices.clone_from(&devices);
+        for ((index, _), changes) in devices.iter().zip(&changes) {
+            kernel::apply_peers(netlink, *index, changes)?;
+        }
         Ok(Done {
             underlay,
-            device,
+            devices,
             peers,
-            want,
-            steps: steps.len(),
+            steps: changes.iter().map(Vec::len).sum(),
             sysctls: sysctl::Report::default(),
             firewall_mended: false,
             forward_rules: 0,
             problems,
             lease_problems,
         })
+    }
+
+    /// Closes the underlay in both families; true if somebody had opened it.
+    fn close(
+        &self,
+        closed: &mut [Closed; 2],
+        network: &Network,
+        peers: &Peers,
+        verify: bool,
+    ) -> Result<bool, NftError> {
+        let [v4, v6] = closed;
+        let mut mended = v4.apply(closed::desired_table(network, &self.identity, peers), verify)?;
+        match closed::desired_table_ipv6(network, &self.identity, peers) {
+            Some(table) => mended |= v6.apply(table, verify)?,
+            None => v6.remove()?,
+        }
+        Ok(mended)
     }
 
     fn desired(&self, network: &Network, underlay: &Underlay) -> (Peers, Vec<String>) {
@@ -349,23 +400,47 @@ impl Overlay {
         (peers, problems)
     }
 
-    fn device(&self, network: &Network, underlay: &Underlay) -> Device {
-        Device {
-            name: self.device_name.clone(),
+    /// One device for each family, IPv4 first.
+    fn devices(&self, network: &Network, underlay: &Underlay) -> Vec<Device> {
+        let device = |name, local, mac, mtu, address| Device {
+            name,
             vni: network.config.vni,
             port: network.config.port,
-            local: underlay.local,
+            local,
             underlay: underlay.index,
-            mac: self.identity.vtep_mac,
+            mac,
             // The device stands in every mode, with what its header leaves.
-            mtu: Mode::Vxlan.pod_mtu(underlay.mtu),
-            address: network.own.network(),
-        }
+            mtu: Mode::Vxlan.pod_mtu(underlay.mtu, mtu),
+            address,
+        };
+        let v4 = device(
+            self.device_name.clone(),
+            IpAddr::V4(underlay.local),
+            self.identity.vtep_mac,
+            false,
+            IpAddr::V4(network.own.network()),
+        );
+        let v6 = network.own_v6.zip(underlay.local_ipv6).map(|(own, local)| {
+            device(
+                self.device_name_ipv6(),
+                IpAddr::V6(local),
+                self.identity.vtep_mac.partner(),
+                true,
+                IpAddr::V6(own.network()),
+            )
+        });
+        [v4].into_iter().chain(v6).collect()
+    }
+
+    fn device_name_ipv6(&self) -> String {
+        let name: String = self.device_name.chars().take(LINK_NAME_BYTES - 3).collect();
+        format!("{name}-v6")
     }
 
     fn pod_mtu(&self, network: &Network, underlay: &Underlay) -> u32 {
-        network.config.mode.pod_mtu(underlay.mtu)
+        network.config.mode.pod_mtu(underlay.mtu, network.own_v6.is_some())
     }
+
     fn report(&self, done: &Done, network: &Network, status: &watch::Sender<NetStatus>) {
         let mtu = self.pod_mtu(network, &done.underlay);
         if done.steps > 0 {
@@ -433,6 +508,12 @@ impl Overlay {
             *status != before
         });
     }
+}
+
+/// The peers of one family.
+fn of_family(peers: &Peers, ipv4: bool) -> Peers {
+    let same = |(subnet, _): &(&IpNetwork, &Peer)| subnet.is_ipv4() == ipv4;
+    peers.iter().filter(same).map(|(subnet, peer)| (*subnet, *peer)).collect()
 }
 
 fn forward_problem(error: &ForwardError) -> String {

@@ -1,7 +1,7 @@
 //! Network namespaces of a test: made by `ip`, entered by threads of their own, removed when dropped.
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -80,10 +80,19 @@ impl Netns {
 
     /// A TCP server that tells each client its own name and the address it sees.
     pub fn serve_tcp(&self, name: &str, port: u16) {
+        self.serve(name, (Ipv4Addr::UNSPECIFIED, port).into());
+    }
+
+    /// The same over IPv6.
+    pub fn serve_tcp6(&self, name: &str, port: u16) {
+        self.serve(name, (Ipv6Addr::UNSPECIFIED, port).into());
+    }
+
+    fn serve(&self, name: &str, address: SocketAddr) {
         let name = name.to_owned();
         let (ready, started) = std::sync::mpsc::channel();
         self.spawn(move || {
-            let listener = TcpListener::bind(("0.0.0.0", port)).expect("bind");
+            let listener = TcpListener::bind(address).expect("bind");
             ready.send(()).expect("the test waits");
             for mut stream in listener.incoming().flatten() {
                 let peer = stream.peer_addr().expect("connected").ip();

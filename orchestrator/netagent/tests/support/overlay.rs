@@ -1,13 +1,13 @@
 //! Nodes that run the agent for the sake of its overlay, on one underlay with a real etcd. There is no API server: the
 //! overlay does not need one.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use orch_config::Paths;
 use orch_netagent::files::SubnetEnv;
 use orch_netagent::status::NetStatus;
@@ -262,6 +262,17 @@ impl Pod {
         netns.ip(&format!("route add default via {gateway}"));
         netns.serve_tcp("pod", 8080);
         Self { netns, ip: address(last) }
+    }
+
+    /// Gives it an address of the node's IPv6 subnet, where it answers on port 8081.
+    pub fn add_ipv6(&self, node: &Netns, subnet: Ipv6Network, last: u8) -> Ipv6Addr {
+        let address = |last: u8| Ipv6Addr::from_bits(subnet.network().to_bits() + u128::from(last));
+        let (gateway, length) = (address(1), subnet.prefix());
+        node.ip(&format!("address replace {gateway}/{length} dev cni0 nodad"));
+        self.netns.ip(&format!("address add {}/{length} dev eth0 nodad", address(last)));
+        self.netns.ip(&format!("-6 route add default via {gateway}"));
+        self.netns.serve_tcp6("pod", 8081);
+        address(last)
     }
 
     /// Asks the other pod; true if it answers and sees our own address.
