@@ -12,7 +12,7 @@ LAB_NODES ?= 3
 BENCH_ROUNDS ?= 20
 FUZZ_CASES ?= 20000
 
-.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes check bench bench-cni fuzz install-cni
+.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes check bench bench-cni bench-overlay fuzz install-cni
 
 help: ## list the tasks
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ bench: build ## ratios against references in the same run, in the lab (started i
 bench-cni: build ## our CNI plugins, the reference ones (installed if missing) and bare netlink, by turns
 	@scripts/cni-peers plugins
 	@ORCH_BIN=$(abspath $(OUT)) cargo run --release --locked -q -p tests-conformance --bin bench-cni
+
+bench-overlay: deps ## the overlay against loopback and a VXLAN made by hand, in namespaces of its own (a minute)
+	cargo run --release --locked -q -p tests-bench --bin overlay-bench
 
 fuzz: deps ## property tests of everything that reads bytes from outside, with many more cases
 	PROPTEST_CASES=$(FUZZ_CASES) cargo test --release --workspace --lib fuzz

@@ -1,0 +1,255 @@
+//! Namespaces to measure in: nodes on one underlay, pods on their bridges, and the two overlays.
+//!
+//! One is made by hand with `ip` and `bridge`, as flanneld makes it. The other is made by the messages that the
+//! agent sends, through the same library. Bridges
+//! and pods are the same for both. All vanishes with the process.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsFd as _;
+use std::process::Command;
+
+use anyhow::{Context as _, anyhow, bail};
+use cni_netlink::{
+    AddressOptions, Bridge, Change, FdbEntry, MacBytes, Neighbour, NetNs, Netlink, Route, VethPair,
+    VxlanDevice,
+};
+use ipnetwork::{IpNetwork, Ipv4Network};
+use nix::sched::{CloneFlags, unshare};
+
+/// Ethernet's MTU, and what VXLAN leaves of it.
+const UNDERLAY_MTU: u32 = 1500;
+const OVERLAY_MTU: u32 = 1450;
+/// The agent's mark on its routes.
+const ROUTE_PROTOCOL: u8 = 0x6f;
+const VNI: u32 = 1;
+const PORT: u16 = 8472;
+
+/// A namespace, alive as long as this value.
+pub(crate) fn new_netns() -> anyhow::Result<NetNs> {
+    let made = std::thread::spawn(|| -> anyhow::Result<NetNs> {
+        unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace: is this root?")?;
+        up(&Netlink::open()?, "lo")?;
+        Ok(NetNs::current()?)
+    });
+    made.join().map_err(|_| anyhow!("the thread that makes namespaces panicked"))?
+}
+
+fn up(netlink: &Netlink, name: &str) -> anyhow::Result<u32> {
+    let link = netlink.link(name)?.with_context(|| format!("there is no link {name}"))?;
+    netlink.set_up(link.index)?;
+    Ok(link.index)
+}
+
+fn cidr(ip: Ipv4Addr, prefix: u8) -> anyhow::Result<IpNetwork> {
+    Ok(IpNetwork::V4(Ipv4Network::new(ip, prefix)?))
+}
+
+/// A host with pods.
+pub(crate) struct Node {
+    number: u8,
+    pub(crate) netns: NetNs,
+    pub(crate) pods: Vec<Pod>,
+}
+
+/// A pod.
+pub(crate) struct Pod {
+    pub(crate) netns: NetNs,
+    pub(crate) ip: Ipv4Addr,
+}
+
+/// The network that joins the nodes.
+pub(crate) struct Underlay(NetNs);
+
+impl Underlay {
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let netns = new_netns()?;
+        let netlink = Netlink::open_in(&netns)?;
+        let bridge = Bridge {
+            name: "br0".to_owned(),
+            mtu: Some(UNDERLAY_MTU),
+            up: true,
+            ..Bridge::default()
+        };
+        netlink.create_bridge(&bridge)?;
+        set(&netns, "bridge/bridge-nf-call-iptables", "0")?;
+        Ok(Self(netns))
+    }
+}
+
+/// Writes a setting of a namespace; one that the kernel does not know is off anyway.
+fn set(netns: &NetNs, key: &str, value: &str) -> anyhow::Result<()> {
+    netns.run(|| -> anyhow::Result<()> {
+        let path = format!("/proc/sys/net/{key}");
+        match std::fs::write(&path, value) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("write {path}"))
+            }
+            _ => Ok(()),
+        }
+    })
+}
+
+impl Node {
+    /// A node with two pods on its bridge. `number` makes its addresses.
+    pub(crate) fn new(underlay: &Underlay, number: u8) -> anyhow::Result<Self> {
+        let netns = new_netns()?;
+        set(&netns, "ipv4/ip_forward", "1")?;
+        // Nothing is filtered here, and the same holds for both overlays.
+        set(&netns, "bridge/bridge-nf-call-iptables", "0")?;
+        let outside = Netlink::open_in(&underlay.0)?;
+        let bridge = outside.link("br0")?.context("br0")?;
+        outside.create_veth(&VethPair {
+            name: format!("u{number}"),
+            peer_name: "eth0".to_owned(),
+            peer_netns: Some(netns.as_fd()),
+            master: Some(bridge.index),
+            mtu: Some(UNDERLAY_MTU),
+            up: true,
+            ..VethPair::default()
+        })?;
+        let inside = Netlink::open_in(&netns)?;
+        let eth0 = up(&inside, "eth0")?;
+        let mut node = Self { number, netns, pods: Vec::new() };
+        inside.add_address(eth0, cidr(node.address(), 24)?, &AddressOptions::default())?;
+        let cni0 = inside.create_bridge(&Bridge {
+            name: "cni0".to_owned(),
+            mtu: Some(OVERLAY_MTU),
+            up: true,
+            ..Bridge::default()
+        })?;
+        let gateway = Ipv4Addr::new(10, 244, number, 1);
+        inside.add_address(cni0.index, cidr(gateway, 24)?, &AddressOptions::default())?;
+        for host in [2, 3] {
+            node.pods.push(node.pod(&inside, cni0.index, gateway, host)?);
+        }
+        Ok(node)
+    }
+
+    fn pod(&self, node: &Netlink, bridge: u32, gateway: Ipv4Addr, host: u8) -> anyhow::Result<Pod> {
+        let netns = new_netns()?;
+        node.create_veth(&VethPair {
+            name: format!("p{host}"),
+            peer_name: "eth0".to_owned(),
+            peer_netns: Some(netns.as_fd()),
+            master: Some(bridge),
+            mtu: Some(OVERLAY_MTU),
+            up: true,
+            ..VethPair::default()
+        })?;
+        let inside = Netlink::open_in(&netns)?;
+        let eth0 = up(&inside, "eth0")?;
+        let ip = Ipv4Addr::new(10, 244, self.number, host);
+        inside.add_address(eth0, cidr(ip, 24)?, &AddressOptions::default())?;
+        inside.add_route(&Route {
+            via: Some(IpAddr::V4(gateway)),
+            link: Some(eth0),
+            ..Route::default()
+        })?;
+        Ok(Pod { netns, ip })
+    }
+
+    /// Its address on the underlay.
+    fn address(&self) -> Ipv4Addr {
+        Ipv4Addr::new(192, 0, 2, self.number)
+    }
+
+    fn subnet(&self) -> Ipv4Network {
+        Ipv4Network::new(Ipv4Addr::new(10, 244, self.number, 0), 24).expect("24 is a prefix length")
+    }
+
+    fn mac(&self) -> MacBytes {
+        [2, 0, 0, 0, 1, self.number]
+    }
+
+    /// VXLAN towards another node as flanneld makes it, command by command.
+    pub(crate) fn join_by_hand(&self, other: &Self) -> anyhow::Result<()> {
+        let (own, base, there) = (self.address(), other.subnet().network(), other.address());
+        let (mac, other_mac, subnet) = (text(self.mac()), text(other.mac()), other.subnet());
+        let lines = [
+            format!(
+                "ip link add flannel.1 mtu {OVERLAY_MTU} address {mac} type vxlan id {VNI} dstport {PORT} local {own} dev eth0 nolearning"
+            ),
+            format!("ip address add {}/32 dev flannel.1", self.subnet().network()),
+            "ip link set flannel.1 up".to_owned(),
+            format!("ip neighbour replace {base} lladdr {other_mac} dev flannel.1 nud permanent"),
+            format!("bridge fdb replace {other_mac} dev flannel.1 dst {there} self permanent"),
+            format!("ip route replace {subnet} via {base} dev flannel.1 onlink"),
+        ];
+        self.netns.run(|| lines.iter().try_for_each(|line| run(line)))
+    }
+
+    /// The same as the agent makes it: its messages, in one batch.
+    pub(crate) fn join_by_agent(&self, other: &Self) -> anyhow::Result<()> {
+        let netlink = Netlink::open_in(&self.netns)?;
+        let device = self.device(&netlink)?;
+        let peer = Peer { subnet: other.subnet(), node: other.address(), mac: other.mac() };
+        apply(&netlink, &peer.changes(device))
+    }
+
+    /// Makes the agent's device; its index.
+    pub(crate) fn device(&self, netlink: &Netlink) -> anyhow::Result<u32> {
+        let device = netlink.create_vxlan(&VxlanDevice {
+            name: "vxlan-orch".to_owned(),
+            vni: VNI,
+            port: PORT,
+            local: Some(IpAddr::V4(self.address())),
+            underlay_index: Some(netlink.link("eth0")?.context("eth0")?.index),
+            mac: Some(self.mac()),
+            mtu: Some(OVERLAY_MTU),
+            learning: false,
+        })?;
+        let base = cidr(self.subnet().network(), 32)?;
+        netlink.add_address(device.index, base, &AddressOptions::default())?;
+        netlink.set_up(device.index)?;
+        Ok(device.index)
+    }
+}
+
+/// A remote node.
+pub(crate) struct Peer {
+    pub(crate) subnet: Ipv4Network,
+    pub(crate) node: Ipv4Addr,
+    pub(crate) mac: MacBytes,
+}
+
+impl Peer {
+    /// What the agent writes of it: forwarding entry, neighbour, and the route last.
+    pub(crate) fn changes(&self, device: u32) -> [Change; 3] {
+        let gateway = IpAddr::V4(self.subnet.network());
+        let entry = FdbEntry { link: device, mac: self.mac, dst: Some(IpAddr::V4(self.node)) };
+        let neighbour = Neighbour { link: device, ip: gateway, mac: self.mac, permanent: true };
+        let route = Route {
+            dst: IpNetwork::V4(self.subnet),
+            via: Some(gateway),
+            link: Some(device),
+            onlink: true,
+            protocol: ROUTE_PROTOCOL,
+            ..Route::default()
+        };
+        [Change::PutFdb(entry), Change::PutNeighbour(neighbour), Change::PutRoute(route)]
+    }
+}
+
+/// Makes changes in one batch.
+pub(crate) fn apply(netlink: &Netlink, changes: &[Change]) -> anyhow::Result<()> {
+    match netlink.apply(changes)?.into_iter().next() {
+        Some(refused) => Err(refused.error.into()),
+        None => Ok(()),
+    }
+}
+
+fn text(mac: MacBytes) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+fn run(line: &str) -> anyhow::Result<()> {
+    let mut words = line.split(' ');
+    let output = Command::new(words.next().unwrap_or_default())
+        .args(words)
+        .output()
+        .with_context(|| format!("run `{line}`; is iproute2 installed?"))?;
+    if !output.status.success() {
+        bail!("`{line}`: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
