@@ -86,7 +86,7 @@ struct Followed {
 
 /// What became of an acquisition.
 enum Acquired {
-    Lease(Lease),
+    Lease(Box<Lease>),
     /// All subnets are taken, at this revision.
     Full(i64),
     /// Read it again first.
@@ -253,7 +253,7 @@ impl Keeper {
                     if lease.value.as_ref() == Some(&self.value(config, &lease.key)) =>
                 {
                     if lease.etcd_lease == 0 || registry.keep_alive(lease.etcd_lease).await? {
-                        return Ok(Acquired::Lease(*lease));
+                        return Ok(Acquired::Lease(lease));
                     }
                     // The lease went away between list and renewal, and the key with it.
                     continue;
@@ -293,12 +293,12 @@ impl Keeper {
                     if former.is_some_and(|former| former != key.v4) {
                         self.fence(former);
                     }
-                    return Ok(Acquired::Lease(Lease {
+                    return Ok(Acquired::Lease(Box::new(Lease {
                         key,
                         value: Some(value),
                         mod_revision: 0,
                         etcd_lease,
-                    }));
+                    })));
                 }
                 None => debug!(subnet = %key, "another node was faster; choosing again"),
             }

@@ -75,7 +75,7 @@ pub fn plan(rules: &str, cluster: Ipv4Network) -> Vec<Step> {
     if let Some(chain) = chain {
         let missing = |side: &&&str| !has(&rule_text(chain, side, cluster));
         let sides: [&'static str; 2] = ["-s", "-d"];
-        steps.extend(sides.iter().filter(missing).map(|side| Step::Insert(chain, *side, cluster)));
+        steps.extend(sides.iter().filter(missing).map(|side| Step::Insert(chain, side, cluster)));
     }
     let stale = rules.lines().map(str::trim).filter(mine).filter(|rule| !right(rule));
     steps.extend(stale.map(|rule| Step::Delete(rule["-A ".len()..].to_owned())));
