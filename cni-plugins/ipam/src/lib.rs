@@ -108,4 +108,7 @@ impl Plugin for HostLocal {
 }
 
 #[cfg(test)]
+#[path = "../../corpus/mutate.rs"]
+mod mutate;
+#[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::mutate;
 
 fn parse_with(conf: Value, args: &str, version: Version) -> Result<Pool, Error> {
     let conf: Conf = serde_json::from_value(conf).expect("of the right types");
@@ -129,9 +130,6 @@ proptest! {
         let _ = parse_resolv_conf(&text);
     }
 }
-
-#[path = "../../../corpus/mutate.rs"]
-mod mutate;
 
 proptest! {
     #[test]

@@ -7,6 +7,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::allocate::lease_all;
+use crate::mutate;
 use crate::range::{Range, RangeSet};
 
 fn id(container: &str) -> AttachmentId {
@@ -255,9 +256,6 @@ proptest! {
         }
     }
 }
-
-#[path = "../../../corpus/mutate.rs"]
-mod mutate;
 
 proptest! {
     /// A folder in any state: whatever is in it, leases are found, freed and given.
