@@ -258,8 +258,9 @@ async fn etcd_over_tls_takes_the_agents_certificate_and_no_other() {
     let addresses = [Ipv4Addr::LOCALHOST.into()];
     let pki = orch_pki::ClusterPki::ensure(folder.path(), &addresses, &[]).expect("certificates");
     let etcd = Etcd::start_tls(folder.path());
-    let agent =
-        pki.agent_credentials("node-1", &addresses, "https://127.0.0.1:6443").expect("credentials");
+    let agent = pki
+        .agent_credentials("node-1", &addresses, &["https://127.0.0.1:6443".to_owned()])
+        .expect("credentials");
     let mut config = EtcdConfig {
         endpoints: vec![etcd.url.clone()],
         ca_pem: Some(agent.etcd_ca.clone()),
