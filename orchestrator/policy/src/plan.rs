@@ -5,7 +5,8 @@
 //! moment: what both deny is never let through, what both allow is never lost. (Two endpoints of one connection still
 //! change one after the other.)
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::compile::{Compiled, Peer};
@@ -20,13 +21,14 @@ pub struct Publish {
     pub endpoints: Vec<Name>,
 }
 
-/// Writes, to be done in the order of the fields. Within a field the order is free.
+/// Writes, to be done in the order of the fields, and `set` in its own order. Within other fields the order is free.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Plan {
     /// Tables that know new classes already and old ones still.
     pub before: Vec<Publish>,
-    /// Addresses that get another class.
-    pub set: BTreeMap<Prefix, Peer>,
+    /// Addresses that get another class. Longer prefixes come first: a block must not speak for addresses inside it that
+    /// are about to get an entry of their own.
+    pub set: Vec<(Prefix, Peer)>,
     /// The new tables of endpoints for which `before` was not the last word.
     pub tables: Vec<Publish>,
     /// Entries that are no longer needed.
@@ -46,7 +48,8 @@ impl Plan {
     pub fn new(old: &Compiled, new: &Compiled) -> Self {
         let unset: BTreeSet<Prefix> =
             old.peers.keys().filter(|prefix| !new.peers.contains_key(prefix)).copied().collect();
-        let (set, outside_moves) = changed_peers(old, new, &unset);
+        let (mut set, outside_moves) = changed_peers(old, new, &unset);
+        set.sort_by_key(|(prefix, _)| Reverse(prefix.prefix_len()));
         let used = |compiled: &Compiled| -> BTreeSet<Class> {
             compiled.peers.values().map(|peer| peer.class).collect()
         };
@@ -110,10 +113,10 @@ fn changed_peers(
     old: &Compiled,
     new: &Compiled,
     unset: &BTreeSet<Prefix>,
-) -> (BTreeMap<Prefix, Peer>, bool) {
+) -> (Vec<(Prefix, Peer)>, bool) {
     let (around_old, around_new) = (PrefixMap::of(&old.peers), PrefixMap::of(&new.peers));
     let mut outside_moves = false;
-    let mut set = BTreeMap::new();
+    let mut set = Vec::new();
     for (prefix, peer) in &new.peers {
         let known = old.peers.get(prefix);
         if known == Some(peer) {
@@ -121,7 +124,7 @@ fn changed_peers(
         }
         let class = around_old.longest(*prefix).map_or(Class::OUTSIDE, |peer| peer.class);
         outside_moves |= class == Class::OUTSIDE;
-        set.insert(*prefix, *peer);
+        set.push((*prefix, *peer));
     }
     for prefix in unset {
         let class = old.peers[prefix].class;
@@ -131,7 +134,7 @@ fn changed_peers(
                 outside_moves = true;
                 peer.class = Class::LEAVING;
             }
-            set.insert(*prefix, peer);
+            set.push((*prefix, peer));
         }
     }
     (set, outside_moves)

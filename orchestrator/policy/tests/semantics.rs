@@ -486,6 +486,35 @@ fn an_edited_policy_rewrites_the_tables_of_its_pods_only() {
     assert_eq!(before.rules, after.rules, "rule numbers stay");
 }
 
+/// Found by a random world: the block was written before its exception, which for a moment was allowed with it.
+#[test]
+fn an_exception_is_never_open_while_its_block_is_written() {
+    let mut cluster = Cluster::with(json!({"podSelector": {}, "egress": [
+        {"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [{"port": 443}]}
+    ]}));
+    let before = cluster.compile();
+    let block = json!({"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}});
+    cluster.policy(
+        "x/one",
+        json!({"podSelector": {}, "policyTypes": ["Egress"], "egress": [{"to": [block]}]}),
+    );
+    let after = compile(&cluster.world, &before);
+    let plan = Plan::new(&before, &after);
+    assert!(plan.set.len() > 1, "{plan:?}");
+    let mut maps = before;
+    for publish in &plan.before {
+        for name in &publish.endpoints {
+            maps.endpoints.insert(name.clone(), Arc::clone(&publish.table));
+        }
+    }
+    for (prefix, peer) in &plan.set {
+        maps.peers.insert(*prefix, *peer);
+        let inside = IpAddr::from([10, 1, 2, 3]);
+        let judged = maps.judge(&name("x/web"), Direction::Egress, inside, TCP, 80);
+        assert!(!judged.expect("an endpoint").allow, "after {prefix}");
+    }
+}
+
 /// An agent that starts over finds maps full of an earlier life's numbers: it takes none of them.
 #[test]
 fn a_new_life_starts_above_the_numbers_it_found() {
