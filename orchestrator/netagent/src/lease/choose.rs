@@ -11,6 +11,9 @@ use super::{Lease, Leases, SubnetKey};
 use crate::mac::Mac;
 use crate::network::NetworkConfig;
 
+/// Random subnets that are tried before all are looked at.
+const GUESSES: u32 = 32;
+
 /// Who this node is, as leases tell it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
@@ -98,7 +101,15 @@ pub fn choose(
     if let Some(subnet) = former.filter(|subnet| config.allows(*subnet) && free(subnet)) {
         return Choice::Take(key(subnet));
     }
-    let chosen = config.subnets().filter(free).choose(rng);
+    // A wide network has many subnets, nearly all of them free: a few tries find one without a look at each.
+    let size = 1_u32 << (32 - config.subnet_len);
+    let last = (config.subnet_max.to_bits() - config.subnet_min.to_bits()) / size;
+    let mut guess = || {
+        let base = config.subnet_min.to_bits() + rng.random_range(0..=last) * size;
+        Ipv4Network::new(Ipv4Addr::from_bits(base), config.subnet_len).ok().filter(free)
+    };
+    let guessed = (0..GUESSES).find_map(|_| guess());
+    let chosen = guessed.or_else(|| config.subnets().filter(free).choose(rng));
     chosen.map_or(Choice::Full, |subnet| Choice::Take(key(subnet)))
 }
 
