@@ -54,9 +54,11 @@ fn trials(client: &Client, lab: Option<&'static TestLab>) -> Vec<Trial> {
         let run = chapter.run;
         let told = match (chapter.needs, client) {
             (Needs::Kubectl, Client::Orchctl) => false,
+            (Needs::Chaos, _) if std::env::var_os("ORCH_CHAOS").is_none() => false,
             _ => lab.is_some(),
         };
-        // Ignored where there is no stock kubectl: what it shows is what kubectl itself makes of our answers.
+        // Ignored where there is no stock kubectl (what it shows is what kubectl itself makes of our answers), and
+        // chaos unless it is asked for.
         Trial::test(chapter.name, move || match lab {
             Some(lab) => run(lab).map_err(|error| format!("{error:#}").into()),
             None => Ok(()),

@@ -132,6 +132,11 @@ fn concerns_neighbour(message: &NeighbourMessage, want: &WantedPeers, new: bool)
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
                 ip = Some(IpAddr::V6(*address));
             }
+            // The family of a forwarding entry is "bridge", which does not tell the family of its address.
+            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
+                ip = (<[u8; 4]>::try_from(bytes.as_slice()).map(IpAddr::from).ok())
+                    .or_else(|| <[u8; 16]>::try_from(bytes.as_slice()).map(IpAddr::from).ok());
+            }
             NeighbourAttribute::LinkLayerAddress(bytes) => {
                 mac = bytes.as_slice().try_into().ok().map(Mac);
             }

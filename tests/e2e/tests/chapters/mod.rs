@@ -23,6 +23,8 @@ pub(crate) enum Needs {
     AnyClient,
     /// A stock kubectl.
     Kubectl,
+    /// `ORCH_CHAOS=1`: long, and hard on the lab (`make test` is everything but the long chaos).
+    Chaos,
 }
 
 /// One chapter.
@@ -73,7 +75,11 @@ pub(crate) const CHAPTERS: &[Chapter] = &[
         overlay::doctor,
     ),
     told("a_trace_follows_a_packet_and_says_where_it_is_lost", overlay::trace),
-    told("streams_survive_what_happens_to_the_overlay_and_the_kernel_converges", overlay::chaos),
+    Chapter {
+        name: "streams_survive_what_happens_to_the_overlay_and_the_kernel_converges",
+        needs: Needs::Chaos,
+        run: overlay::chaos,
+    },
     told("pods_of_a_killed_node_run_elsewhere_and_the_node_keeps_its_subnet", faults::node_killed),
 ];
 
