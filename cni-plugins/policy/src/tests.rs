@@ -54,7 +54,7 @@ fn without_programs_add_and_status_fail_and_del_succeeds() {
     let made = Announcement { ifindex: 7, uid: 9, addr: Ipv4Addr::new(10, 244, 1, 5), pod: None };
     kept.write(&id, &made).expect("written");
     assert_eq!(kept.read(&id), Some(made));
-    assert_eq!(kept.all().expect("listed"), [id.clone()]);
+    assert_eq!(kept.all().expect("listed"), std::slice::from_ref(&id));
     remove(&conf, &kept, &id).expect("removed");
     assert_eq!(kept.read(&id), None);
 }

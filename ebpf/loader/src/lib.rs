@@ -1,8 +1,8 @@
 //! Loads, pins and attaches the eBPF programs of `ebpf/progs`; typed handles on their maps.
 //!
 //! Programs and maps live in the kernel, held by files in a BPF file system ([`Pins`]): they outlive every process. The
-//! agent puts them there ([`install`]), the `policy` plugin attaches them to a pod's link ([`attach`]), both write maps
-//! ([`Maps`]), and they talk ([`ask`]). Nothing here decides what is allowed.
+//! agent puts them there ([`install()`]), the `policy` plugin attaches them to a pod's link ([`attach()`]), both write maps
+//! ([`Maps`]), and they talk ([`ask()`]). Nothing here decides what is allowed.
 //!
 //! Needs Linux 5.10 or newer: TCX links where the kernel has them (6.6), else filters of a `clsact` qdisc.
 

@@ -193,11 +193,11 @@ impl World {
         (result.return_value, after.words[2])
     }
 
-    fn from_pod(&self, frame: Frame) -> u32 {
+    fn sends(&self, frame: Frame) -> u32 {
         self.run(Hook::FromPod, &frame.bytes(), 0, 0, self.pod).0
     }
 
-    fn to_pod(&self, frame: Frame) -> u32 {
+    fn gets(&self, frame: Frame) -> u32 {
         self.run(Hook::ToPod, &frame.bytes(), WIRE, 0, self.pod).0
     }
 
@@ -246,11 +246,11 @@ fn in_world(test: impl FnOnce(&mut World) + Send + 'static) {
 #[test]
 fn a_pending_pod_reaches_and_is_reached_by_its_node_alone() {
     in_world(|w| {
-        assert_eq!(w.from_pod(tcp(POD, 1000, OTHER, 80, SYN)), DROP);
-        assert_eq!(w.from_pod(udp(POD, 1000, SERVICE, 80)), DROP);
-        assert_eq!(w.to_pod(tcp(OTHER, 1000, POD, 80, SYN)), DROP);
+        assert_eq!(w.sends(tcp(POD, 1000, OTHER, 80, SYN)), DROP);
+        assert_eq!(w.sends(udp(POD, 1000, SERVICE, 80)), DROP);
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), DROP);
         assert_eq!(w.count(Direction::Egress, Reason::Pending), 2);
-        assert_eq!(w.from_pod(tcp(POD, 80, NODE, 1000, SYN | ACK)), NEXT, "answers the kubelet");
+        assert_eq!(w.sends(tcp(POD, 80, NODE, 1000, SYN | ACK)), NEXT, "answers the kubelet");
         let probe = tcp(NODE, 1000, POD, 80, SYN).bytes();
         assert_eq!(w.run(Hook::ToPod, &probe, 0, 0, w.pod).0, NEXT, "born on the node");
         assert_eq!(w.run(Hook::ToPod, &probe, WIRE, 0, w.pod).0, DROP, "only has its address");
@@ -261,16 +261,16 @@ fn a_pending_pod_reaches_and_is_reached_by_its_node_alone() {
 fn a_pod_without_policies_is_open_and_one_with_policies_is_not() {
     in_world(|w| {
         w.enforce(0, &[]);
-        assert_eq!(w.to_pod(tcp(STRANGER, 1000, POD, 81, SYN)), NEXT);
-        assert_eq!(w.from_pod(udp(POD, 1000, STRANGER, 53)), NEXT);
+        assert_eq!(w.gets(tcp(STRANGER, 1000, POD, 81, SYN)), NEXT);
+        assert_eq!(w.sends(udp(POD, 1000, STRANGER, 53)), NEXT);
         w.enforce(ISOLATED_INGRESS, &web_for_other());
-        assert_eq!(w.to_pod(tcp(OTHER, 1001, POD, 80, SYN)), NEXT);
-        assert_eq!(w.to_pod(tcp(OTHER, 1001, POD, 81, SYN)), DROP, "another port");
-        assert_eq!(w.to_pod(udp(OTHER, 1001, POD, 80)), DROP, "another protocol");
-        assert_eq!(w.to_pod(tcp(STRANGER, 1001, POD, 80, SYN)), DROP, "another peer");
-        assert_eq!(w.from_pod(udp(POD, 1001, STRANGER, 53)), NEXT, "egress is not isolated");
-        assert_eq!(w.to_pod(udp(STRANGER, 53, POD, 1001)), NEXT, "its answer");
-        assert_eq!(w.to_pod(udp(STRANGER, 53, POD, 1002)), DROP, "no answer to anything");
+        assert_eq!(w.gets(tcp(OTHER, 1001, POD, 80, SYN)), NEXT);
+        assert_eq!(w.gets(tcp(OTHER, 1001, POD, 81, SYN)), DROP, "another port");
+        assert_eq!(w.gets(udp(OTHER, 1001, POD, 80)), DROP, "another protocol");
+        assert_eq!(w.gets(tcp(STRANGER, 1001, POD, 80, SYN)), DROP, "another peer");
+        assert_eq!(w.sends(udp(POD, 1001, STRANGER, 53)), NEXT, "egress is not isolated");
+        assert_eq!(w.gets(udp(STRANGER, 53, POD, 1001)), NEXT, "its answer");
+        assert_eq!(w.gets(udp(STRANGER, 53, POD, 1002)), DROP, "no answer to anything");
     });
 }
 
@@ -278,15 +278,15 @@ fn a_pod_without_policies_is_open_and_one_with_policies_is_not() {
 fn answers_pass_and_a_connection_ends_when_policy_does_not_allow_it_any_more() {
     in_world(|w| {
         w.enforce(ISOLATED_INGRESS | ISOLATED_EGRESS, &web_for_other());
-        assert_eq!(w.to_pod(tcp(OTHER, 2000, POD, 80, SYN)), NEXT);
-        assert_eq!(w.from_pod(tcp(POD, 80, OTHER, 2000, SYN | ACK)), NEXT, "answer");
-        assert_eq!(w.from_pod(tcp(POD, 80, OTHER, 2001, ACK)), DROP, "answer to nothing");
-        assert_eq!(w.from_pod(tcp(POD, 80, OTHER, 2000, SYN)), DROP, "opens one of its own");
+        assert_eq!(w.gets(tcp(OTHER, 2000, POD, 80, SYN)), NEXT);
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 2000, SYN | ACK)), NEXT, "answer");
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 2001, ACK)), DROP, "answer to nothing");
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 2000, SYN)), DROP, "opens one of its own");
         w.enforce(ISOLATED_INGRESS | ISOLATED_EGRESS, &web_for_other());
-        assert_eq!(w.from_pod(tcp(POD, 80, OTHER, 2000, ACK)), NEXT, "still allowed");
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 2000, ACK)), NEXT, "still allowed");
         w.enforce(ISOLATED_INGRESS | ISOLATED_EGRESS, &[deny(RuleKey::any(0, Direction::Ingress))]);
-        assert_eq!(w.from_pod(tcp(POD, 80, OTHER, 2000, ACK)), DROP, "revoked, seen by the answer");
-        assert_eq!(w.to_pod(tcp(OTHER, 2000, POD, 80, ACK)), DROP);
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 2000, ACK)), DROP, "revoked, seen by the answer");
+        assert_eq!(w.gets(tcp(OTHER, 2000, POD, 80, ACK)), DROP);
         assert_eq!(w.count(Direction::Egress, Reason::Revoked), 1);
     });
 }
@@ -305,16 +305,16 @@ fn ranges_and_the_classes_own_rules_decide_by_the_longest_match() {
                 deny(RuleKey::ports(CLASS, egress, TCP, 0x2010, 16)),
             ],
         );
-        assert_eq!(w.from_pod(udp(POD, 1, STRANGER, 9)), NEXT);
+        assert_eq!(w.sends(udp(POD, 1, STRANGER, 9)), NEXT);
         assert_eq!(
-            w.from_pod(udp(POD, 1, OTHER, 9)),
+            w.sends(udp(POD, 1, OTHER, 9)),
             DROP,
             "its class does not take the others' rules"
         );
-        assert_eq!(w.from_pod(tcp(POD, 1, OTHER, 0x2000, SYN)), NEXT);
-        assert_eq!(w.from_pod(tcp(POD, 1, OTHER, 0x3fff, SYN)), NEXT);
-        assert_eq!(w.from_pod(tcp(POD, 1, OTHER, 0x4000, SYN)), DROP);
-        assert_eq!(w.from_pod(tcp(POD, 1, OTHER, 0x2010, SYN)), DROP);
+        assert_eq!(w.sends(tcp(POD, 1, OTHER, 0x2000, SYN)), NEXT);
+        assert_eq!(w.sends(tcp(POD, 1, OTHER, 0x3fff, SYN)), NEXT);
+        assert_eq!(w.sends(tcp(POD, 1, OTHER, 0x4000, SYN)), DROP);
+        assert_eq!(w.sends(tcp(POD, 1, OTHER, 0x2010, SYN)), DROP);
     });
 }
 
@@ -340,7 +340,7 @@ fn what_goes_to_a_service_is_judged_by_its_translated_destination() {
             "masqueraded makes no difference"
         );
         assert_eq!(
-            w.to_pod(tcp(SERVICE, 80, POD, 1000, SYN | ACK)),
+            w.gets(tcp(SERVICE, 80, POD, 1000, SYN | ACK)),
             NEXT,
             "the answer, translated back"
         );
@@ -392,12 +392,12 @@ fn another_pod_of_the_node_behind_a_service_is_judged_for_both_ends() {
 fn what_a_pod_is_not_it_cannot_say() {
     in_world(|w| {
         w.enforce(0, &[]);
-        assert_eq!(w.from_pod(tcp(OTHER, 1, STRANGER, 1, SYN)), DROP, "another's address");
+        assert_eq!(w.sends(tcp(OTHER, 1, STRANGER, 1, SYN)), DROP, "another's address");
         let mac = Frame { from_mac: [2, 0, 0, 0, 0, 9], ..tcp(POD, 1, STRANGER, 1, SYN) };
-        assert_eq!(w.from_pod(mac), DROP, "another's MAC");
-        assert_eq!(w.from_pod(udp(POD, 1, Ipv4Addr::new(172, 31, 0, 2), 8472)), DROP, "VXLAN");
-        assert_eq!(w.from_pod(udp(POD, 1, STRANGER, 8472)), NEXT, "to no node: just a port");
-        assert_eq!(w.to_pod(tcp(OTHER, 1, STRANGER, 1, SYN)), DROP, "flooded, for another");
+        assert_eq!(w.sends(mac), DROP, "another's MAC");
+        assert_eq!(w.sends(udp(POD, 1, Ipv4Addr::new(172, 31, 0, 2), 8472)), DROP, "VXLAN");
+        assert_eq!(w.sends(udp(POD, 1, STRANGER, 8472)), NEXT, "to no node: just a port");
+        assert_eq!(w.gets(tcp(OTHER, 1, STRANGER, 1, SYN)), DROP, "flooded, for another");
         let mut six = tcp(POD, 1, STRANGER, 1, SYN).bytes();
         six[12..14].copy_from_slice(&[0x86, 0xdd]);
         assert_eq!(w.run(Hook::FromPod, &six, 0, 0, w.pod).0, DROP, "the pod network is IPv4");
@@ -429,12 +429,12 @@ fn fragments_follow_their_first_part() {
         );
         let first = Frame { fragment: 0x2000, id: 9, ..udp(OTHER, 7, POD, 53) };
         let later = Frame { fragment: 0x0008, sport: 0xdead, dport: 0xbeef, ..first };
-        assert_eq!(w.to_pod(later), DROP, "nobody knows its ports");
-        assert_eq!(w.to_pod(first), NEXT);
-        assert_eq!(w.to_pod(later), NEXT);
+        assert_eq!(w.gets(later), DROP, "nobody knows its ports");
+        assert_eq!(w.gets(first), NEXT);
+        assert_eq!(w.gets(later), NEXT);
         let denied = Frame { id: 10, dport: 54, ..first };
-        assert_eq!(w.to_pod(denied), DROP);
-        assert_eq!(w.to_pod(Frame { id: 10, ..later }), DROP, "and so is its rest");
+        assert_eq!(w.gets(denied), DROP);
+        assert_eq!(w.gets(Frame { id: 10, ..later }), DROP, "and so is its rest");
     });
 }
 
@@ -447,7 +447,7 @@ fn frames_cut_anywhere_never_pass_unparsed() {
         for len in 14 + 20..14 + 20 + 14 {
             assert_eq!(w.run(Hook::ToPod, &frame[..len], WIRE, 0, w.pod).0, DROP, "{len} bytes");
         }
-        assert_eq!(w.to_pod(tcp(OTHER, 1, POD, 80, SYN)), NEXT);
+        assert_eq!(w.gets(tcp(OTHER, 1, POD, 80, SYN)), NEXT);
     });
 }
 
@@ -468,7 +468,7 @@ fn programs_are_attached_once_and_survive_a_second_installation() {
         w.enforce(ISOLATED_INGRESS, &web_for_other());
         install(&w.pins).expect("installed again");
         assert!(on(w, Hook::FromPod) && on(w, Hook::ToPod));
-        assert_eq!(w.to_pod(tcp(OTHER, 1, POD, 80, SYN)), NEXT, "maps stay");
+        assert_eq!(w.gets(tcp(OTHER, 1, POD, 80, SYN)), NEXT, "maps stay");
         detach(&w.pins, w.pod).expect("detached");
         assert!(!on(w, Hook::FromPod));
         attach(&w.pins, "pod0", w.pod, Hook::FromPod).expect("attached right after");

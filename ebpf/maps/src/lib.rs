@@ -78,7 +78,7 @@ pub struct Endpoint {
 
 /// Key of a class map and of `addresses`. The value of a class map is the peer class, a `u32`.
 ///
-/// With aya's `LpmTrie<K, V>` this is `Key<u32>` (prefix length, data): [`ClassKey::data`].
+/// In aya's `LpmTrie<K, V>` it is a `Key<u32>`: prefix length and data.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClassKey {
