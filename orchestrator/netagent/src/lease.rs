@@ -1,7 +1,7 @@
 //! Subnet leases in etcd, flannel's schema (`../shared/reference/networking.md` §3.1, §3.2, §3.8).
 //!
-//! [`SubnetKey`] and [`LeaseValue`] are the wire; [`choose`] decides purely which subnet a node takes;
-//! [`Registry`] carries that out with transactions; [`keep`] is the task that holds the lease for the life of the
+//! [`SubnetKey`] and [`LeaseValue`] are the wire; `choose` decides purely which subnet a node takes;
+//! [`Registry`] carries that out with transactions; `keep` is the task that holds the lease for the life of the
 //! agent and tells the others what the network looks like.
 //!
 //! Stricter than flannel, and compatible with it: a key is only ever written with a compare; the *same* etcd

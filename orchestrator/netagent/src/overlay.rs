@@ -3,7 +3,7 @@
 //! Per remote node that is reached in VXLAN: an FDB entry (VTEP MAC → node address), a permanent neighbour (subnet base →
 //! VTEP MAC) and an onlink route (subnet via its base), flannel's shape. Per remote node that is reached directly: a
 //! route via its underlay address. [`plan`] compares what the kernel holds with what the leases say; [`kernel`] reads and
-//! writes it; [`task`] does that whenever something may have changed: from a dump when the kernel's state is in question,
+//! writes it; `task` does that whenever something may have changed: from a dump when the kernel's state is in question,
 //! from what was applied before when only a lease changed, so that an event costs what it changes.
 //!
 //! Ours are: everything on our device, and routes with our protocol number. Nothing else is touched; a foreign route
