@@ -38,13 +38,7 @@ impl TestLab {
     /// # Errors
     /// The programs are not built or the lab does not come up.
     pub fn up() -> anyhow::Result<Self> {
-        let programs = std::env::var_os("ORCH_BIN").map_or_else(
-            || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/orch")),
-            PathBuf::from,
-        );
-        if !programs.join("orchctl").is_file() {
-            bail!("{} has no orchctl: run `make build`, or `make test-e2e`", programs.display());
-        }
+        let programs = programs()?;
         let lab = Self {
             // Short: socket paths below it must fit into 108 bytes.
             dir: std::env::var_os("ORCH_E2E_DIR")
@@ -309,7 +303,24 @@ impl Pod {
 
 /// A stock kubectl: the newest `kubectl.1.NN` beside the one on the PATH (which may only choose between them),
 /// else the one on the PATH itself. `KUBECTL` names another one; `KUBECTL=orchctl` tells the story without.
-fn find_client() -> Client {
+/// The folder with `orchctl` and the other programs.
+///
+/// # Errors
+/// They are not built.
+pub fn programs() -> anyhow::Result<PathBuf> {
+    let programs = std::env::var_os("ORCH_BIN").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/orch")),
+        PathBuf::from,
+    );
+    if !programs.join("orchctl").is_file() {
+        bail!("{} has no orchctl: run `make build`, or `make test-e2e`", programs.display());
+    }
+    Ok(programs)
+}
+
+/// The newest kubectl there is, or what `KUBECTL` says.
+#[must_use]
+pub fn find_client() -> Client {
     if let Some(named) = std::env::var_os("KUBECTL") {
         return if named == "orchctl" { Client::Orchctl } else { Client::Kubectl(named.into()) };
     }

@@ -31,7 +31,7 @@ pub(crate) enum Command {
         #[arg(long, default_value_t = 3)]
         nodes: u8,
         /// Network that joins the nodes; two labs on one machine need different ones
-        #[arg(long, value_name = "CIDR", default_value = layout::DEFAULT_UNDERLAY)]
+        #[arg(long, value_name = "CIDR", env = "ORCH_LAB_UNDERLAY", default_value = layout::DEFAULT_UNDERLAY)]
         underlay: Ipv4Network,
         /// Upstream's failure timers (a dead node is noticed after 50 s, its pods move after 5 min) instead of the
         /// lab's short ones
