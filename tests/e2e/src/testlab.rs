@@ -41,8 +41,7 @@ impl TestLab {
         let programs = programs()?;
         let lab = Self {
             // Short: socket paths below it must fit into 108 bytes.
-            dir: std::env::var_os("ORCH_E2E_DIR")
-                .map_or_else(|| PathBuf::from("/var/lib/orch/e2e"), PathBuf::from),
+            dir: lab_dir(),
             programs,
             client: find_client(),
             home: tempfile::tempdir().context("make a home folder")?,
@@ -303,6 +302,13 @@ impl Pod {
 
 /// A stock kubectl: the newest `kubectl.1.NN` beside the one on the PATH (which may only choose between them),
 /// else the one on the PATH itself. `KUBECTL` names another one; `KUBECTL=orchctl` tells the story without.
+/// Folder of the suite's lab.
+#[must_use]
+pub fn lab_dir() -> PathBuf {
+    std::env::var_os("ORCH_E2E_DIR")
+        .map_or_else(|| PathBuf::from("/var/lib/orch/e2e"), PathBuf::from)
+}
+
 /// The folder with `orchctl` and the other programs.
 ///
 /// # Errors

@@ -8,7 +8,7 @@ mod chapters;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
-use tests_e2e::testlab::{Client, TestLab};
+use tests_e2e::testlab::{Client, TestLab, lab_dir};
 
 use crate::chapters::{CHAPTERS, Chapter, Needs};
 
@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         );
         return ExitCode::FAILURE;
     }
-    let before = chapters::leftovers::Machine::observe();
+    let before = chapters::leftovers::Machine::observe(&lab_dir());
     let lab = match TestLab::up() {
         Ok(lab) => Box::leak(Box::new(lab)),
         Err(error) => {
