@@ -13,7 +13,14 @@ const AT_ONCE: usize = 256;
 /// # Errors
 /// The system's.
 pub fn read_small(path: &Path) -> io::Result<Vec<u8>> {
-    let mut file = File::open(path)?;
+    read_small_file(&mut File::open(path)?)
+}
+
+/// As [`read_small`], of a file that is open.
+///
+/// # Errors
+/// The system's.
+pub fn read_small_file(file: &mut File) -> io::Result<Vec<u8>> {
     let mut text = vec![0; AT_ONCE];
     let length = file.read(&mut text)?;
     text.truncate(length);

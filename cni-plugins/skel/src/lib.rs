@@ -15,7 +15,7 @@ mod process;
 mod request;
 
 pub use call::call;
-pub use file::read_small;
+pub use file::{read_small, read_small_file};
 pub use process::main;
 pub use request::{AddRequest, CheckRequest, DelRequest, GcRequest, Request, StatusRequest};
 

@@ -115,7 +115,7 @@ mod tests {
         kept.write(&id, &Delegation { plugin: "bridge".to_owned(), conf }).expect("written");
         fs::rename(kept.file(&id), kept.aside(&id)).expect("as if killed before the rename");
         assert_eq!(kept.read(&id), None);
-        assert_eq!(kept.all().expect("listed"), [id.clone()]);
+        assert_eq!(kept.all().expect("listed"), std::slice::from_ref(&id));
         kept.remove(&id).expect("removed");
         assert!(kept.all().expect("listed").is_empty());
     }
