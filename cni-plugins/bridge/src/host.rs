@@ -2,12 +2,11 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use cni_netlink::{AddressOptions, Bridge, Link, Neighbour, NetNs, Netlink, PortVlan, VethPair};
+use cni_netlink::{AddressOptions, Bridge, Link, Neighbour, Netlink, PortVlan, VethPair};
 use cni_spec::{Error, IfName, code};
 use ipnetwork::IpNetwork;
 
@@ -94,30 +93,6 @@ fn apply_bridge(
         }
     }
     Ok(())
-}
-
-/// Makes the pair that joins the pod to the bridge, in one message; returns the host's end. `EEXIST` is for the caller
-/// to understand.
-pub(crate) fn create_veth(
-    netlink: &Netlink,
-    bridge: &Link,
-    settings: &Settings,
-    name: &str,
-    netns: &NetNs,
-    ifname: &IfName,
-    group: u32,
-) -> Result<Link, cni_netlink::NetlinkError> {
-    netlink.create_veth(&VethPair {
-        name: name.to_owned(),
-        peer_name: ifname.to_string(),
-        peer_netns: Some(netns.as_fd()),
-        master: Some(bridge.index),
-        mtu: settings.mtu,
-        peer_mac: settings.mac,
-        mac: None,
-        group: Some(group),
-        up: true,
-    })
 }
 
 /// Hairpin mode, isolation and VLANs of the pod's port.
@@ -225,16 +200,14 @@ pub(crate) fn gateway_link(
     Ok(netlink.link(name)?)
 }
 
-/// Makes the host forget the MACs of addresses: the next pod with one of them has another.
-pub(crate) fn forget_neighbours(
-    netlink: &Netlink,
-    link: u32,
-    ips: &[IpAddr],
-) -> Result<(), KernelError> {
-    for ip in ips {
-        netlink.delete_neighbour(&Neighbour { link, ip: *ip, mac: [0; 6], permanent: false })?;
-    }
-    Ok(())
+/// What the host may remember of addresses: the next pod with one of them has another MAC.
+pub(crate) fn neighbours(link: u32, ips: &[IpAddr]) -> Vec<Neighbour> {
+    ips.iter().map(|ip| Neighbour { link, ip: *ip, mac: [0; 6], permanent: false }).collect()
+}
+
+/// Makes the host forget neighbours.
+pub(crate) fn forget(netlink: &Netlink, neighbours: &[Neighbour]) -> Result<(), KernelError> {
+    Ok(neighbours.iter().try_for_each(|neighbour| netlink.delete_neighbour(neighbour))?)
 }
 
 /// Waits until the bridge passes frames of a port. A pod that starts to talk before that loses its first packets.

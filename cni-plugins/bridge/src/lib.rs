@@ -26,11 +26,14 @@ mod spoof;
 use std::collections::BTreeSet;
 use std::env;
 use std::net::IpAddr;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 
-use cni_netlink::{Link, LinkKind, NetNs, Netlink};
+use cni_netlink::{
+    Change, Link, LinkKind, MacBytes, Neighbour, NetNs, Netlink, NetlinkError, Started, VethPair,
+};
 use cni_nftables::Flows;
 use cni_skel::{AddRequest, CheckRequest, DelRequest, GcRequest, Plugin, StatusRequest};
 use cni_spec::{AddResult, Error, Interface, IpConfig, code};
@@ -38,6 +41,7 @@ use cni_spec::{AddResult, Error, Interface, IpConfig, code};
 use crate::conf::Settings;
 use crate::kernel::netlink_error;
 use crate::lease::{Ipam, Lease};
+use crate::pod::Pod;
 
 pub use crate::conf::{Args, IpamConf, MacArg, NetConf, TrunkRange};
 pub use crate::name::{host_veth_alias, host_veth_name};
@@ -72,41 +76,8 @@ impl Plugin for Bridge {
         req.args.only(KNOWN_ARGS)?;
         let settings = req.conf.settings(&req.args)?;
         let netns = open_container(&req.netns)?;
-        let ipam = Ipam::new(settings.ipam.as_deref(), &req.env, &req.raw);
-        let netlink = Netlink::open().map_err(netlink_error)?;
-
-        let bridge = host::ensure_bridge(&netlink, &settings)?;
-        let veth = HostVeth::create(&netlink, &bridge, &settings, &netns, &req, &ipam)?;
-        let made = Made { veth, lease: ipam.add()? };
-        let given = plan::complete_lease(
-            made.lease.result().clone(),
-            settings.gateway,
-            settings.default_gateway,
-        )?;
-
-        let port = made.veth.link.clone();
-        host::set_up_port(&netlink, &port, &settings)?;
-        let pod = pod::set_up(&netns, &req.ifname, &settings, &given)?;
-        if settings.check_spoofing {
-            spoof::guard(&req.name, &port.name, pod.link.mac)?;
-        }
-        set_up_gateway(&netlink, &bridge, &settings, &given)?;
-        if settings.masquerade {
-            masquerade::ensure(&req.name, &plan::subnets(&given.ips))?;
-        }
-        if !settings.keep_down {
-            host::wait_for_port(&netlink, &port)?;
-            pod.announce()?;
-        }
-
-        made.keep(&host_veth_alias(&req.name, &req.attachment()))?;
-        Ok(result(
-            req.prev_result.unwrap_or_default(),
-            &settings,
-            [&bridge, &port, &pod.link],
-            &req.env.netns,
-            given,
-        ))
+        // The way into the pod is made while the host's side is worked on.
+        thread::scope(|scope| attach(req, &settings, &netns, netns.start(scope, Netlink::open)))
     }
 
     fn del(&self, req: DelRequest<NetConf>) -> Result<(), Error> {
@@ -175,11 +146,73 @@ impl Plugin for Bridge {
     }
 }
 
+fn attach(
+    req: AddRequest<NetConf>,
+    settings: &Settings,
+    netns: &NetNs,
+    inside: Started<'_, Netlink, NetlinkError>,
+) -> Result<AddResult, Error> {
+    let ipam = Ipam::new(settings.ipam.as_deref(), &req.env, &req.raw);
+    let netlink = Netlink::open().map_err(netlink_error)?;
+    let macs = Macs::choose(settings);
+
+    let bridge = host::ensure_bridge(&netlink, settings)?;
+    let veth = HostVeth::create(&netlink, &bridge, settings, macs, netns, &req, &ipam)?;
+    let made = Made { veth, lease: ipam.add()? };
+    let given = plan::complete_lease(
+        made.lease.result().clone(),
+        settings.gateway,
+        settings.default_gateway,
+    )?;
+
+    let port = made.veth.link.clone();
+    host::set_up_port(&netlink, &port, settings)?;
+    if settings.check_spoofing {
+        spoof::guard(&req.name, &port.name, macs.pod)?;
+    }
+    // Before the pod is switched on: the kernel then has the links locked for a while.
+    let gateway = set_up_gateway(&netlink, &bridge, settings, &given)?;
+    if settings.masquerade {
+        masquerade::ensure(&req.name, &plan::subnets(&given.ips))?;
+    }
+    let mut pod = Pod::new(inside.finish().map_err(netlink_error)?, &req.ifname, &port, macs.pod)?;
+    if !settings.keep_down {
+        pod = pod.set_up(netns, settings, &given)?;
+        host::wait_for_port(&netlink, &port)?;
+        pod.announce()?;
+    }
+
+    // A pod that had the address before and went without DEL may still be in the host's memory.
+    let forgotten =
+        gateway.map_or(Vec::new(), |link| host::neighbours(link, &addresses(&given.ips)));
+    made.keep(&forgotten, &host_veth_alias(&req.name, &req.attachment()))?;
+    Ok(result(
+        req.prev_result.unwrap_or_default(),
+        settings,
+        [&bridge, &port, &pod.link],
+        &req.env.netns,
+        given,
+    ))
+}
+
 fn open_container(path: &Path) -> Result<NetNs, Error> {
     NetNs::open(path).map_err(|error| {
         let code = if error.is_not_found() { code::UNKNOWN_CONTAINER } else { code::INVALID_NETNS };
         Error::from_chain(code, &error).context("CNI_NETNS")
     })
+}
+
+/// The MACs of a pair. They are given when it is made, so that udev has no time to choose others.
+#[derive(Debug, Clone, Copy)]
+struct Macs {
+    host: MacBytes,
+    pod: MacBytes,
+}
+
+impl Macs {
+    fn choose(settings: &Settings) -> Self {
+        Self { host: name::random_mac(), pod: settings.mac.unwrap_or_else(name::random_mac) }
+    }
 }
 
 /// What a failed ADD has to undo. The link goes first: an address that is free must not be on a pod any more.
@@ -189,10 +222,10 @@ struct Made<'a> {
 }
 
 impl Made<'_> {
-    /// ADD has succeeded.
-    fn keep(self, alias: &str) -> Result<(), Error> {
+    /// ADD has succeeded; the host forgets these neighbours.
+    fn keep(self, forgotten: &[Neighbour], alias: &str) -> Result<(), Error> {
         let Self { veth, lease } = self;
-        veth.finish(alias)?;
+        veth.finish(forgotten, alias)?;
         lease.keep();
         Ok(())
     }
@@ -213,14 +246,25 @@ impl<'a> HostVeth<'a> {
         netlink: &'a Netlink,
         bridge: &Link,
         settings: &Settings,
+        macs: Macs,
         netns: &NetNs,
         req: &AddRequest<NetConf>,
         ipam: &Ipam<'_>,
     ) -> Result<Self, Error> {
         let name = host_veth_name(&req.name, &req.attachment());
-        let group = req.name.link_group();
-        let create =
-            || host::create_veth(netlink, bridge, settings, &name, netns, &req.ifname, group);
+        let create = || {
+            netlink.create_veth(&VethPair {
+                name: name.clone(),
+                peer_name: req.ifname.to_string(),
+                peer_netns: Some(netns.as_fd()),
+                master: Some(bridge.index),
+                mtu: settings.mtu,
+                mac: Some(macs.host),
+                peer_mac: Some(macs.pod),
+                group: Some(req.name.link_group()),
+                up: true,
+            })
+        };
         let taken = |what: String| Error::new(code::ALREADY_ATTACHED, what);
         let made = match create() {
             Err(error) if error.is_exists() => match netlink.link(&name).map_err(netlink_error)? {
@@ -251,11 +295,18 @@ impl<'a> HostVeth<'a> {
         Ok(Self { netlink, link, check_spoofing: settings.check_spoofing, finished: false })
     }
 
-    /// Says whose it is, and that it is whole.
-    fn finish(mut self, alias: &str) -> Result<(), Error> {
-        self.netlink.set_alias(self.link.index, alias).map_err(netlink_error)?;
-        self.finished = true;
-        Ok(())
+    /// Makes the host forget neighbours, and says, as the very last thing, whose the pair is and that it is whole.
+    fn finish(mut self, forgotten: &[Neighbour], alias: &str) -> Result<(), Error> {
+        let mut changes: Vec<Change> =
+            forgotten.iter().cloned().map(Change::DeleteNeighbour).collect();
+        changes.push(Change::SetAlias { link: self.link.index, alias: alias.to_owned() });
+        match self.netlink.apply(&changes).map_err(netlink_error)?.pop() {
+            Some(refused) => Err(netlink_error(refused.error)),
+            None => {
+                self.finished = true;
+                Ok(())
+            }
+        }
     }
 }
 
@@ -283,19 +334,18 @@ impl Drop for HostVeth<'_> {
     }
 }
 
+/// Returns the index of the link that has the gateways' addresses, if there are any.
 fn set_up_gateway(
     netlink: &Netlink,
     bridge: &Link,
     settings: &Settings,
     given: &AddResult,
-) -> Result<(), Error> {
+) -> Result<Option<u32>, Error> {
     if !settings.gateway || given.ips.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
-    let link =
-        host::ensure_gateways(netlink, bridge, settings, &plan::gateway_addresses(&given.ips))?;
-    // A pod that had the address before and went without DEL may still be in the host's memory.
-    Ok(host::forget_neighbours(netlink, link, &addresses(&given.ips))?)
+    let gateways = plan::gateway_addresses(&given.ips);
+    host::ensure_gateways(netlink, bridge, settings, &gateways).map(Some)
 }
 
 fn addresses(ips: &[IpConfig]) -> Vec<IpAddr> {
@@ -338,30 +388,25 @@ fn result(
 /// Removes the pair, from whichever end there is, and what the host remembers of the pod.
 fn detach(req: &DelRequest<NetConf>, name: &str) -> Result<(), Error> {
     let netlink = Netlink::open().map_err(netlink_error)?;
+    remove_pair(&netlink, req, name)?;
     let ips = req.prev_result.as_ref().map(|prev| addresses(&prev.ips)).unwrap_or_default();
-    // Removing a link is some ten milliseconds of waiting, in which conntrack can be looked through.
-    thread::scope(|scope| {
-        if !ips.is_empty() {
-            scope.spawn(|| forget_flows(&ips));
-        }
-        remove_pair(&netlink, req, name)
-    })?;
     if ips.is_empty() {
         return Ok(());
     }
+    forget_flows(&ips);
     let gateway = match req.conf.vlan {
         0 => req.conf.bridge.clone(),
         vlan => format!("{}.{vlan}", req.conf.bridge),
     };
     match netlink.link(&gateway).map_err(netlink_error)? {
-        Some(link) => Ok(host::forget_neighbours(&netlink, link.index, &ips)?),
+        Some(link) => Ok(host::forget(&netlink, &host::neighbours(link.index, &ips))?),
         None => Ok(()),
     }
 }
 
 fn remove_pair(netlink: &Netlink, req: &DelRequest<NetConf>, name: &str) -> Result<(), Error> {
     if let Some(link) = netlink.link(name).map_err(netlink_error)? {
-        return netlink.delete_link(link.index).map_err(netlink_error);
+        return netlink.delete_link_unawaited(link.index).map_err(netlink_error);
     }
     let Some(path) = &req.netns else { return Ok(()) };
     match NetNs::open(path) {

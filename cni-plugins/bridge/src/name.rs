@@ -1,6 +1,8 @@
 //! Names that are worked out instead of kept: whoever knows an attachment finds its host interface, after a crash, a
 //! reboot of the agent, or the end of the namespace.
 
+use std::hash::{BuildHasher as _, RandomState};
+
 use cni_netlink::MacBytes;
 use cni_spec::{AttachmentId, NetworkName, stable_hash};
 
@@ -67,8 +69,18 @@ pub(crate) fn is_alias_of(alias: &str, network: &NetworkName) -> bool {
 /// MAC of a bridge: the same one whenever it is made again on this boot of this host, so that pods find their gateway
 /// where they knew it. `host` keeps hosts, and namespaces that play hosts, apart.
 pub(crate) fn bridge_mac(bridge: &str, host: &str) -> MacBytes {
-    let bytes = stable_hash(&[bridge, host]).to_be_bytes();
-    // Locally administered, for one interface.
+    unicast(stable_hash(&[bridge, host]))
+}
+
+/// A MAC for one end of a pair.
+pub(crate) fn random_mac() -> MacBytes {
+    // A hasher's keys are the standard library's only source of randomness.
+    unicast(RandomState::new().hash_one(()))
+}
+
+/// Locally administered, for one interface.
+fn unicast(random: u64) -> MacBytes {
+    let bytes = random.to_be_bytes();
     [(bytes[2] & 0xfc) | 2, bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]]
 }
 
@@ -129,5 +141,6 @@ mod tests {
         assert_eq!(mac, bridge_mac("cni0", "boot"));
         assert_ne!(mac, bridge_mac("cni1", "boot"));
         assert_ne!(mac, bridge_mac("cni0", "other boot"));
+        assert_ne!(random_mac(), random_mac());
     }
 }

@@ -1,6 +1,8 @@
 //! The pod's side: its interface, addresses and routes.
 
-use cni_netlink::{AddressOptions, Link, LinkKind, NetNs, Netlink, Route, RouteFilter};
+use cni_netlink::{
+    AddressOptions, Change, Link, LinkKind, MacBytes, NetNs, Netlink, Route, RouteFilter,
+};
 use cni_spec::{AddResult, IfName};
 use ipnetwork::IpNetwork;
 
@@ -8,67 +10,96 @@ use crate::conf::Settings;
 use crate::kernel::{KernelError, write_sysctl};
 use crate::plan::pod_routes;
 
-/// The pod's interface as it was set up, and a socket in its namespace.
+/// The pod's interface, and a socket in its namespace.
 pub(crate) struct Pod {
     pub(crate) link: Link,
     netlink: Netlink,
 }
 
-/// Gives the interface what IPAM gave, and switches it on.
-pub(crate) fn set_up(
-    netns: &NetNs,
-    ifname: &IfName,
-    settings: &Settings,
-    lease: &AddResult,
-) -> Result<Pod, KernelError> {
-    netns.run(|| {
-        let netlink = Netlink::open()?;
+impl Pod {
+    /// The far end of a pair that was made just now, with this MAC.
+    pub(crate) fn new(
+        netlink: Netlink,
+        ifname: &IfName,
+        port: &Link,
+        mac: MacBytes,
+    ) -> Result<Self, KernelError> {
         let vanished = || KernelError::Vanished(ifname.to_string());
-        let link = netlink.link(ifname.as_str())?.ok_or_else(vanished)?;
-        if settings.keep_down {
-            return Ok(Pod { link, netlink });
+        let link = Link {
+            index: port.peer.ok_or_else(vanished)?,
+            name: ifname.to_string(),
+            mac,
+            up: false,
+            master: None,
+            peer: Some(port.index),
+            group: 0,
+            port: None,
+            ..port.clone()
+        };
+        Ok(Self { link, netlink })
+    }
+
+    /// Gives the interface what IPAM gave, and switches it on.
+    pub(crate) fn set_up(
+        mut self,
+        netns: &NetNs,
+        settings: &Settings,
+        lease: &AddResult,
+    ) -> Result<Self, KernelError> {
+        let changes = plan(self.link.index, settings, lease);
+        if !lease.ips.iter().any(|ip| ip.address.is_ipv6()) {
+            self.apply(&changes)?;
+            self.link.up = true;
+            return Ok(self);
         }
-        set_sysctls(ifname, settings, lease)?;
-        for ip in &lease.ips {
-            let nodad = !settings.detect_duplicates;
-            let options = AddressOptions { nodad, ..AddressOptions::default() };
-            netlink.add_address(link.index, ip.address, &options)?;
-        }
-        netlink.set_up(link.index)?;
-        for route in pod_routes(lease, link.index) {
+        // These switches of IPv6 are below `/proc` only, where everybody sees the namespace he is in.
+        netns.run(|| {
+            let switch = |key: &str| format!("net/ipv6/conf/{}/{key}", self.link.name);
+            write_sysctl(&switch("disable_ipv6"), "0")?;
+            if !settings.detect_duplicates {
+                // For the link-local address, which the kernel adds; ours says it itself.
+                write_sysctl(&switch("accept_dad"), "0")?;
+            }
+            self.apply(&changes)?;
+            write_sysctl(&switch("ndisc_notify"), "1")?;
+            self.link.up = true;
+            Ok(self)
+        })
+    }
+
+    fn apply(&self, changes: &[Change]) -> Result<(), KernelError> {
+        for refused in self.netlink.apply(changes)? {
             // Several routes to one place are several ways to it.
-            match netlink.append_route(&route) {
-                Err(error) if error.is_exists() => {}
-                other => other?,
+            let route = matches!(changes.get(refused.index), Some(Change::AppendRoute(_)));
+            if !(route && refused.error.is_exists()) {
+                return Err(refused.error.into());
             }
         }
-        Ok(Pod { link: Link { up: true, ..link }, netlink })
-    })
-}
-
-fn set_sysctls(ifname: &IfName, settings: &Settings, lease: &AddResult) -> Result<(), KernelError> {
-    if lease.ips.iter().any(|ip| ip.address.is_ipv4()) {
-        write_sysctl(&format!("net/ipv4/conf/{ifname}/arp_notify"), "1")?;
+        Ok(())
     }
-    if lease.ips.iter().any(|ip| ip.address.is_ipv6()) {
-        write_sysctl(&format!("net/ipv6/conf/{ifname}/disable_ipv6"), "0")?;
-        if !settings.detect_duplicates {
-            // For the link-local address, which the kernel adds; ours says it itself.
-            write_sysctl(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0")?;
-        }
-        write_sysctl(&format!("net/ipv6/conf/{ifname}/ndisc_notify"), "1")?;
-    }
-    Ok(())
-}
 
-impl Pod {
     /// Tells the neighbours where the pod's addresses are now: who knew one of them as another pod's would send to a
-    /// dead MAC for as long as it believes in it. The kernel did so when the interface went up, but then the bridge
-    /// may not have passed frames of the port yet; a MAC that is set, to what it is, makes it do so again. A packet
-    /// socket of our own would do as well, but closing one takes the kernel some ten milliseconds.
+    /// dead MAC for as long as it believes in it. A MAC that is set, to what it is, makes the kernel do so. When the
+    /// interface went up would have been too early, since the bridge may not have passed frames of the port yet, and
+    /// both are one too many: each goes to every pod of the bridge. A packet socket of our own would do as well, but
+    /// closing one takes the kernel some ten milliseconds.
     pub(crate) fn announce(&self) -> Result<(), KernelError> {
         Ok(self.netlink.set_mac(self.link.index, self.link.mac)?)
     }
+}
+
+/// Pure. In the order the kernel wants: routes need a link that is up; the announcement is not to be made when it goes up.
+fn plan(link: u32, settings: &Settings, lease: &AddResult) -> Vec<Change> {
+    let options =
+        AddressOptions { nodad: !settings.detect_duplicates, ..AddressOptions::default() };
+    let address = |address| Change::AddAddress { link, address, options: options.clone() };
+    let mut changes: Vec<Change> = lease.ips.iter().map(|ip| address(ip.address)).collect();
+    changes.push(Change::SetUp { link });
+    changes.extend(pod_routes(lease, link).into_iter().map(Change::AppendRoute));
+    if lease.ips.iter().any(|ip| ip.address.is_ipv4()) {
+        changes.push(Change::SetArpNotify { link });
+    }
+    changes
 }
 
 /// What the pod has under this name.
@@ -103,7 +134,7 @@ pub(crate) fn observe(
 pub(crate) fn remove(netns: &NetNs, ifname: &IfName) -> Result<(), KernelError> {
     let netlink = Netlink::open_in(netns)?;
     match netlink.link(ifname.as_str())? {
-        Some(link) if link.kind == LinkKind::Veth => Ok(netlink.delete_link(link.index)?),
+        Some(link) if link.kind == LinkKind::Veth => Ok(netlink.delete_link_unawaited(link.index)?),
         _ => Ok(()),
     }
 }

@@ -74,24 +74,7 @@ impl Netlink {
         address: IpNetwork,
         options: &AddressOptions,
     ) -> Result<(), NetlinkError> {
-        let mut message = message(link, address);
-        let mut flags = AddressFlags::empty();
-        if options.nodad {
-            flags |= AddressFlags::Nodad;
-        }
-        if options.no_prefix_route {
-            flags |= AddressFlags::Noprefixroute;
-        }
-        if !flags.is_empty() {
-            message.header.flags =
-                AddressHeaderFlags::from_bits_truncate((flags.bits() & 0xff) as u8);
-            message.attributes.push(AddressAttribute::Flags(flags));
-        }
-        if let IpNetwork::V4(v4) = address
-            && v4.prefix() <= 30
-        {
-            message.attributes.push(AddressAttribute::Broadcast(v4.broadcast()));
-        }
+        let message = new_address_message(link, address, options);
         self.change(NLM_F_CREATE | NLM_F_EXCL, RouteNetlinkMessage::NewAddress(message), || {
             format!("add address {address} to link {link}")
         })
@@ -108,6 +91,32 @@ impl Netlink {
             result => result,
         }
     }
+}
+
+/// The message that adds an address.
+pub(crate) fn new_address_message(
+    link: u32,
+    address: IpNetwork,
+    options: &AddressOptions,
+) -> AddressMessage {
+    let mut message = message(link, address);
+    let mut flags = AddressFlags::empty();
+    if options.nodad {
+        flags |= AddressFlags::Nodad;
+    }
+    if options.no_prefix_route {
+        flags |= AddressFlags::Noprefixroute;
+    }
+    if !flags.is_empty() {
+        message.header.flags = AddressHeaderFlags::from_bits_truncate((flags.bits() & 0xff) as u8);
+        message.attributes.push(AddressAttribute::Flags(flags));
+    }
+    if let IpNetwork::V4(v4) = address
+        && v4.prefix() <= 30
+    {
+        message.attributes.push(AddressAttribute::Broadcast(v4.broadcast()));
+    }
+    message
 }
 
 fn message(link: u32, address: IpNetwork) -> AddressMessage {

@@ -4,20 +4,52 @@
 //! [`CHANGES_PER_DATAGRAM`] changes and only the last one asks for an answer. Nothing is lost by that: the kernel
 //! answers a refusal in any case, and the sequence number in it says which change it is about.
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use ipnetwork::IpNetwork;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 
 use crate::neighbour::{fdb_message, mac_text, neighbour_message, put_neighbour_message};
 use crate::socket::append;
-use crate::{FdbEntry, Neighbour, Netlink, NetlinkError, Route, route};
+use crate::{
+    AddressOptions, FdbEntry, Neighbour, Netlink, NetlinkError, Route, address, link, route,
+};
 
 /// So many refusals still fit into a socket's default receive buffer (208 KiB; an answer takes about 1 KiB of it), so
 /// that none is dropped even if the kernel refuses all.
 const CHANGES_PER_DATAGRAM: usize = 128;
 
-/// One change of a table.
+/// One change of a table or a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
+    /// As [`Netlink::add_address`].
+    AddAddress {
+        /// Index of the link.
+        link: u32,
+        /// With its prefix.
+        address: IpNetwork,
+        /// How.
+        options: AddressOptions,
+    },
+    /// As [`Netlink::set_up`].
+    SetUp {
+        /// Index of the link.
+        link: u32,
+    },
+    /// As [`Netlink::set_alias`].
+    SetAlias {
+        /// Index of the link.
+        link: u32,
+        /// The text.
+        alias: String,
+    },
+    /// From now on the kernel tells the IPv4 neighbours whenever the link goes up or its MAC is set: the sysctl
+    /// `arp_notify`, without the walk through `/proc`, which takes longer the more namespaces have such a link.
+    SetArpNotify {
+        /// Index of the link.
+        link: u32,
+    },
+    /// As [`Netlink::append_route`].
+    AppendRoute(Route),
     /// As [`Netlink::add_route`].
     AddRoute(Route),
     /// As [`Netlink::replace_route`].
@@ -50,17 +82,35 @@ impl Change {
 
     fn flags(&self) -> u16 {
         match self {
-            Self::AddRoute(_) => NLM_F_CREATE | NLM_F_EXCL,
+            Self::AddRoute(_) | Self::AddAddress { .. } => NLM_F_CREATE | NLM_F_EXCL,
+            Self::AppendRoute(_) => NLM_F_CREATE | NLM_F_APPEND,
             Self::PutRoute(_) | Self::PutNeighbour(_) | Self::PutFdb(_) => {
                 NLM_F_CREATE | NLM_F_REPLACE
             }
-            Self::DeleteRoute(_) | Self::DeleteNeighbour(_) | Self::DeleteFdb(_) => 0,
+            Self::SetUp { .. }
+            | Self::SetAlias { .. }
+            | Self::SetArpNotify { .. }
+            | Self::DeleteRoute(_)
+            | Self::DeleteNeighbour(_)
+            | Self::DeleteFdb(_) => 0,
         }
     }
 
     fn message(&self) -> RouteNetlinkMessage {
         match self {
-            Self::AddRoute(route) | Self::PutRoute(route) => route::put_message(route),
+            Self::AddAddress { link, address, options } => RouteNetlinkMessage::NewAddress(
+                address::new_address_message(*link, *address, options),
+            ),
+            Self::SetUp { link } => RouteNetlinkMessage::SetLink(link::up_message(*link)),
+            Self::SetAlias { link, alias } => {
+                RouteNetlinkMessage::SetLink(link::alias_message(*link, alias))
+            }
+            Self::SetArpNotify { link } => {
+                RouteNetlinkMessage::SetLink(link::arp_notify_message(*link))
+            }
+            Self::AddRoute(route) | Self::AppendRoute(route) | Self::PutRoute(route) => {
+                route::put_message(route)
+            }
             Self::DeleteRoute(route) => route::delete_message(route),
             Self::PutNeighbour(neighbour) => put_neighbour_message(neighbour),
             Self::DeleteNeighbour(neighbour) => {
@@ -73,7 +123,14 @@ impl Change {
 
     fn describe(&self) -> String {
         match self {
+            Self::AddAddress { link, address, .. } => {
+                format!("add address {address} to link {link}")
+            }
+            Self::SetUp { link } => format!("switch on link {link}"),
+            Self::SetAlias { link, .. } => format!("set alias of link {link}"),
+            Self::SetArpNotify { link } => format!("set arp_notify of link {link}"),
             Self::AddRoute(route) => route::describe("add", route),
+            Self::AppendRoute(route) => route::describe("append", route),
             Self::PutRoute(route) => route::describe("replace", route),
             Self::DeleteRoute(route) => route::describe("remove", route),
             Self::PutNeighbour(neighbour) => {

@@ -19,6 +19,7 @@ mod neighbour;
 mod netfilter;
 mod netns;
 mod qdisc;
+mod removal;
 mod route;
 mod socket;
 
@@ -30,7 +31,7 @@ pub use link::{
 };
 pub use neighbour::{FdbEntry, Neighbour};
 pub use netfilter::{nft_chain_exists, nft_ip_chain_exists};
-pub use netns::NetNs;
+pub use netns::{NetNs, Started};
 pub use qdisc::{SeenTokenBucket, TokenBucket};
 pub use route::{Route, RouteFilter};
 pub use socket::Netlink;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL};
 use netlink_packet_route::link::{
     AfSpecBridge, BridgeVlanInfo, BridgeVlanInfoFlags, InfoBridge, InfoBridgePort, InfoData,
     InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask,
@@ -37,6 +37,9 @@ const VXLAN_LEARNING: u16 = 7;
 const VXLAN_PORT: u16 = 15;
 const VXLAN_LOCAL6: u16 = 17;
 const BRIDGE_VLAN_INFO: u16 = 2;
+// `linux/if_link.h`, `linux/ip.h`.
+const IFLA_INET_CONF: u16 = 1;
+const IPV4_DEVCONF_ARP_NOTIFY: u16 = 22;
 
 /// A link as the kernel holds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -409,9 +412,7 @@ impl Netlink {
         on: bool,
         verb: &str,
     ) -> Result<(), NetlinkError> {
-        let mut message = link_message(index);
-        message.header.change_mask = flag;
-        message.header.flags = if on { flag } else { LinkFlags::empty() };
+        let message = flags_message(index, flag, on);
         self.change(0, RouteNetlinkMessage::SetLink(message), || format!("{verb} link {index}"))
     }
 
@@ -446,7 +447,9 @@ impl Netlink {
     /// # Errors
     /// If the kernel refuses, as it does beyond 255 bytes.
     pub fn set_alias(&self, index: u32, alias: &str) -> Result<(), NetlinkError> {
-        self.set(index, LinkAttribute::IfAlias(alias.to_owned()), "set alias of")
+        self.change(0, RouteNetlinkMessage::SetLink(alias_message(index, alias)), || {
+            format!("set alias of link {index}")
+        })
     }
 
     /// Renames a link.
@@ -544,6 +547,43 @@ fn link_message(index: u32) -> LinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = index;
     message
+}
+
+fn flags_message(index: u32, flag: LinkFlags, on: bool) -> LinkMessage {
+    let mut message = link_message(index);
+    message.header.change_mask = flag;
+    message.header.flags = if on { flag } else { LinkFlags::empty() };
+    message
+}
+
+/// The message that switches a link on.
+pub(crate) fn up_message(index: u32) -> LinkMessage {
+    flags_message(index, LinkFlags::Up, true)
+}
+
+/// The message that sets a link's alias.
+pub(crate) fn alias_message(index: u32, alias: &str) -> LinkMessage {
+    let mut message = link_message(index);
+    message.attributes.push(LinkAttribute::IfAlias(alias.to_owned()));
+    message
+}
+
+/// The message that sets `arp_notify` of a link. What is set is a list of numbered values, unlike what is read, which is
+/// an array of all; so it is written by hand.
+pub(crate) fn arp_notify_message(index: u32) -> LinkMessage {
+    let value = nested(IPV4_DEVCONF_ARP_NOTIFY, &1_u32.to_ne_bytes());
+    let family = nested(libc::AF_INET as u16, &nested(IFLA_INET_CONF, &value));
+    let mut message = link_message(index);
+    message.attributes.push(LinkAttribute::Other(DefaultNla::new(libc::IFLA_AF_SPEC, family)));
+    message
+}
+
+/// One attribute; the length of its value is a multiple of four.
+fn nested(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut bytes = (4 + value.len() as u16).to_ne_bytes().to_vec();
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
+    bytes
 }
 
 fn new_link_message(name: &str, mtu: Option<u32>, mac: Option<MacBytes>, up: bool) -> LinkMessage {

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::thread::{self, Scope, ScopedJoinHandle};
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{FsType, fstatfs, statfs};
@@ -84,18 +85,39 @@ impl NetNs {
         T: Send,
         E: From<NetlinkError> + Send,
     {
-        std::thread::scope(|scope| {
-            let inside = scope.spawn(|| {
-                setns(&self.file, CloneFlags::CLONE_NEWNET).map_err(|errno| {
-                    E::from(NetlinkError::EnterNetNs {
-                        path: self.path.clone(),
-                        source: errno.into(),
-                    })
-                })?;
-                work()
-            });
-            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        thread::scope(|scope| self.start(scope, work).finish())
+    }
+
+    /// As [`run`](Self::run), while the caller goes on with something else.
+    pub fn start<'scope, 'env, T, E>(
+        &'env self,
+        scope: &'scope Scope<'scope, 'env>,
+        work: impl FnOnce() -> Result<T, E> + Send + 'scope,
+    ) -> Started<'scope, T, E>
+    where
+        T: Send + 'scope,
+        E: From<NetlinkError> + Send + 'scope,
+    {
+        Started(scope.spawn(|| {
+            setns(&self.file, CloneFlags::CLONE_NEWNET).map_err(|errno| {
+                E::from(NetlinkError::EnterNetNs { path: self.path.clone(), source: errno.into() })
+            })?;
+            work()
+        }))
+    }
+}
+
+/// Work that was begun inside a namespace. Its scope waits for it in any case.
+#[derive(Debug)]
+pub struct Started<'scope, T, E>(ScopedJoinHandle<'scope, Result<T, E>>);
+
+impl<T, E> Started<'_, T, E> {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// What the work returns, or that the namespace cannot be entered.
+    pub fn finish(self) -> Result<T, E> {
+        self.0.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 

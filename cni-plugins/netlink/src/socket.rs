@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::os::fd::{AsRawFd as _, RawFd};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
@@ -137,8 +138,7 @@ impl Netlink {
     ) -> Result<bool, NetlinkError> {
         let failed = |source| NetlinkError::Socket { request: request(), source };
         let malformed = |reason| NetlinkError::Malformed { request: request(), reason };
-        let sequence = self.sequence.get().wrapping_add(1);
-        self.sequence.set(sequence);
+        let sequence = self.next_sequence();
         self.send(flags, sequence, message).map_err(failed)?;
 
         // What is neither acknowledged nor a table is one message.
@@ -177,6 +177,16 @@ impl Netlink {
                 }
             }
         }
+    }
+
+    pub(crate) fn next_sequence(&self) -> u32 {
+        let sequence = self.sequence.get().wrapping_add(1);
+        self.sequence.set(sequence);
+        sequence
+    }
+
+    pub(crate) fn raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
     }
 
     fn send(&self, flags: u16, sequence: u32, message: impl NetlinkSerializable) -> io::Result<()> {

@@ -106,6 +106,75 @@ fn a_pod_is_joined_to_a_bridge_by_a_handful_of_messages() -> Result {
     Ok(())
 }
 
+/// All that a pod's interface needs, in one datagram and in the kernel's order.
+#[test]
+fn an_interface_is_set_up_by_one_datagram() -> Result {
+    let pod = new_netns()?;
+    let inside = Netlink::open_in(&pod)?;
+    let near = inside.create_veth(&VethPair {
+        name: "eth0".into(),
+        peer_name: "peer".into(),
+        ..VethPair::default()
+    })?;
+    let link = near.index;
+    let route = |dst: &str, via: &str| -> Result<Change> {
+        let route =
+            Route { dst: net(dst), via: Some(via.parse()?), link: Some(link), ..Route::default() };
+        Ok(Change::AppendRoute(route))
+    };
+    let options = AddressOptions { nodad: true, ..AddressOptions::default() };
+    let changes = [
+        Change::AddAddress { link, address: net("10.1.0.2/24"), options: options.clone() },
+        Change::AddAddress { link, address: net("fd00::2/64"), options: options.clone() },
+        Change::SetUp { link },
+        route("0.0.0.0/0", "10.1.0.1")?,
+        route("::/0", "fd00::1")?,
+        Change::SetArpNotify { link },
+        Change::SetAlias { link, alias: "mine".into() },
+    ];
+    assert!(inside.apply(&changes)?.is_empty());
+    let addresses = inside.addresses(link)?;
+    assert!(addresses.contains(&net("10.1.0.2/24")) && addresses.contains(&net("fd00::2/64")));
+    let seen = inside.link("eth0")?.ok_or("no eth0")?;
+    assert!(seen.up && seen.alias.as_deref() == Some("mine"));
+    let routes = inside.routes(&RouteFilter { link: Some(link), ..RouteFilter::default() })?;
+    assert_eq!(routes.iter().filter(|route| route.dst.prefix() == 0).count(), 2);
+    let notify = pod.run(|| -> std::result::Result<String, NetlinkError> {
+        Ok(std::fs::read_to_string("/proc/sys/net/ipv4/conf/eth0/arp_notify").unwrap_or_default())
+    })?;
+    assert_eq!(notify.trim(), "1");
+
+    let again = inside.apply(&changes)?;
+    let places: Vec<usize> = again.iter().map(|refused| refused.index).collect();
+    assert_eq!(places, [0, 1, 3, 4], "addresses and routes are there: {again:?}");
+    assert!(again.iter().all(|refused| refused.error.is_exists()));
+    Ok(())
+}
+
+#[test]
+fn a_pair_whose_removal_is_not_waited_for_is_gone_all_the_same() -> Result {
+    let (host, pod) = (new_netns()?, new_netns()?);
+    let (host, inside) = (Netlink::open_in(&host)?, Netlink::open_in(&pod)?);
+    let pair = VethPair {
+        name: "veth0".into(),
+        peer_name: "eth0".into(),
+        peer_netns: Some(pod.as_fd()),
+        up: true,
+        ..VethPair::default()
+    };
+    for _ in 0..10 {
+        let near = host.create_veth(&pair)?;
+        host.delete_link_unawaited(near.index)?;
+        assert!(host.link("veth0")?.is_none());
+        assert!(inside.link("eth0")?.is_none(), "the far end goes with the near one");
+    }
+    host.delete_link_unawaited(9999)?;
+    // Only what the kernel does not let go of is an error.
+    let lo = host.link("lo")?.ok_or("no lo")?;
+    assert!(host.delete_link_unawaited(lo.index).is_err());
+    Ok(())
+}
+
 #[test]
 fn vlans_of_a_port_are_set_and_listed() -> Result {
     let host = Netlink::open_in(&new_netns()?)?;

@@ -652,7 +652,7 @@ fn an_add_takes_few_system_calls() -> Result {
     let pod = t.pod()?;
     let log = t.state.path().join("strace");
     let traced = t.start_under(
-        &["strace", "-f", "-o", log.to_str().context("path")?],
+        &["strace", "-f", "-qq", "-e", "signal=none", "-o", log.to_str().context("path")?],
         "bridge",
         &[
             ("CNI_COMMAND", "ADD"),
@@ -663,8 +663,12 @@ fn an_add_takes_few_system_calls() -> Result {
         &conf,
     )?;
     assert!(traced.wait_with_output()?.status.success());
-    let calls = fs::read_to_string(log)?.lines().count();
-    // The reference plugins take 1,300 to 1,600.
-    assert!(calls < 400, "{calls}");
+    let text = fs::read_to_string(log)?;
+    // A call that another thread interrupts has a second line.
+    let calls = text.lines().filter(|line| !line.contains("resumed>")).count();
+    // The reference plugins take 1,200 to 1,600. The goal is 150 for the static program that is installed (which takes
+    // 135); one that is linked dynamically, as `cargo build` makes it, first loads its libraries.
+    let dynamic = text.contains("ld.so");
+    assert!(calls <= if dynamic { 200 } else { 150 }, "{calls}");
     Ok(())
 }

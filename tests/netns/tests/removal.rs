@@ -1,0 +1,103 @@
+//! DEL answers when the pair is gone, not when the kernel has freed its memory (`cni_netlink`, `removal.rs`): nobody can
+//! tell the difference, and nothing stays.
+
+use std::fs;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use cni_netlink::{NetNs, Netlink, VethPair};
+use std::os::fd::AsFd as _;
+use tests_netns::{Testbed, address, connect, gateway};
+
+type Result<T = ()> = anyhow::Result<T>;
+
+const SUBNET: &str = "10.88.0.0/29";
+const ROUNDS: usize = 20;
+/// How long what finishes a removal may live on: the kernel takes some 30 ms, beside busy neighbours more.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Processes that run a program of this folder. One that has ended is none, whether its parent has noticed or not.
+fn processes_of(folder: &Path) -> Result<usize> {
+    let mut count = 0;
+    for entry in fs::read_dir("/proc")? {
+        let program = fs::read_link(entry?.path().join("exe"));
+        count += usize::from(program.is_ok_and(|program| program.starts_with(folder)));
+    }
+    Ok(count)
+}
+
+#[test]
+fn what_del_removed_is_gone_when_it_answers() -> Result {
+    let t = Testbed::new()?;
+    let conf = t.conf(&[SUBNET]);
+    // One pod for the whole time: names, MACs and addresses of all rounds meet on its bridge.
+    let stays = t.pod()?;
+    let gateway = gateway(&t.add(&stays, &conf)?)?;
+    let pod = t.pod()?;
+    for round in 0..ROUNDS {
+        let result = t.add(&pod, &conf).with_context(|| format!("round {round}"))?;
+        let ip = address(&result, 0)?;
+        connect(&t.host, &pod.netns, ip)?;
+        t.del(&pod, &conf)?;
+        // All at once, before anything else can have happened.
+        assert!(pod.eth0()?.is_none(), "round {round}: eth0 is in the pod");
+        assert_eq!(t.veths()?.len(), 1, "round {round}");
+        assert_eq!(t.leases()?.len(), 1, "round {round}");
+        // The address is free, so nobody may answer under it.
+        let reached = connect_to(&t.host, (ip, 80).into());
+        assert!(reached.is_err(), "round {round}: {ip} still answers");
+    }
+    connect(&stays.netns, &t.host, gateway)?;
+    Ok(())
+}
+
+fn connect_to(from: &NetNs, to: std::net::SocketAddr) -> Result {
+    from.run(|| {
+        std::net::TcpStream::connect_timeout(&to, Duration::from_millis(50))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn no_process_of_a_del_stays() -> Result {
+    let t = Testbed::new()?;
+    let conf = t.conf(&[SUBNET]);
+    for _ in 0..3 {
+        let pod = t.pod()?;
+        t.add(&pod, &conf)?;
+        t.del(&pod, &conf)?;
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while processes_of(&t.plugins)? > 0 {
+        ensure!(Instant::now() < deadline, "a process of the plugin lives on");
+        sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// A pair whose host end has another name than ours: the reference plugin made it, before the node was switched over.
+#[test]
+fn a_pair_of_another_plugin_is_gone_when_del_answers() -> Result {
+    let t = Testbed::new()?;
+    let pod = t.pod()?;
+    t.netlink.create_veth(&VethPair {
+        name: "veth1a2b3c4d".to_owned(),
+        peer_name: "eth0".to_owned(),
+        peer_netns: Some(pod.netns.as_fd()),
+        up: true,
+        ..VethPair::default()
+    })?;
+    t.del(&pod, &t.conf(&[SUBNET]))?;
+    assert!(pod.eth0()?.is_none());
+    assert!(t.veths()?.is_empty());
+    // Another one of these names can be made at once.
+    let inside = Netlink::open_in(&pod.netns)?;
+    inside.create_veth(&VethPair {
+        name: "eth0".to_owned(),
+        peer_name: "other".to_owned(),
+        ..VethPair::default()
+    })?;
+    Ok(())
+}
