@@ -2,7 +2,9 @@
 //!
 //! Nothing here does I/O. [`Paths`] derives every path from one root prefix, so that many nodes can live on
 //! one machine (`--root`); the constants are the cluster defaults of Kubernetes and flannel.
-//! Start with [`Paths`].
+//! [`network`] is flannel's network configuration, which etcd holds for all nodes. Start with [`Paths`].
+
+pub mod network;
 
 mod paths;
 

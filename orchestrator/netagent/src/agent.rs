@@ -84,8 +84,11 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         ..NetStatus::default()
     }));
     // What the last run knew counts until etcd answers.
-    let cluster =
-        SubnetEnv::observe(&paths.subnet_env()).map_or(options.network.network, |env| env.network);
+    let known = SubnetEnv::observe(&paths.subnet_env()).and_then(|env| env.ipv4);
+    let cluster = match known {
+        Some((network, _)) => network,
+        None => options.network.v4.map_or(options.service_cidr, |v4| v4.network),
+    };
 
     let mut parts: JoinSet<&'static str> = JoinSet::new();
     let keeper = Keeper {

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use orch_config::Paths;
 
+use crate::lease::SubnetKey;
+
 /// Why a file could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
@@ -66,30 +68,31 @@ pub fn ensure_content(path: &Path, content: &[u8]) -> Result<bool, FileError> {
 /// The node's subnet as flannel writes it for CNI plugins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SubnetEnv {
-    /// The whole pod network.
-    pub network: Ipv4Network,
-    /// The node's subnet.
-    pub subnet: Ipv4Network,
+    /// The whole IPv4 pod network and the node's part of it.
+    pub ipv4: Option<(Ipv4Network, Ipv4Network)>,
+    /// The same of IPv6.
+    pub ipv6: Option<(Ipv6Network, Ipv6Network)>,
     /// MTU of pods: the underlay's less the overhead of VXLAN.
     pub mtu: u32,
-    /// The whole IPv6 pod network and the node's part of it, in dual stack.
-    pub ipv6: Option<(Ipv6Network, Ipv6Network)>,
 }
 
 impl SubnetEnv {
     /// The file's text. `FLANNEL_IPMASQ=true` says that the agent masquerades, so that plugins do not.
     #[must_use]
     pub fn render(&self) -> String {
-        let gateway = Ipv4Addr::from_bits(self.subnet.network().to_bits() + 1);
+        let ipv4 = self.ipv4.map(|(network, subnet)| {
+            let gateway = Ipv4Addr::from_bits(subnet.network().to_bits() + 1);
+            let length = subnet.prefix();
+            format!("FLANNEL_NETWORK={network}\nFLANNEL_SUBNET={gateway}/{length}\n")
+        });
         let ipv6 = self.ipv6.map(|(network, subnet)| {
             let gateway = Ipv6Addr::from_bits(subnet.network().to_bits() + 1);
             let length = subnet.prefix();
             format!("FLANNEL_IPV6_NETWORK={network}\nFLANNEL_IPV6_SUBNET={gateway}/{length}\n")
         });
         format!(
-            "FLANNEL_NETWORK={}\nFLANNEL_SUBNET={gateway}/{}\n{}FLANNEL_MTU={}\nFLANNEL_IPMASQ=true\n",
-            self.network,
-            self.subnet.prefix(),
+            "{}{}FLANNEL_MTU={}\nFLANNEL_IPMASQ=true\n",
+            ipv4.unwrap_or_default(),
             ipv6.unwrap_or_default(),
             self.mtu
         )
@@ -101,19 +104,30 @@ impl SubnetEnv {
         let get = |name: &str| {
             text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='))
         };
-        let subnet: Ipv4Network = get("FLANNEL_SUBNET")?.parse().ok()?;
-        Some(Self {
-            network: get("FLANNEL_NETWORK")?.parse().ok()?,
-            subnet: Ipv4Network::new(subnet.network(), subnet.prefix()).ok()?,
-            mtu: get("FLANNEL_MTU")?.parse().ok()?,
-            ipv6: get("FLANNEL_IPV6_NETWORK").zip(get("FLANNEL_IPV6_SUBNET")).and_then(
-                |(network, subnet)| {
-                    let subnet: Ipv6Network = subnet.parse().ok()?;
-                    let base = Ipv6Network::new(subnet.network(), subnet.prefix()).ok()?;
-                    Some((network.parse().ok()?, base))
-                },
-            ),
-        })
+        let ipv4 =
+            get("FLANNEL_NETWORK").zip(get("FLANNEL_SUBNET")).and_then(|(network, subnet)| {
+                let subnet: Ipv4Network = subnet.parse().ok()?;
+                let base = Ipv4Network::new(subnet.network(), subnet.prefix()).ok()?;
+                Some((network.parse().ok()?, base))
+            });
+        let ipv6 = get("FLANNEL_IPV6_NETWORK").zip(get("FLANNEL_IPV6_SUBNET")).and_then(
+            |(network, subnet)| {
+                let subnet: Ipv6Network = subnet.parse().ok()?;
+                let base = Ipv6Network::new(subnet.network(), subnet.prefix()).ok()?;
+                Some((network.parse().ok()?, base))
+            },
+        );
+        (ipv4.is_some() || ipv6.is_some()).then_some(())?;
+        Some(Self { ipv4, ipv6, mtu: get("FLANNEL_MTU")?.parse().ok()? })
+    }
+
+    /// The node's subnets as the key of their lease has them.
+    #[must_use]
+    pub fn key(&self) -> SubnetKey {
+        SubnetKey {
+            v4: self.ipv4.map(|(_, subnet)| subnet),
+            v6: self.ipv6.map(|(_, subnet)| subnet),
+        }
     }
 
     /// What the last run of this agent (or a flanneld before it) left.
@@ -160,12 +174,8 @@ mod tests {
 
     #[test]
     fn subnet_env_has_flannels_names_and_reads_back() {
-        let env = SubnetEnv {
-            network: "10.244.0.0/16".parse().expect("CIDR"),
-            subnet: "10.244.3.0/24".parse().expect("CIDR"),
-            mtu: 1450,
-            ipv6: None,
-        };
+        let ipv4 = ("10.244.0.0/16".parse().expect("CIDR"), "10.244.3.0/24".parse().expect("CIDR"));
+        let env = SubnetEnv { ipv4: Some(ipv4), ipv6: None, mtu: 1450 };
         let text = env.render();
         assert_eq!(
             text,
@@ -176,6 +186,9 @@ mod tests {
         let dual = SubnetEnv { ipv6: Some(ipv6), ..env };
         assert!(dual.render().contains("FLANNEL_IPV6_SUBNET=fd00:0:0:3::1/64\n"));
         assert_eq!(SubnetEnv::parse(&dual.render()), Some(dual));
+        let alone = SubnetEnv { ipv4: None, ..dual };
+        assert!(alone.render().starts_with("FLANNEL_IPV6_NETWORK="));
+        assert_eq!(SubnetEnv::parse(&alone.render()), Some(alone));
         assert_eq!(SubnetEnv::parse("FLANNEL_SUBNET=10.244.3.1/24\n"), None);
     }
 

@@ -34,27 +34,46 @@ pub async fn list(etcd: &EtcdConfig, prefix: &str) -> Result<Leases, RegistryErr
     Ok(Registry::connect(etcd, prefix).await?.list().await?.0)
 }
 
-/// All leases of a network by their IPv4 subnet.
-pub type Leases = BTreeMap<Ipv4Network, Lease>;
+/// All leases of a network by their key.
+pub type Leases = BTreeMap<SubnetKey, Lease>;
 
-/// The last part of a lease's key: `10.5.52.0-24`, with `&<v6>-<len>` behind it in dual stack.
+/// The last part of a lease's key: `10.5.52.0-24`, with `&<v6>-<len>` behind it in dual stack. Where there is IPv6 alone,
+/// the first half is flannel's word for nothing, `0.0.0.0-0`. One half at least is a subnet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SubnetKey {
     /// The node's IPv4 subnet.
-    pub v4: Ipv4Network,
+    pub v4: Option<Ipv4Network>,
     /// The node's IPv6 subnet.
     pub v6: Option<Ipv6Network>,
 }
 
+impl SubnetKey {
+    /// Whether pods that have addresses of one may stay under the other: it has the same IPv4 subnet or, where one of them
+    /// has none, the same IPv6 subnet.
+    #[must_use]
+    pub fn is_kin(&self, other: &Self) -> bool {
+        match (self.v4, other.v4) {
+            (Some(own), Some(other)) => own == other,
+            _ => self.v6.is_some() && self.v6 == other.v6,
+        }
+    }
+}
+
 impl fmt::Display for SubnetKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.v4.ip(), self.v4.prefix())?;
+        match self.v4 {
+            Some(v4) => write!(f, "{}-{}", v4.ip(), v4.prefix())?,
+            None => f.write_str(NO_IPV4)?,
+        }
         match self.v6 {
             Some(v6) => write!(f, "&{}-{}", v6.ip(), v6.prefix()),
             None => Ok(()),
         }
     }
 }
+
+/// First half of a key without IPv4.
+const NO_IPV4: &str = "0.0.0.0-0";
 
 /// A key under `subnets/` that is no subnet.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -73,10 +92,12 @@ impl FromStr for SubnetKey {
         let part = |part: &str| {
             part.rsplit_once('-').map(|(ip, len)| format!("{ip}/{len}")).ok_or_else(bad)
         };
-        Ok(Self {
-            v4: part(v4)?.parse().map_err(|_| bad())?,
-            v6: v6.map(|v6| part(v6)?.parse().map_err(|_| bad())).transpose()?,
-        })
+        let v6 = v6.map(|v6| part(v6)?.parse().map_err(|_| bad())).transpose()?;
+        if v4 == NO_IPV4 && v6.is_some() {
+            return Ok(Self { v4: None, v6 });
+        }
+        let v4: Ipv4Network = part(v4)?.parse().map_err(|_| bad())?;
+        Ok(Self { v4: Some(v4), v6 })
     }
 }
 
@@ -192,10 +213,12 @@ mod tests {
     fn keys_are_flannels() {
         for text in ["10.5.52.0-24", "10.5.52.0-24&fc00:0:0:3::-64"] {
             let key: SubnetKey = text.parse().expect(text);
-            assert_eq!(key.v4.to_string(), "10.5.52.0/24");
+            assert_eq!(key.v4, "10.5.52.0/24".parse().ok());
         }
         let dual: SubnetKey = "10.5.52.0-24&fc00::3:0-112".parse().expect("dual stack");
         assert_eq!(dual.to_string(), "10.5.52.0-24&fc00::3:0-112");
+        let alone: SubnetKey = "0.0.0.0-0&fc00:0:0:3::-64".parse().expect("IPv6 alone");
+        assert_eq!((alone.v4, alone.to_string().as_str()), (None, "0.0.0.0-0&fc00:0:0:3::-64"));
         for bad in ["", "10.5.52.0", "10.5.52.0-33", "10.5.52.0/24", "x-24", "10.5.52.0-24&nope"] {
             assert!(bad.parse::<SubnetKey>().is_err(), "{bad}");
         }

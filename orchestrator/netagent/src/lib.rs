@@ -18,7 +18,6 @@ pub mod files;
 pub mod lease;
 pub mod mac;
 pub mod metrics;
-pub mod network;
 pub mod overlay;
 pub mod services;
 pub mod status;
@@ -31,6 +30,8 @@ mod options;
 pub use agent::{Error, run};
 pub use lease::EtcdConfig;
 pub use options::Options;
+/// The network configuration in etcd, which is a word of all programs.
+pub use orch_config::network;
 
 /// An error and its causes as one sentence.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {

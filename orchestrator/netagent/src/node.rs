@@ -1,6 +1,6 @@
 //! The node's subnet, mirrored into its Node object for whoever reads `podCIDR` there.
 
-use ipnetwork::{Ipv4Network, Ipv6Network};
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Node;
 use orch_client::{Api, Client, Error, Patch};
 use orch_reconcile::Informer;
@@ -26,7 +26,7 @@ enum Step {
     Differs(String),
 }
 
-fn plan(node: Option<&Node>, own: Ipv4Network) -> Step {
+fn plan(node: Option<&Node>, own: IpNetwork) -> Step {
     let Some(node) = node else { return Step::Nothing };
     match node
         .spec
@@ -57,14 +57,17 @@ pub(crate) async fn mirror(
     }
     loop {
         changed.borrow_and_update();
-        let (own, own_v6) = match &*network.borrow_and_update() {
-            Some(network) => (Some(network.own), network.own_v6),
-            None => (None, None),
-        };
+        // IPv4 first, where there is both.
+        let subnets: Vec<IpNetwork> =
+            network.borrow_and_update().as_ref().map_or(Vec::new(), |network| {
+                let v4 = network.own.v4.map(IpNetwork::V4);
+                v4.into_iter().chain(network.own.v6.map(IpNetwork::V6)).collect()
+            });
+        let own = subnets.first().copied();
         let step = own.map_or(Step::Nothing, |own| plan(nodes.get("", &name).as_deref(), own));
         let mut retry = false;
         match (step, own) {
-            (Step::Set, Some(own)) => match set(&api, &name, own, own_v6).await {
+            (Step::Set, Some(own)) => match set(&api, &name, own, &subnets).await {
                 Ok(()) => info!(pod_cidr = %own, "subnet written to the Node object"),
                 Err(error) => {
                     retry = true;
@@ -93,13 +96,11 @@ pub(crate) async fn mirror(
 async fn set(
     api: &Api<Node>,
     name: &str,
-    own: Ipv4Network,
-    own_v6: Option<Ipv6Network>,
+    own: IpNetwork,
+    subnets: &[IpNetwork],
 ) -> Result<(), Error> {
-    let cidr = own.to_string();
-    let all: Vec<String> =
-        [cidr.clone()].into_iter().chain(own_v6.map(|own| own.to_string())).collect();
-    let patch = json!({"spec": {"podCIDR": cidr, "podCIDRs": all}});
+    let all: Vec<String> = subnets.iter().map(ToString::to_string).collect();
+    let patch = json!({"spec": {"podCIDR": own.to_string(), "podCIDRs": all}});
     api.patch(name, &Patch::Merge(patch)).await.map(drop)
 }
 
@@ -109,7 +110,7 @@ mod tests {
 
     #[test]
     fn only_an_empty_field_is_written() {
-        let own: Ipv4Network = "10.244.1.0/24".parse().expect("CIDR");
+        let own: IpNetwork = "10.244.1.0/24".parse().expect("CIDR");
         let node = |spec: serde_json::Value| -> Node {
             serde_json::from_value(json!({"metadata": {"name": "n"}, "spec": spec}))
                 .expect("a Node")

@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn the_defaults_are_the_clusters() {
         let options = Options::default();
-        assert_eq!(options.network.network.to_string(), "10.244.0.0/16");
+        assert_eq!(options.network.v4.expect("IPv4").network.to_string(), "10.244.0.0/16");
         assert!(options.service_cidr.contains(options.dns_ip));
     }
 }

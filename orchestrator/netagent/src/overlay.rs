@@ -103,17 +103,18 @@ pub fn desired_peers(
     for lease in network.leases.values() {
         let Some(value) = &lease.value else { continue };
         let (vtep, vtep_v6) = (value.vtep(), value.vtep_ipv6());
-        let own = lease.key.v4 == network.own
+        let own = lease.key == network.own
             || vtep.is_some_and(|data| data.vtep_mac == me.vtep_mac)
             || value.public_ip == me.public_ip;
         if own || !value.forwards() {
             continue;
         }
-        let v4 = (IpNetwork::V4(lease.key.v4), IpAddr::V4(value.public_ip), vtep);
         // Only where this node has a part in it itself.
-        let v6 = lease.key.v6.zip(value.public_ipv6).filter(|_| network.own_v6.is_some());
+        let v4 = lease.key.v4.filter(|_| network.own.v4.is_some());
+        let v4 = v4.map(|subnet| (IpNetwork::V4(subnet), IpAddr::V4(value.public_ip), vtep));
+        let v6 = lease.key.v6.zip(value.public_ipv6).filter(|_| network.own.v6.is_some());
         let v6 = v6.map(|(subnet, ip)| (IpNetwork::V6(subnet), IpAddr::V6(ip), vtep_v6));
-        for (subnet, public_ip, vtep) in [v4].into_iter().chain(v6) {
+        for (subnet, public_ip, vtep) in v4.into_iter().chain(v6) {
             let neighbour = || on_link.iter().any(|link| link.contains(public_ip));
             let vxlan = vtep
                 .filter(|data| data.vni == network.config.vni)
@@ -154,20 +155,13 @@ mod tests {
             let data = VxlanData { vni, vtep_mac: Mac([2, 0, 0, 0, 0, host]) };
             let mut value = LeaseValue::vxlan(Ipv4Addr::new(192, 0, 2, host), data);
             value.backend_type = Some(backend.to_owned());
-            (
-                v4,
-                Lease {
-                    key: SubnetKey { v4, v6: None },
-                    value: Some(value),
-                    mod_revision: 1,
-                    etcd_lease: 1,
-                },
-            )
+            let key = SubnetKey { v4: Some(v4), v6: None };
+            (key, Lease { key, value: Some(value), mod_revision: 1, etcd_lease: 1 })
         };
         let network = Network {
             config: NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472)
                 .expect("valid"),
-            own: "10.244.1.0/24".parse().expect("CIDR"),
+            own: "10.244.1.0-24".parse().expect("a key"),
             leases: [
                 lease(1, 1, 1, "vxlan"),
                 lease(2, 2, 1, "vxlan"),
@@ -177,7 +171,6 @@ mod tests {
                 lease(6, 6, 1, "wireguard"),
             ]
             .into(),
-            own_v6: None,
             config_problem: None,
         };
         let (peers, _) = desired_peers(&network, &me, &[]);

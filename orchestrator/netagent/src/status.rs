@@ -30,6 +30,12 @@ pub struct NetStatus {
     pub network: Option<String>,
     /// This node's subnet.
     pub subnet: Option<String>,
+    /// The IPv6 pod network.
+    pub network_v6: Option<String>,
+    /// This node's IPv6 subnet.
+    pub subnet_v6: Option<String>,
+    /// How packets get to other nodes: `vxlan`, `direct-routing` or `host-gw`.
+    pub mode: Option<String>,
     /// The VXLAN device.
     pub device: Option<DeviceStatus>,
     /// Remote nodes that are programmed.

@@ -207,12 +207,16 @@ impl Node {
         eventually("the node has a subnet", || SubnetEnv::observe(&self.subnet_file()))
     }
 
+    fn subnet(&self) -> ipnetwork::Ipv4Network {
+        self.env().ipv4.expect("the network has IPv4").1
+    }
+
     fn status(&self) -> NetStatus {
         NetStatus::read(&self.paths().net_status()).unwrap_or_default()
     }
 
     fn pod_ip(&self, last: u8) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.env().subnet.network().to_bits() + u32::from(last))
+        Ipv4Addr::from_bits(self.subnet().network().to_bits() + u32::from(last))
     }
 
     /// What the CNI plugins do.
@@ -383,7 +387,7 @@ fn pods_reach_each_other_services_names_and_the_outside() {
     let mut world = World::new();
     let [first, second] = world.up();
     let (one, two) = (world.nodes[0].pod_ip(2), world.nodes[1].pod_ip(2));
-    let node_of = |index: usize| world.nodes[index].env().subnet.network();
+    let node_of = |index: usize| world.nodes[index].subnet().network();
 
     // Pod to pod, without translation, also in full-sized packets.
     eventually("pod to pod", || first.ask(&format!("{two}:8080")).ok());
@@ -442,7 +446,7 @@ fn pods_reach_each_other_services_names_and_the_outside() {
     }
 
     for (index, node) in world.nodes.iter().enumerate() {
-        let subnet = node.env().subnet.to_string();
+        let subnet = node.subnet().to_string();
         let mirrored = || {
             let object = world.api.get(NODES, &node.name)?;
             (object["spec"]["podCIDR"] == json!(subnet)
@@ -539,7 +543,7 @@ fn a_killed_agent_leaves_no_gap_and_comes_back_while_etcd_and_the_api_server_are
     for pod in [&first, &second] {
         eventually("the Service answers", || pod.ask(CLUSTER_IP).ok());
     }
-    let subnet = world.nodes[0].env().subnet;
+    let subnet = world.nodes[0].subnet();
     let two = world.nodes[1].pod_ip(2);
     let traffic = [
         Traffic::start(&first, CLUSTER_IP),
@@ -564,7 +568,7 @@ fn a_killed_agent_leaves_no_gap_and_comes_back_while_etcd_and_the_api_server_are
     });
     world.restart_etcd();
     eventually("etcd is back", || (world.nodes[0].status().etcd == "healthy").then_some(()));
-    assert_eq!(world.nodes[0].env().subnet, subnet);
+    assert_eq!(world.nodes[0].subnet(), subnet);
     for traffic in traffic {
         let (count, failures) = traffic.failures();
         assert!(count > 50, "{count} requests");
@@ -595,10 +599,12 @@ fn after_a_reboot_pods_wait_for_the_overlay_and_the_node_has_its_subnet_again() 
     let paths = world.nodes[0].paths();
     let conflist = paths.cni_conf_dir().join("10-orch.conflist");
     let former = SubnetEnv {
-        network: "10.244.0.0/16".parse().expect("CIDR"),
-        subnet: "10.244.77.0/24".parse().expect("CIDR"),
-        mtu: 1450,
+        ipv4: Some((
+            "10.244.0.0/16".parse().expect("CIDR"),
+            "10.244.77.0/24".parse().expect("CIDR"),
+        )),
         ipv6: None,
+        mtu: 1450,
     };
     write_atomic(&paths.subnet_env(), former.render().as_bytes()).expect("written");
     write_atomic(&conflist, b"{}").expect("written");
@@ -619,7 +625,7 @@ fn after_a_reboot_pods_wait_for_the_overlay_and_the_node_has_its_subnet_again() 
 fn damage_to_the_overlay_is_mended() {
     let mut world = World::new();
     let [first, _second] = world.up();
-    let (two, far) = (world.nodes[1].pod_ip(2), world.nodes[1].env().subnet);
+    let (two, far) = (world.nodes[1].pod_ip(2), world.nodes[1].subnet());
     let target = format!("{two}:8080");
     eventually("pod to pod", || first.ask(&target).ok());
     let node = &world.nodes[0].netns;

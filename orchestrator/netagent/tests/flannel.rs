@@ -58,7 +58,7 @@ impl Flannel {
 
     /// Adds a peer from what its lease says: neighbour, FDB entry, route.
     fn add_peer(&self, world: &World, node: &Node) {
-        let subnet = node.env().subnet;
+        let subnet = node.subnet();
         let lease = world.lease(&node.key());
         assert_eq!(lease["BackendType"], "vxlan");
         assert_eq!(lease["BackendData"]["VNI"], 1);

@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use ipnetwork::Ipv4Network;
 use orch_netagent::files::{SubnetEnv, write_atomic};
-use orch_netagent::lease::{EtcdConfig, EtcdHealth, Identity, Keeper, Network, Registry, list};
+use orch_netagent::lease::{
+    EtcdConfig, EtcdHealth, Identity, Keeper, Network, Registry, SubnetKey, list,
+};
 use orch_netagent::mac::derived;
 use orch_netagent::network::NetworkConfig;
-use support::{Etcd, eventually};
+use support::{Etcd, eventually, history};
 use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -62,13 +64,25 @@ impl Node {
         let known = tokio::time::timeout(LIMIT, network.wait_for(Option::is_some))
             .await
             .expect("a subnet in time");
-        known.expect("the keeper runs").as_ref().expect("known").own
+        let known = known.expect("the keeper runs");
+        known.as_ref().expect("known").own.v4.expect("IPv4")
     }
 
     async fn stop(self) {
         self.cancel.cancel();
         self.task.await.expect("the keeper ends");
     }
+}
+
+/// The file of a node that has this subnet.
+fn env(subnet: Ipv4Network) -> SubnetEnv {
+    let network = "10.244.0.0/16".parse().expect("CIDR");
+    SubnetEnv { ipv4: Some((network, subnet)), ipv6: None, mtu: 1450 }
+}
+
+/// The key of a lease of this subnet alone.
+fn only(subnet: Ipv4Network) -> SubnetKey {
+    SubnetKey { v4: Some(subnet), v6: None }
 }
 
 fn folders(count: usize) -> Vec<TempDir> {
@@ -119,7 +133,7 @@ async fn a_restart_gets_the_same_subnet_on_the_same_etcd_lease() {
     assert_eq!(node.subnet().await, subnet);
     let (after, _) = registry.list().await.expect("list");
     assert_eq!(before, after, "a restart writes nothing, so peers see no event");
-    assert_ne!(after[&subnet].etcd_lease, 0);
+    assert_ne!(after[&only(subnet)].etcd_lease, 0);
     node.stop().await;
 }
 
@@ -128,12 +142,7 @@ async fn the_former_subnet_is_taken_again_after_the_lease_was_lost() {
     let etcd = Etcd::start();
     let folder = tempfile::tempdir().expect("temporary folder");
     let former: Ipv4Network = "10.244.77.0/24".parse().expect("CIDR");
-    let env = SubnetEnv {
-        network: "10.244.0.0/16".parse().expect("CIDR"),
-        subnet: former,
-        mtu: 1450,
-        ipv6: None,
-    };
+    let env = env(former);
     write_atomic(&folder.path().join("subnet.env"), env.render().as_bytes()).expect("written");
     let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
     assert_eq!(node.subnet().await, former);
@@ -157,28 +166,27 @@ async fn a_subnet_that_somebody_else_took_is_given_up_and_its_file_with_it() {
     let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
     let subnet = node.subnet().await;
     let file = folder.path().join("subnet.env");
-    let env = SubnetEnv {
-        network: "10.244.0.0/16".parse().expect("CIDR"),
-        subnet,
-        mtu: 1450,
-        ipv6: None,
-    };
+    let env = env(subnet);
     write_atomic(&file, env.render().as_bytes()).expect("written");
 
     let value = r#"{"PublicIP":"192.0.2.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}"#;
     let key = format!("{PREFIX}/subnets/{}-24", subnet.ip());
     etcd.client().await.put(key, value, None).await.expect("put");
     let mut network = node.network.clone();
-    let moved =
-        network.wait_for(|network| network.as_ref().is_some_and(|network| network.own != subnet));
+    let moved = network
+        .wait_for(|network| network.as_ref().is_some_and(|network| network.own != only(subnet)));
     let other = tokio::time::timeout(LIMIT, moved)
         .await
         .expect("in time")
         .expect("the keeper runs")
         .clone();
     assert_eq!(
-        other.expect("known").leases[&subnet].value.as_ref().expect("readable").public_ip.octets()
-            [3],
+        other.expect("known").leases[&only(subnet)]
+            .value
+            .as_ref()
+            .expect("readable")
+            .public_ip
+            .octets()[3],
         99
     );
     assert!(!file.exists(), "no pod may get an address of the lost subnet");
@@ -212,7 +220,7 @@ async fn an_outage_changes_nothing_and_a_compaction_under_the_watch_loses_nothin
     let mut health = first.health.clone();
     let away = health.wait_for(|health| matches!(health, EtcdHealth::Away(_)));
     tokio::time::timeout(LIMIT, away).await.expect("the outage is seen").expect("the keeper runs");
-    assert_eq!(first.network.borrow().as_ref().map(|network| network.own), Some(subnet));
+    assert_eq!(first.network.borrow().as_ref().map(|network| network.own), Some(only(subnet)));
 
     etcd.resume();
     let second = Node::start(2, &etcd.url, "10.244.0.0/16", &folders[1]);
@@ -221,7 +229,7 @@ async fn an_outage_changes_nothing_and_a_compaction_under_the_watch_loses_nothin
     let revision = client.get("x", None).await.expect("get").header().expect("header").revision();
     client.compact(revision, None).await.expect("compact");
     eventually("the first node learns of the second", LIMIT, || async {
-        first.network.borrow().as_ref()?.leases.contains_key(&other).then_some(())
+        first.network.borrow().as_ref()?.leases.contains_key(&only(other)).then_some(())
     })
     .await;
     assert_eq!(first.subnet().await, subnet);
@@ -269,7 +277,7 @@ async fn etcd_over_tls_takes_the_agents_certificate_and_no_other() {
     };
     let node = Node::start_with(1, config.clone(), "10.244.0.0/16", &folder);
     let subnet = node.subnet().await;
-    assert!(list(&config, PREFIX).await.expect("list").contains_key(&subnet));
+    assert!(list(&config, PREFIX).await.expect("list").contains_key(&only(subnet)));
     node.stop().await;
 
     // A certificate of the API's authority opens nothing here.
@@ -291,7 +299,7 @@ async fn the_last_free_subnet_goes_to_one_of_two_nodes() {
     eventually("three have one", LIMIT, || async {
         let holding: Vec<Ipv4Network> = nodes
             .iter()
-            .filter_map(|node| node.network.borrow().as_ref().map(|network| network.own))
+            .filter_map(|node| node.network.borrow().as_ref().and_then(|network| network.own.v4))
             .collect();
         let distinct: BTreeSet<_> = holding.iter().collect();
         assert_eq!(distinct.len(), holding.len(), "one subnet twice: {holding:?}");
@@ -303,42 +311,8 @@ async fn the_last_free_subnet_goes_to_one_of_two_nodes() {
     }
 }
 
-/// Who held each subnet, from the first revision of etcd on: no subnet goes from one node to another without a deletion
-/// in between.
 async fn assert_no_subnet_was_held_twice(etcd: &Etcd) {
-    let mut client = etcd.client().await;
-    let now = client.get("x", None).await.expect("get").header().expect("header").revision();
-    let options = etcd_client::WatchOptions::new().with_prefix().with_start_revision(1);
-    let mut watch = client.watch(format!("{PREFIX}/subnets/"), Some(options)).await.expect("watch");
-    let mut holders = std::collections::BTreeMap::new();
-    let mut seen = 0;
-    // The history ends at `now`; a key beyond it tells that all of it was read.
-    client.put(format!("{PREFIX}/subnets/end"), "", None).await.expect("put");
-    while seen <= now {
-        let message = watch.message().await.expect("history").expect("open");
-        for event in message.events() {
-            let kv = event.kv().expect("a key");
-            seen = seen.max(kv.mod_revision());
-            let key = kv.key_str().expect("text").to_owned();
-            if event.event_type() == etcd_client::EventType::Delete {
-                holders.remove(&key);
-                continue;
-            }
-            let Ok(value) = serde_json::from_slice::<serde_json::Value>(kv.value()) else {
-                continue;
-            };
-            let holder = value["BackendData"]["VtepMAC"].clone();
-            let before = holders.insert(key.clone(), holder.clone());
-            assert!(before.is_none() || before == Some(holder), "{key} has two holders");
-        }
-    }
-    client.delete(format!("{PREFIX}/subnets/end"), None).await.expect("delete");
-    let mut subnets: Vec<Ipv4Network> = holders
-        .keys()
-        .filter_map(|key| key.rsplit('/').next()?.replace('-', "/").parse().ok())
-        .collect();
-    subnets.sort_unstable();
-    assert!(subnets.windows(2).all(|two| !two[0].overlaps(two[1])), "{subnets:?}");
+    history::assert_no_subnet_was_held_twice(&mut etcd.client().await, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -374,7 +348,8 @@ async fn fifty_nodes_join_at_once_and_no_subnet_is_ever_held_twice() {
         eventually("every node has one again", LIMIT, || async {
             let network = node.network.borrow();
             let network = network.as_ref()?;
-            (network.own.prefix() == 25 && network.leases.len() == 50).then_some(())
+            (network.own.v4.is_some_and(|own| own.prefix() == 25) && network.leases.len() == 50)
+                .then_some(())
         })
         .await;
     }
@@ -389,7 +364,7 @@ async fn list_all(etcd: &Etcd) -> (Vec<Ipv4Network>, i64) {
     let options = EtcdConfig { endpoints: vec![etcd.url.clone()], ..EtcdConfig::default() };
     let registry = Registry::connect(&options, PREFIX).await.expect("connect");
     let (leases, revision) = registry.list().await.expect("list");
-    (leases.into_keys().collect(), revision)
+    (leases.into_keys().filter_map(|key| key.v4).collect(), revision)
 }
 
 #[tokio::test]
@@ -398,17 +373,12 @@ async fn a_lease_that_expired_while_the_agent_was_stopped_is_acquired_again_as_i
     let folder = tempfile::tempdir().expect("temporary folder");
     let node = Node::start(1, &etcd.url, "10.244.0.0/16", &folder);
     let subnet = node.subnet().await;
-    let env = SubnetEnv {
-        network: "10.244.0.0/16".parse().expect("CIDR"),
-        subnet,
-        mtu: 1450,
-        ipv6: None,
-    };
+    let env = env(subnet);
     write_atomic(&folder.path().join("subnet.env"), env.render().as_bytes()).expect("written");
     node.stop().await;
     let options = EtcdConfig { endpoints: vec![etcd.url.clone()], ..EtcdConfig::default() };
     let registry = Registry::connect(&options, PREFIX).await.expect("connect");
-    let lease = registry.list().await.expect("list").0[&subnet].etcd_lease;
+    let lease = registry.list().await.expect("list").0[&only(subnet)].etcd_lease;
     let client = etcd.client().await;
     // As after 24 hours.
     client.lease_client().revoke(lease).await.expect("revoke");
@@ -417,7 +387,7 @@ async fn a_lease_that_expired_while_the_agent_was_stopped_is_acquired_again_as_i
     assert_eq!(node.subnet().await, subnet);
 
     // And while it runs: the key goes with the lease, and comes back with another one.
-    let lease = registry.list().await.expect("list").0[&subnet].etcd_lease;
+    let lease = registry.list().await.expect("list").0[&only(subnet)].etcd_lease;
     client.lease_client().revoke(lease).await.expect("revoke");
     eventually("the key is back", LIMIT, || async {
         (list_all(&etcd).await.0 == [subnet]).then_some(())

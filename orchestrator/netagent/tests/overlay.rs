@@ -2,64 +2,20 @@
 
 mod support;
 
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use orch_netagent::overlay::interface::Choice;
 use support::netns::{Netns, run};
 use support::overlay::{Node, Pod, World, eventually};
+use support::stream::Streams;
 
-const ECHO_PORT: u16 = 7;
-
-/// One TCP connection between two pods, a byte there and back every few milliseconds.
-struct Stream {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<std::io::Result<Duration>>,
-}
-
-impl Stream {
-    fn start(from: &Pod, to: &Pod) -> Self {
-        to.netns.spawn(|| {
-            let listener = TcpListener::bind(("0.0.0.0", ECHO_PORT)).expect("bind");
-            let mut byte = [0];
-            for mut stream in listener.incoming().flatten() {
-                while stream.read_exact(&mut byte).is_ok() && stream.write_all(&byte).is_ok() {}
-            }
-        });
-        let address = SocketAddr::new(to.ip.into(), ECHO_PORT);
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let connect = move || TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok();
-        let mut stream = eventually("a connection", || from.netns.within(connect));
-        let thread = from.netns.spawn(move || {
-            stream.set_nodelay(true)?;
-            stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-            let mut longest = Duration::ZERO;
-            let mut byte = [1];
-            while !stopped.load(Ordering::Relaxed) {
-                let asked = Instant::now();
-                stream.write_all(&byte)?;
-                stream.read_exact(&mut byte)?;
-                longest = longest.max(asked.elapsed());
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            Ok(longest)
-        });
-        Self { stop, thread }
-    }
-
-    /// Ends it; the longest time without an answer.
-    #[track_caller]
-    fn longest_gap(self) -> Duration {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("the thread ends").expect("the connection lives")
-    }
+/// A TCP connection and pings between two pods, in both directions.
+fn streams(one: &Pod, other: &Pod) -> Streams {
+    let streams = Streams::between([(&one.netns, one.ip.into()), (&other.netns, other.ip.into())]);
+    streams.go_on();
+    streams
 }
 
 fn reach(from: &Pod, to: &Pod) {
@@ -67,7 +23,7 @@ fn reach(from: &Pod, to: &Pod) {
 }
 
 fn route_to(node: &Node, other: &Node) -> String {
-    node.netns.ip(&format!("route show {}", other.env().subnet)).trim().to_owned()
+    node.netns.ip(&format!("route show {}", other.subnet())).trim().to_owned()
 }
 
 /// Packets that the rules of a chain of ours have dropped.
@@ -99,7 +55,7 @@ fn the_mode_changes_under_a_running_connection() {
     let nodes = [world.node(1), world.node(2)];
     let pods = [nodes[0].pod(2), nodes[1].pod(2)];
     reach(&pods[0], &pods[1]);
-    let streams = [Stream::start(&pods[0], &pods[1]), Stream::start(&pods[1], &pods[0])];
+    let streams = streams(&pods[0], &pods[1]);
     for (config, backend, device, mtu) in [
         (DIRECT, "vxlan", "eth0", 1450),
         (HOST_GW, "host-gw", "eth0", 1500),
@@ -118,12 +74,10 @@ fn the_mode_changes_under_a_running_connection() {
             });
         }
         assert!(pods[0].reaches(&pods[1]) && pods[1].reaches(&pods[0]), "{config}");
-        std::thread::sleep(Duration::from_millis(300));
+        streams.go_on();
     }
-    for stream in streams {
-        let gap = stream.longest_gap();
-        assert!(gap < Duration::from_secs(1), "{gap:?}");
-    }
+    let gap = streams.longest_gap();
+    assert!(gap.0 < Duration::from_secs(1), "{gap:?}");
 }
 
 #[test]
@@ -179,7 +133,7 @@ fn only_nodes_are_heard_on_the_vxlan_port_and_pods_send_nothing_there() {
 
     // A host that is no node knows all that a node knows, and takes the place of the second one.
     let stranger = world.host(66);
-    let (ours, theirs) = (nodes[0].env().subnet, nodes[1].env().subnet);
+    let (ours, theirs) = (nodes[0].subnet(), nodes[1].subnet());
     let forged = Ipv4Addr::from_bits(theirs.network().to_bits() + 9);
     stranger.ip("link add vx type vxlan id 1 dstport 8472 local 192.0.2.66 dev eth0 nolearning");
     stranger.ip(&format!("address add {forged}/32 dev vx"));
@@ -321,7 +275,7 @@ fn routes_are_told_apart_by_who_made_them() {
     let pods = [nodes[0].pod(2), nodes[1].pod(2)];
     reach(&pods[0], &pods[1]);
     let node = &nodes[0].netns;
-    let far = nodes[1].env().subnet;
+    let far = nodes[1].subnet();
     let right = route_to(&nodes[0], &nodes[1]);
     assert!(right.contains("proto 111"), "{right}");
     // Ours by their protocol: of a node that is gone, by another link, with another metric.
@@ -387,7 +341,7 @@ fn the_underlays_mtu_is_followed_and_links_that_went_down_come_back() {
         world.configure(mode);
         let device = if mode == DIRECT { "dev eth0" } else { "dev vxlan-orch" };
         eventually("the mode", || route_to(&nodes[0], &nodes[1]).contains(device).then_some(()));
-        let stream = Stream::start(&pods[0], &pods[1]);
+        let streams = streams(&pods[0], &pods[1]);
         node.ip(&format!("link set {link} down"));
         std::thread::sleep(Duration::from_millis(300));
         if link == "eth0" {
@@ -396,7 +350,8 @@ fn the_underlays_mtu_is_followed_and_links_that_went_down_come_back() {
         let start = Instant::now();
         reach(&pods[0], &pods[1]);
         assert!(start.elapsed() < Duration::from_secs(5), "{link}: {:?}", start.elapsed());
-        assert!(stream.longest_gap() < Duration::from_secs(5));
+        streams.go_on();
+        assert!(streams.longest_gap().0 < Duration::from_secs(5));
     }
 }
 
@@ -421,14 +376,14 @@ fn the_configuration_changes_at_run_time() {
         reach(&pods[0], &pods[1]);
         assert!(nodes[0].nft("list table ip orch-overlay").contains("udp dport 4789"));
         // One that nobody can follow changes nothing, and is told.
-        let subnet = nodes[0].env().subnet;
+        let subnet = nodes[0].subnet();
         for bad in ["{", r#"{"Network":"10.244.0.0/16","Backend":{"Type":"ipsec"}}"#] {
             world.configure(bad);
             eventually("the problem is told", || {
                 let problems = nodes[0].status().problems;
                 problems.iter().any(|text| text.contains("configuration")).then_some(())
             });
-            assert_eq!(nodes[0].env().subnet, subnet);
+            assert_eq!(nodes[0].subnet(), subnet);
             reach(&pods[0], &pods[1]);
         }
         // A node that joins meanwhile is followed all the same.
@@ -441,7 +396,7 @@ fn the_configuration_changes_at_run_time() {
     );
     for node in &nodes {
         eventually("a subnet of the new network", || {
-            let subnet = node.env().subnet;
+            let subnet = node.subnet();
             (subnet.prefix() == 26 && subnet.network().octets()[..3] == [10, 55, 3]).then_some(())
         });
         eventually("no problem is left", || node.status().problems.is_empty().then_some(()));
@@ -532,202 +487,4 @@ fn a_node_behind_a_translated_address_is_reached_at_its_public_one() {
     reach(&pods[1], &pods[0]);
     reach(&pods[0], &pods[1]);
     assert_eq!(world.lease(&hidden.key())["PublicIP"], "192.0.2.80");
-}
-
-#[test]
-fn a_node_that_returns_with_another_address_keeps_its_subnet_and_is_found() {
-    let world = World::new();
-    let (mut moving, other) = (world.node(1), world.node(2));
-    let pods = [moving.pod(2), other.pod(2)];
-    reach(&pods[0], &pods[1]);
-    let subnet = moving.env().subnet;
-    moving.kill();
-    moving.netns.ip("address flush dev eth0");
-    moving.netns.ip("address add 192.0.2.91/24 dev eth0");
-    moving.options.node_ip = Ipv4Addr::new(192, 0, 2, 91);
-    let start = Instant::now();
-    moving.start();
-    reach(&pods[1], &pods[0]);
-    reach(&pods[0], &pods[1]);
-    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-    assert_eq!(moving.env().subnet, subnet);
-    assert_eq!(world.lease(&moving.key())["PublicIP"], "192.0.2.91");
-    assert_eq!(world.subnet_keys().len(), 2);
-}
-
-/// IPv6 between two pods: the answer names the client, so that translation on the way would show.
-fn reach_ipv6(from: &Netns, from_ip: Ipv6Addr, to: Ipv6Addr) {
-    eventually(&format!("{from_ip} to {to}"), || {
-        let answer = from.ask(&format!("[{to}]:8081")).ok()?;
-        (answer == format!("pod {from_ip}")).then_some(())
-    });
-}
-
-const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
-
-#[test]
-fn dual_stack_carries_both_families_and_comes_and_goes_under_a_running_connection() {
-    let world = World::new();
-    world.configure(VXLAN);
-    let nodes = [1_u8, 2].map(|last| {
-        let host = world.host(last);
-        host.ip(&format!("address add 2001:db8::{last}/64 dev eth0 nodad"));
-        world.node_in(host, last, |_| {})
-    });
-    let before = [nodes[0].pod(2), nodes[1].pod(2)];
-    reach(&before[0], &before[1]);
-    let stream = Stream::start(&before[0], &before[1]);
-    let subnets = [nodes[0].env().subnet, nodes[1].env().subnet];
-
-    world.configure(DUAL);
-    for node in &nodes {
-        eventually("an IPv6 subnet", || node.env().ipv6.map(drop));
-    }
-    assert_eq!([nodes[0].env().subnet, nodes[1].env().subnet], subnets, "IPv4 stays");
-    assert_eq!(world.subnet_keys().len(), 2, "one key for each node");
-    let (network, own) = nodes[0].env().ipv6.expect("dual stack");
-    assert_eq!(network.to_string(), "fd00:10:244::/48");
-    let key = format!("{}-24&{}-64", subnets[0].network(), own.network());
-    let lease = world.lease(&key);
-    assert_eq!(lease["PublicIPv6"], "2001:db8::1");
-    assert_ne!(lease["BackendV6Data"]["VtepMAC"], lease["BackendData"]["VtepMAC"]);
-    assert_eq!(nodes[0].env().mtu, 1430, "70 bytes less");
-
-    let pods = [nodes[0].pod(5), nodes[1].pod(5)];
-    let ips = [0, 1].map(|index| {
-        let (_, subnet) = nodes[index].env().ipv6.expect("dual stack");
-        pods[index].add_ipv6(&nodes[index].netns, subnet, 5)
-    });
-    reach_ipv6(&pods[0].netns, ips[0], ips[1]);
-    reach_ipv6(&pods[1].netns, ips[1], ips[0]);
-    reach(&pods[0], &pods[1]);
-    // To the outside under the node's address.
-    world.server.ip("address add 2001:db8::3/64 dev eth0 nodad");
-    world.server.serve_tcp6("outside", 8081);
-    eventually("masqueraded", || {
-        let answer = pods[0].netns.ask("[2001:db8::3]:8081").ok()?;
-        (answer == "outside 2001:db8::1").then_some(())
-    });
-    // The second device and its firewall are looked after as the first one is.
-    for damage in
-        ["link delete vxlan-orch-v6", "-6 route flush proto 111", "link set vxlan-orch-v6 down"]
-    {
-        nodes[0].netns.ip(damage);
-        reach_ipv6(&pods[0].netns, ips[0], ips[1]);
-    }
-    assert!(nodes[0].nft("list table ip6 orch-overlay").contains("2001:db8::2"));
-    // Directly, and back.
-    world.configure(&DUAL.replace(r#""vxlan""#, r#""host-gw""#));
-    eventually("IPv6 goes directly, too", || {
-        let routes = nodes[0].netns.ip("-6 route show proto 111");
-        routes.contains("via 2001:db8::2 dev eth0").then_some(())
-    });
-    reach_ipv6(&pods[0].netns, ips[0], ips[1]);
-    reach_ipv6(&pods[1].netns, ips[1], ips[0]);
-    assert!(nodes[0].status().problems.is_empty(), "{:?}", nodes[0].status().problems);
-
-    world.configure(VXLAN);
-    for node in &nodes {
-        eventually("IPv6 is gone", || {
-            let left = node.netns.ip("-6 route show proto 111")
-                + &node.netns.ip("-br link show type vxlan")
-                + &node.nft("list tables ip6");
-            (node.env().ipv6.is_none()
-                && !left.contains("fd00")
-                && !left.contains("-v6")
-                && !left.contains("orch-overlay"))
-            .then_some(())
-        });
-    }
-    assert!(stream.longest_gap() < Duration::from_secs(1));
-    assert!(world.subnet_keys().iter().all(|key| !key.contains('&')));
-}
-
-#[test]
-fn a_dual_stack_node_of_flannels_is_reached_in_both_families() {
-    let world = World::new();
-    world.configure(DUAL);
-    let host = world.host(1);
-    host.ip("address add 2001:db8::1/64 dev eth0 nodad");
-    let ours = world.node_in(host, 1, |_| {});
-    let pod = ours.pod(2);
-    let (_, subnet) = eventually("an IPv6 subnet", || ours.env().ipv6);
-    let pod_ip = pod.add_ipv6(&ours.netns, subnet, 2);
-
-    // By hand, as flanneld does it.
-    let theirs = world.host(13);
-    for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-        let file = format!("/proc/sys/net/{setting}");
-        theirs.within(move || std::fs::write(file, "1").expect("sysctl"));
-    }
-    theirs.ip("address add 2001:db8::13/64 dev eth0 nodad");
-    let (v4, v6): (Ipv4Network, Ipv6Network) =
-        ("10.244.200.0/24".parse().expect("CIDR"), "fd00:10:244:c8::/64".parse().expect("CIDR"));
-    let key = format!("{}-24&{}-64", ours.env().subnet.network(), subnet.network());
-    let lease = world.lease(&key);
-    for (device, local, base, mac, field, ip, peer) in [
-        (
-            "flannel.1",
-            "192.0.2.13",
-            "10.244.200.0/32",
-            "5e:00:00:00:00:04",
-            "BackendData",
-            "PublicIP",
-            IpNetwork::V4(ours.env().subnet),
-        ),
-        (
-            "flannel-v6.1",
-            "2001:db8::13",
-            "fd00:10:244:c8::/128",
-            "5e:00:00:00:00:06",
-            "BackendV6Data",
-            "PublicIPv6",
-            IpNetwork::V6(subnet),
-        ),
-    ] {
-        theirs.ip(&format!("link add {device} address {mac} mtu 1430 type vxlan id 1 dstport 8472 local {local} dev eth0 nolearning"));
-        theirs.ip(&format!("address add {base} dev {device} nodad"));
-        theirs.ip(&format!("link set {device} up"));
-        let vtep = lease[field]["VtepMAC"].as_str().expect("a MAC");
-        let node = lease[ip].as_str().expect("an address");
-        let gateway = peer.network();
-        theirs.ip(&format!("neighbour replace {gateway} lladdr {vtep} dev {device} nud permanent"));
-        theirs.bridge(&format!("fdb replace {vtep} dev {device} dst {node} self permanent"));
-        theirs.ip(&format!("route replace {peer} via {gateway} dev {device} onlink"));
-    }
-    let value = r#"{"PublicIP":"192.0.2.13","PublicIPv6":"2001:db8::13","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5e:00:00:00:00:04"},"BackendV6Data":{"VNI":1,"VtepMAC":"5e:00:00:00:00:06"}}"#;
-    let key = format!("/coreos.com/network/subnets/{}-24&{}-64", v4.network(), v6.network());
-    world.etcdctl(&["put", &key, value]);
-    let other = Pod::attach(&theirs, v4, 1430, 2);
-    let other_ip = other.add_ipv6(&theirs, v6, 2);
-    reach(&pod, &other);
-    reach(&other, &pod);
-    reach_ipv6(&pod.netns, pod_ip, other_ip);
-    reach_ipv6(&other.netns, other_ip, pod_ip);
-}
-
-#[test]
-fn connections_outlive_an_outage_of_etcd_and_what_happened_meanwhile_is_caught_up() {
-    let mut world = World::new();
-    let nodes = [world.node(1), world.node(2)];
-    let pods = [nodes[0].pod(2), nodes[1].pod(2)];
-    reach(&pods[0], &pods[1]);
-    let stream = Stream::start(&pods[0], &pods[1]);
-    let outage = std::env::var("OUTAGE_SECONDS").ok().and_then(|text| text.parse().ok());
-    world.etcd.stop();
-    // Damage while etcd is away is mended from what is known.
-    nodes[0].netns.ip("link delete vxlan-orch");
-    eventually("mended without etcd", || {
-        route_to(&nodes[0], &nodes[1]).contains("vxlan-orch").then_some(())
-    });
-    std::thread::sleep(Duration::from_secs(outage.unwrap_or(4)));
-    assert!(nodes.iter().all(Node::runs));
-    world.restart_etcd();
-    for node in &nodes {
-        eventually("etcd is back", || (node.status().etcd == "healthy").then_some(()));
-    }
-    let third = world.node(4);
-    reach(&third.pod(2), &pods[0]);
-    assert!(stream.longest_gap() < Duration::from_secs(5));
-    assert_eq!(world.subnet_keys().len(), 3);
 }

@@ -1,26 +1,29 @@
 //! Namespaces to measure in: nodes on one underlay, pods on their bridges, and the two overlays.
 //!
-//! One is made by hand with `ip` and `bridge`, as flanneld makes it. The other is made by the messages that the
-//! agent sends, through the same library. Bridges
-//! and pods are the same for both. All vanishes with the process.
+//! One is made by hand with `ip` and `bridge`, as flanneld makes it. The other is made by the agent's own plan, with its
+//! closed underlay, masquerade and (empty) Services. Bridges and pods are the same for both. All vanishes with the
+//! process.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd as _;
 use std::process::Command;
 
 use anyhow::{Context as _, anyhow, bail};
-use cni_netlink::{
-    AddressOptions, Bridge, Change, FdbEntry, MacBytes, Neighbour, NetNs, Netlink, Route, VethPair,
-    VxlanDevice,
-};
+use cni_netlink::{AddressOptions, Bridge, MacBytes, NetNs, Netlink, Route, VethPair, VxlanDevice};
+use cni_nftables::Nft;
 use ipnetwork::{IpNetwork, Ipv4Network};
 use nix::sched::{CloneFlags, unshare};
+use orch_netagent::lease::{Identity, Leases, Network, SubnetKey};
+use orch_netagent::mac::Mac;
+use orch_netagent::network::NetworkConfig;
+use orch_netagent::overlay::kernel::{apply_peers, observe_peers};
+use orch_netagent::overlay::plan::{WantedPeers, plan_peers};
+use orch_netagent::overlay::{Path, Peer, Peers, closed};
+use orch_netagent::services::ruleset::{self, Networks};
 
 /// Ethernet's MTU, and what VXLAN leaves of it.
 const UNDERLAY_MTU: u32 = 1500;
 const OVERLAY_MTU: u32 = 1450;
-/// The agent's mark on its routes.
-const ROUTE_PROTOCOL: u8 = 0x6f;
 const VNI: u32 = 1;
 const PORT: u16 = 8472;
 
@@ -178,12 +181,45 @@ impl Node {
         self.netns.run(|| lines.iter().try_for_each(|line| run(line)))
     }
 
-    /// The same as the agent makes it: its messages, in one batch.
-    pub(crate) fn join_by_agent(&self, other: &Self) -> anyhow::Result<()> {
+    /// The same as the agent makes it, and with its tables of nftables if `firewall` is true.
+    pub(crate) fn join_by_agent(&self, other: &Self, firewall: bool) -> anyhow::Result<()> {
         let netlink = Netlink::open_in(&self.netns)?;
         let device = self.device(&netlink)?;
-        let peer = Peer { subnet: other.subnet(), node: other.address(), mac: other.mac() };
-        apply(&netlink, &peer.changes(device))
+        let peers = Peers::from([other.as_peer()]);
+        program(&netlink, device, &peers)?;
+        if !firewall {
+            return Ok(());
+        }
+        let network = Network {
+            config: NetworkConfig::new("10.244.0.0/16".parse()?, 24, VNI, PORT)?,
+            own: SubnetKey { v4: Some(self.subnet()), v6: None },
+            leases: Leases::new(),
+            config_problem: None,
+        };
+        let me =
+            Identity { public_ip: self.address(), vtep_mac: Mac(self.mac()), public_ipv6: None };
+        let networks = Networks {
+            cluster: "10.244.0.0/16".parse()?,
+            service: orch_config::SERVICE_CIDR.parse()?,
+            dns_ip: orch_config::DNS_IP,
+        };
+        let tables = [
+            closed::desired_table(&network, &me, &peers),
+            Some(ruleset::desired_table(&[], &networks)),
+        ];
+        self.netns.run(|| -> anyhow::Result<()> {
+            for table in tables.iter().flatten() {
+                Nft::default().apply(&table.replace_script())?;
+            }
+            Ok(())
+        })
+    }
+
+    /// This node as others see it.
+    fn as_peer(&self) -> (IpNetwork, Peer) {
+        let subnet = IpNetwork::V4(self.subnet());
+        let path = Path::Vxlan(Mac(self.mac()));
+        (subnet, Peer { subnet, public_ip: IpAddr::V4(self.address()), path })
     }
 
     /// Makes the agent's device; its index.
@@ -205,37 +241,11 @@ impl Node {
     }
 }
 
-/// A remote node.
-pub(crate) struct Peer {
-    pub(crate) subnet: Ipv4Network,
-    pub(crate) node: Ipv4Addr,
-    pub(crate) mac: MacBytes,
-}
-
-impl Peer {
-    /// What the agent writes of it: forwarding entry, neighbour, and the route last.
-    pub(crate) fn changes(&self, device: u32) -> [Change; 3] {
-        let gateway = IpAddr::V4(self.subnet.network());
-        let entry = FdbEntry { link: device, mac: self.mac, dst: Some(IpAddr::V4(self.node)) };
-        let neighbour = Neighbour { link: device, ip: gateway, mac: self.mac, permanent: true };
-        let route = Route {
-            dst: IpNetwork::V4(self.subnet),
-            via: Some(gateway),
-            link: Some(device),
-            onlink: true,
-            protocol: ROUTE_PROTOCOL,
-            ..Route::default()
-        };
-        [Change::PutFdb(entry), Change::PutNeighbour(neighbour), Change::PutRoute(route)]
-    }
-}
-
-/// Makes changes in one batch.
-pub(crate) fn apply(netlink: &Netlink, changes: &[Change]) -> anyhow::Result<()> {
-    match netlink.apply(changes)?.into_iter().next() {
-        Some(refused) => Err(refused.error.into()),
-        None => Ok(()),
-    }
+/// Makes the kernel hold these peers, as the agent does it: read, compare, write in one batch.
+pub(crate) fn program(netlink: &Netlink, device: u32, peers: &Peers) -> anyhow::Result<()> {
+    let want = WantedPeers::new(peers, device, 0);
+    let steps = plan_peers(&observe_peers(netlink, device)?, &want);
+    Ok(apply_peers(netlink, device, &steps)?)
 }
 
 fn text(mac: MacBytes) -> String {

@@ -9,10 +9,12 @@ use rand::seq::IteratorRandom as _;
 
 use super::{Lease, Leases, SubnetKey};
 use crate::mac::Mac;
-use crate::network::NetworkConfig;
+use crate::network::{Ipv4Config, Ipv6Config, NetworkConfig};
 
 /// Random subnets that are tried before all are looked at.
 const GUESSES: u32 = 32;
+/// IPv6 subnets that are looked at: more than there can be nodes.
+const IPV6_LOOKS: usize = 1 << 16;
 
 /// Who this node is, as leases tell it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,10 +34,12 @@ pub enum Choice {
     Keep(Box<Lease>),
     /// Create the key of this free subnet.
     Take(SubnetKey),
-    /// Put this key in the place of ours: the IPv6 half changes, the IPv4 subnet stays.
+    /// Put this key in the place of ours: one half changes, the other one stays.
     Move(Box<Lease>, SubnetKey),
     /// Every subnet has an owner.
     Full,
+    /// The network is of IPv6 alone, and this node has no IPv6 address that others could send to.
+    NoIpv6,
 }
 
 impl Identity {
@@ -45,7 +49,7 @@ impl Identity {
     /// same one, or a host that died had ours before; it counts for a reservation (which names nothing else)
     /// and for the very subnet that this node held last.
     #[must_use]
-    pub fn owns(&self, lease: &Lease, former: Option<Ipv4Network>) -> bool {
+    pub fn owns(&self, lease: &Lease, former: Option<SubnetKey>) -> bool {
         let Some(value) = &lease.value else { return false };
         if let Some(data) = value.vtep()
             && data.vtep_mac == self.vtep_mac
@@ -53,7 +57,8 @@ impl Identity {
             return true;
         }
         value.public_ip == self.public_ip
-            && (value.backend_type.is_none() || former == Some(lease.key.v4))
+            && (value.backend_type.is_none()
+                || former.is_some_and(|former| former.is_kin(&lease.key)))
     }
 }
 
@@ -63,21 +68,42 @@ pub fn choose(
     config: &NetworkConfig,
     leases: &Leases,
     me: &Identity,
-    former: Option<Ipv4Network>,
+    former: Option<SubnetKey>,
     rng: &mut impl Rng,
 ) -> Choice {
+    match (&config.v4, &config.v6) {
+        (Some(v4), v6) => choose_ipv4(v4, v6.as_ref(), leases, me, former, rng),
+        (None, Some(v6)) if me.public_ipv6.is_some() => choose_ipv6(v6, leases, me, former, rng),
+        (None, _) => Choice::NoIpv6,
+    }
+}
+
+/// In a network of IPv4, and perhaps of IPv6 as well.
+fn choose_ipv4(
+    config: &Ipv4Config,
+    v6: Option<&Ipv6Config>,
+    leases: &Leases,
+    me: &Identity,
+    former: Option<SubnetKey>,
+    rng: &mut impl Rng,
+) -> Choice {
+    let allowed = |lease: &Lease| lease.key.v4.filter(|subnet| config.allows(*subnet));
     let own = leases
         .values()
-        .filter(|lease| config.allows(lease.key.v4) && me.owns(lease, former))
-        .max_by_key(|lease| (former == Some(lease.key.v4), std::cmp::Reverse(lease.key)));
-    let v6 = Ipv6Pool::new(config, leases, me);
-    if let Some(lease) = own {
+        .filter(|lease| me.owns(lease, former))
+        .filter_map(|lease| Some((lease, allowed(lease)?)))
+        .max_by_key(|(lease, _)| {
+            let was = former.is_some_and(|former| former.is_kin(&lease.key));
+            (was, std::cmp::Reverse(lease.key))
+        });
+    let v6 = v6.filter(|_| me.public_ipv6.is_some()).map(|v6| Ipv6Pool::new(v6, leases));
+    if let Some((lease, subnet)) = own {
         let right = match (lease.key.v6, &v6) {
             (None, None) => true,
             (Some(subnet), Some(pool)) => pool.config.allows(subnet),
             _ => false,
         };
-        let v6 = v6.as_ref().map(|pool| pool.partner(config, lease.key.v4));
+        let v6 = v6.as_ref().map(|pool| pool.partner(config, subnet));
         // An IPv6 network without a free subnet is no reason to lose the IPv4 one.
         return match v6 {
             _ if right => Choice::Keep(Box::new(lease.clone())),
@@ -89,15 +115,17 @@ pub fn choose(
         };
     }
     // Leases of another length (an older configuration) may cover part of a candidate.
+    let taken: BTreeSet<Ipv4Network> = leases.keys().filter_map(|key| key.v4).collect();
     let odd: Vec<Ipv4Network> =
-        leases.keys().copied().filter(|subnet| subnet.prefix() != config.subnet_len).collect();
+        taken.iter().copied().filter(|subnet| subnet.prefix() != config.subnet_len).collect();
     let free = |subnet: &Ipv4Network| {
-        !leases.contains_key(subnet) && !odd.iter().any(|other| other.overlaps(*subnet))
+        !taken.contains(subnet) && !odd.iter().any(|other| other.overlaps(*subnet))
     };
     let key = |v4: Ipv4Network| SubnetKey {
-        v4,
+        v4: Some(v4),
         v6: v6.as_ref().and_then(|pool| pool.partner(config, v4)),
     };
+    let former = former.and_then(|former| former.v4);
     if let Some(subnet) = former.filter(|subnet| config.allows(*subnet) && free(subnet)) {
         return Choice::Take(key(subnet));
     }
@@ -113,25 +141,68 @@ pub fn choose(
     chosen.map_or(Choice::Full, |subnet| Choice::Take(key(subnet)))
 }
 
+/// In a network of IPv6 alone.
+fn choose_ipv6(
+    config: &Ipv6Config,
+    leases: &Leases,
+    me: &Identity,
+    former: Option<SubnetKey>,
+    rng: &mut impl Rng,
+) -> Choice {
+    let allowed = |lease: &Lease| lease.key.v6.filter(|subnet| config.allows(*subnet));
+    let own = leases
+        .values()
+        .filter(|lease| me.owns(lease, former))
+        .filter_map(|lease| Some((lease, allowed(lease)?)))
+        .max_by_key(|(lease, _)| (lease.key.v4.is_none(), std::cmp::Reverse(lease.key)));
+    let key = |subnet| SubnetKey { v4: None, v6: Some(subnet) };
+    match own {
+        Some((lease, _)) if lease.key.v4.is_none() => return Choice::Keep(Box::new(lease.clone())),
+        // After dual stack.
+        Some((lease, subnet)) => return Choice::Move(Box::new(lease.clone()), key(subnet)),
+        None => {}
+    }
+    let pool = Ipv6Pool::new(config, leases);
+    let former = former.and_then(|former| former.v6);
+    if let Some(subnet) = former.filter(|subnet| config.allows(*subnet) && pool.is_free(*subnet)) {
+        return Choice::Take(key(subnet));
+    }
+    let size = 1_u128 << (128 - config.subnet_len);
+    let last = (config.subnet_max.to_bits() - config.subnet_min.to_bits()) / size;
+    let mut guess = || {
+        let base = config.subnet_min.to_bits() + rng.random_range(0..=last) * size;
+        let subnet = Ipv6Network::new(Ipv6Addr::from_bits(base), config.subnet_len).ok();
+        subnet.filter(|subnet| pool.is_free(*subnet))
+    };
+    let guessed = (0..GUESSES).find_map(|_| guess());
+    // Nearly full: one of the first that are free.
+    let chosen = guessed
+        .or_else(|| config.subnets(IPV6_LOOKS).filter(|subnet| pool.is_free(*subnet)).choose(rng));
+    chosen.map_or(Choice::Full, |subnet| Choice::Take(key(subnet)))
+}
+
 /// The IPv6 subnets. The n-th IPv4 subnet has the n-th IPv6 subnet as its partner, so that two nodes that cannot get
 /// the same IPv4 subnet cannot get the same IPv6 one either: etcd compares only whole keys.
 struct Ipv6Pool {
-    config: crate::network::Ipv6Config,
+    config: Ipv6Config,
     taken: BTreeSet<Ipv6Network>,
 }
 
 impl Ipv6Pool {
-    fn new(config: &NetworkConfig, leases: &Leases, me: &Identity) -> Option<Self> {
-        let v6 = config.v6.filter(|_| me.public_ipv6.is_some())?;
-        Some(Self { config: v6, taken: leases.values().filter_map(|lease| lease.key.v6).collect() })
+    fn new(config: &Ipv6Config, leases: &Leases) -> Self {
+        Self { config: *config, taken: leases.keys().filter_map(|key| key.v6).collect() }
+    }
+
+    fn is_free(&self, subnet: Ipv6Network) -> bool {
+        !self.taken.iter().any(|other| other.overlaps(subnet))
     }
 
     /// The partner of an IPv4 subnet, unless somebody (a flanneld, which pairs at random) has it.
-    fn partner(&self, config: &NetworkConfig, v4: Ipv4Network) -> Option<Ipv6Network> {
+    fn partner(&self, config: &Ipv4Config, v4: Ipv4Network) -> Option<Ipv6Network> {
         let place = (v4.ip().to_bits() - config.subnet_min.to_bits()) >> (32 - config.subnet_len);
         let place = place as usize;
         let partner = self.config.subnets(place + 1).nth(place)?;
-        (!self.taken.iter().any(|other| other.overlaps(partner))).then_some(partner)
+        self.is_free(partner).then_some(partner)
     }
 }
 
@@ -158,22 +229,27 @@ mod tests {
         text.parse().expect("CIDR")
     }
 
-    fn lease(subnet: Ipv4Network, last_octet: u8, mac: u8) -> (Ipv4Network, Lease) {
+    fn only(subnet: Ipv4Network) -> SubnetKey {
+        SubnetKey { v4: Some(subnet), v6: None }
+    }
+
+    fn lease(subnet: Ipv4Network, last_octet: u8, mac: u8) -> (SubnetKey, Lease) {
         let data = VxlanData { vni: 1, vtep_mac: Mac([2, 0, 0, 0, 0, mac]) };
         let value = LeaseValue::vxlan(Ipv4Addr::new(192, 0, 2, last_octet), data);
         (
-            subnet,
-            Lease {
-                key: SubnetKey { v4: subnet, v6: None },
-                value: Some(value),
-                mod_revision: 1,
-                etcd_lease: 7,
-            },
+            only(subnet),
+            Lease { key: only(subnet), value: Some(value), mod_revision: 1, etcd_lease: 7 },
         )
     }
 
     fn decide(leases: &Leases, former: Option<&str>) -> Choice {
-        choose(&config(24), leases, &ME, former.map(net), &mut StdRng::seed_from_u64(1))
+        choose(
+            &config(24),
+            leases,
+            &ME,
+            former.map(|former| only(net(former))),
+            &mut StdRng::seed_from_u64(1),
+        )
     }
 
     #[test]
@@ -181,7 +257,7 @@ mod tests {
         for octet in [1, 9] {
             let leases = Leases::from([lease(net("10.244.7.0/24"), octet, 1)]);
             assert!(
-                matches!(decide(&leases, None), Choice::Keep(own) if own.key.v4 == net("10.244.7.0/24"))
+                matches!(decide(&leases, None), Choice::Keep(own) if own.key == only(net("10.244.7.0/24")))
             );
         }
     }
@@ -190,7 +266,7 @@ mod tests {
     fn a_lease_with_our_address_but_another_mac_is_only_ours_if_we_held_it() {
         let leases = Leases::from([lease(net("10.244.7.0/24"), 1, 99)]);
         assert!(
-            matches!(decide(&leases, None), Choice::Take(key) if key.v4 != net("10.244.7.0/24"))
+            matches!(decide(&leases, None), Choice::Take(key) if key != only(net("10.244.7.0/24")))
         );
         assert!(matches!(decide(&leases, Some("10.244.7.0/24")), Choice::Keep(_)));
     }
@@ -206,7 +282,7 @@ mod tests {
         reservation.value.as_mut().expect("set").public_ip = Ipv4Addr::new(192, 0, 2, 50);
         let others = Leases::from([(subnet, reservation)]);
         assert!(
-            matches!(decide(&others, Some("10.244.9.0/24")), Choice::Take(other) if other.v4 != subnet)
+            matches!(decide(&others, Some("10.244.9.0/24")), Choice::Take(other) if other != subnet)
         );
     }
 
@@ -214,10 +290,10 @@ mod tests {
     fn the_former_subnet_comes_back_if_nobody_took_it() {
         assert_eq!(
             decide(&Leases::new(), Some("10.244.42.0/24")),
-            Choice::Take(SubnetKey { v4: net("10.244.42.0/24"), v6: None })
+            Choice::Take(only(net("10.244.42.0/24")))
         );
         assert!(
-            matches!(decide(&Leases::new(), Some("10.99.0.0/24")), Choice::Take(key) if key.v4.ip().octets()[1] == 244)
+            matches!(decide(&Leases::new(), Some("10.99.0.0/24")), Choice::Take(key) if key.v4.is_some_and(|v4| v4.ip().octets()[1] == 244))
         );
     }
 
@@ -234,21 +310,61 @@ mod tests {
         assert_eq!(key.to_string(), "10.244.7.0-24&fd00:0:0:7::-64");
         // A node without an IPv6 address stays as it is, and so does one whose partner is taken.
         assert!(matches!(choose(&dual, &leases, &ME), Choice::Keep(_)));
-        let (subnet, mut other) = lease(net("10.244.9.0/24"), 9, 9);
+        let (_, mut other) = lease(net("10.244.9.0/24"), 9, 9);
         other.key.v6 = key.v6;
-        leases.insert(subnet, other);
+        leases.insert(other.key, other);
         assert!(matches!(choose(&dual, &leases, &me), Choice::Keep(_)));
-        leases.remove(&subnet);
-        leases.get_mut(&net("10.244.7.0/24")).expect("ours").key = key;
+        let (_, mut own) = lease(net("10.244.7.0/24"), 1, 1);
+        own.key = key;
+        let leases = Leases::from([(key, own)]);
         assert!(matches!(choose(&dual, &leases, &me), Choice::Keep(_)));
         let Choice::Move(_, key) = choose(&config(24), &leases, &me) else { panic!("it moves") };
         assert_eq!(key.to_string(), "10.244.7.0-24");
     }
 
     #[test]
+    fn where_there_is_ipv6_alone_the_ipv6_half_is_kept_and_the_other_one_goes() {
+        let json = br#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/62","Backend":{"Type":"vxlan"}}"#;
+        let alone = NetworkConfig::parse(json).expect("valid");
+        let me = Identity { public_ipv6: Some("2001:db8::1".parse().expect("address")), ..ME };
+        let choose = |leases: &Leases, me: &Identity, former: Option<&str>| {
+            let former = former.map(|key| key.parse().expect(key));
+            choose(&alone, leases, me, former, &mut StdRng::seed_from_u64(1))
+        };
+        assert_eq!(choose(&Leases::new(), &ME, None), Choice::NoIpv6);
+        let key = |text: &str| -> SubnetKey { text.parse().expect(text) };
+        let wanted = "0.0.0.0-0&fd00:0:0:2::-64";
+        assert_eq!(choose(&Leases::new(), &me, Some(wanted)), Choice::Take(key(wanted)));
+        // After dual stack, and again after that.
+        let (_, mut own) = lease(net("10.244.7.0/24"), 1, 1);
+        own.key = key("10.244.7.0-24&fd00:0:0:3::-64");
+        let after = key("0.0.0.0-0&fd00:0:0:3::-64");
+        let leases = Leases::from([(own.key, own.clone())]);
+        assert_eq!(choose(&leases, &me, None), Choice::Move(Box::new(own.clone()), after));
+        own.key = after;
+        assert_eq!(
+            choose(&Leases::from([(after, own.clone())]), &me, None),
+            Choice::Keep(Box::new(own))
+        );
+        // Three subnets, two of others: the third, and then none.
+        let mut others: Leases = [("10.244.1.0-24&fd00:0:0:1::-64", 8), (wanted, 9)]
+            .into_iter()
+            .map(|(text, number)| {
+                let (_, other) = lease(net("10.244.9.0/24"), number, number);
+                (key(text), Lease { key: key(text), ..other })
+            })
+            .collect();
+        assert_eq!(choose(&others, &me, Some(wanted)), Choice::Take(after));
+        let (_, last) = lease(net("10.244.9.0/24"), 10, 10);
+        others.insert(after, Lease { key: after, ..last });
+        assert_eq!(choose(&others, &me, None), Choice::Full);
+    }
+
+    #[test]
     fn a_full_network_says_so() {
         let config = config(18);
-        let leases = config.subnets().map(|subnet| lease(subnet, 50, 50)).collect();
+        let v4 = config.v4.expect("IPv4");
+        let leases = v4.subnets().map(|subnet| lease(subnet, 50, 50)).collect();
         assert_eq!(
             choose(&config, &leases, &ME, None, &mut StdRng::seed_from_u64(1)),
             Choice::Full
@@ -270,15 +386,17 @@ mod tests {
                     lease(Ipv4Network::new(subnet.network(), len).expect("valid"), 50, 50)
                 })
                 .collect();
+            let v4 = config.v4.expect("IPv4");
+            let taken: Vec<Ipv4Network> = leases.keys().filter_map(|key| key.v4).collect();
             match choose(&config, &leases, &ME, None, &mut StdRng::seed_from_u64(seed)) {
-                Choice::Take(SubnetKey { v4: subnet, .. }) => {
-                    prop_assert!(config.allows(subnet));
-                    prop_assert!(!leases.keys().any(|other| other.overlaps(subnet)));
+                Choice::Take(SubnetKey { v4: Some(subnet), .. }) => {
+                    prop_assert!(v4.allows(subnet));
+                    prop_assert!(!taken.iter().any(|other| other.overlaps(subnet)));
                 }
                 Choice::Full => {
-                    prop_assert!(config.subnets().all(|one| leases.keys().any(|other| other.overlaps(one))));
+                    prop_assert!(v4.subnets().all(|one| taken.iter().any(|other| other.overlaps(one))));
                 }
-                Choice::Keep(_) | Choice::Move(..) => prop_assert!(false, "none is ours"),
+                _ => prop_assert!(false, "none is ours, and there is IPv4"),
             }
         }
     }

@@ -7,7 +7,6 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnetwork::{Ipv4Network, Ipv6Network};
 use rand::Rng as _;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
@@ -37,10 +36,8 @@ const FULL_SPREAD: Duration = Duration::from_millis(500);
 pub struct Network {
     /// Its configuration.
     pub config: NetworkConfig,
-    /// This node's subnet.
-    pub own: Ipv4Network,
-    /// This node's IPv6 subnet, in dual stack.
-    pub own_v6: Option<Ipv6Network>,
+    /// This node's subnets.
+    pub own: SubnetKey,
     /// Everybody's leases, ours among them.
     pub leases: Leases,
     /// Why the configuration in etcd is not the one that is followed.
@@ -160,17 +157,16 @@ impl Keeper {
             let Snapshot { leases, config, revision } = registry.snapshot().await?;
             *backoff = BACKOFF_MIN;
             if matches!(&*self.health.borrow(), EtcdHealth::Away(_)) {
-                info!("etcd answers again");
+                info!("etcd answers, and this node has its subnet");
             }
             self.health.send_replace(EtcdHealth::Healthy);
             if !self.still_ours(&leases, &own.key) || config != followed.revision {
                 continue;
             }
-            self.leave_former_subnets(&registry, &leases, own.key.v4).await?;
+            self.leave_former_subnets(&registry, &leases, own.key).await?;
             self.publish(Network {
                 config: followed.config.clone(),
-                own: own.key.v4,
-                own_v6: own.key.v6,
+                own: own.key,
                 leases,
                 config_problem: followed.problem.clone(),
             });
@@ -213,24 +209,24 @@ impl Keeper {
         &self,
         registry: &Registry,
         leases: &Leases,
-        own: Ipv4Network,
+        own: SubnetKey,
     ) -> Result<(), RegistryError> {
-        for lease in leases.values().filter(|lease| lease.key.v4 != own && lease.etcd_lease != 0) {
+        for lease in leases.values().filter(|lease| lease.key != own && lease.etcd_lease != 0) {
             let Some(value) = &lease.value else { continue };
             // The MAC alone is not enough: another node may wrongly have our name, and with it our MAC.
             let ours = value.public_ip == self.identity.public_ip
                 && value.vtep().is_some_and(|data| data.vtep_mac == self.identity.vtep_mac);
             if ours && registry.remove(lease).await? {
-                info!(subnet = %lease.key.v4, "a former subnet of this node was given back");
+                info!(subnet = %lease.key, "a former subnet of this node was given back");
             }
         }
         Ok(())
     }
 
     /// The subnet this node held last: in this life, else in a former one.
-    fn former(&self) -> Option<Ipv4Network> {
+    fn former(&self) -> Option<SubnetKey> {
         let in_this_life = self.network.borrow().as_ref().map(|network| network.own);
-        in_this_life.or_else(|| SubnetEnv::observe(&self.subnet_env).map(|env| env.subnet))
+        in_this_life.or_else(|| SubnetEnv::observe(&self.subnet_env).map(|env| env.key()))
     }
 
     /// Gets the lease.
@@ -273,24 +269,29 @@ impl Keeper {
                     let taken = registry.create(&key, &value, config_revision).await?;
                     (key, value, taken)
                 }
-                Choice::Full => {
-                    error!(
-                        network = %config.network,
-                        leases = leases.len(),
-                        "every node subnet is taken: remove dead nodes' keys under {}/subnets/ or widen SubnetMax",
-                        self.prefix
+                Choice::NoIpv6 => {
+                    self.without_subnet(
+                        "the network is of IPv6 alone, and the link that carries the overlay has no IPv6 address: add one, and start the agent again".to_owned(),
+                        former,
                     );
-                    // Whatever this node held is not in etcd any more.
-                    if former.is_some() && self.subnet_env.exists() {
-                        self.fence(former);
-                    }
+                    return Ok(Acquired::Full(revision));
+                }
+                Choice::Full => {
+                    let held = leases.len();
+                    self.without_subnet(
+                        format!(
+                            "every node subnet is taken ({held} leases): remove dead nodes' keys under {}/subnets/ or widen the network",
+                            self.prefix
+                        ),
+                        former,
+                    );
                     return Ok(Acquired::Full(revision));
                 }
             };
             match taken {
                 Some(etcd_lease) => {
                     info!(subnet = %key, former = ?former.map(|former| former.to_string()), "subnet acquired");
-                    if former.is_some_and(|former| former != key.v4) {
+                    if former.is_some_and(|former| !former.is_kin(&key)) {
                         self.fence(former);
                     }
                     return Ok(Acquired::Lease(Box::new(Lease {
@@ -332,13 +333,13 @@ impl Keeper {
                         self.still_ours(&network.leases, &own.key)
                     });
                     if !ours {
-                        warn!(subnet = %own.key.v4, "our subnet's key was deleted or overwritten; acquiring again");
+                        warn!(subnet = %own.key, "our subnet's key was deleted or overwritten; acquiring again");
                         return Ok(());
                     }
                 }
                 _ = renew.tick() => {
                     if own.etcd_lease != 0 && !registry.keep_alive(own.etcd_lease).await? {
-                        warn!(subnet = %own.key.v4, "the etcd lease of our subnet is gone; acquiring again");
+                        warn!(subnet = %own.key, "the etcd lease of our subnet is gone; acquiring again");
                         return Ok(());
                     }
                 }
@@ -348,8 +349,7 @@ impl Keeper {
 
     fn still_ours(&self, leases: &Leases, own: &SubnetKey) -> bool {
         leases
-            .get(&own.v4)
-            .filter(|lease| lease.key == *own)
+            .get(own)
             .and_then(|lease| lease.value.as_ref()?.vtep())
             .is_some_and(|data| data.vtep_mac == self.identity.vtep_mac)
     }
@@ -363,11 +363,11 @@ impl Keeper {
     fn publish(&self, network: Network) {
         for lease in network.leases.values() {
             let same_mac = lease.value.as_ref().and_then(LeaseValue::vtep).is_some_and(|data| {
-                data.vtep_mac == self.identity.vtep_mac && lease.key.v4 != network.own
+                data.vtep_mac == self.identity.vtep_mac && lease.key != network.own
             });
             if same_mac {
                 error!(
-                    subnet = %lease.key.v4,
+                    subnet = %lease.key,
                     mac = %self.identity.vtep_mac,
                     "another lease names our VTEP MAC: two nodes of one name, or a stale key; the kernel drops its packets as a loop"
                 );
@@ -380,8 +380,18 @@ impl Keeper {
         });
     }
 
+    /// There is none for this node; it waits for a change.
+    fn without_subnet(&self, why: String, former: Option<SubnetKey>) {
+        error!("{why}");
+        // Whatever this node held is not in etcd any more.
+        if former.is_some() && self.subnet_env.exists() {
+            self.fence(former);
+        }
+        self.health.send_replace(EtcdHealth::Away(why));
+    }
+
     /// The former subnet belongs to somebody else: no pod may get an address of it any more.
-    fn fence(&self, former: Option<Ipv4Network>) {
+    fn fence(&self, former: Option<SubnetKey>) {
         error!(
             former = ?former.map(|former| former.to_string()),
             "the former subnet is not this node's any more; pods that still hold addresses of it lose their connections"
@@ -416,16 +426,12 @@ fn apply(leases: &mut Leases, changes: Vec<Change>) -> bool {
     for change in changes {
         changed |= match change {
             Change::Put(lease) => {
-                let same = |before: &Lease| before.value == lease.value && before.key == lease.key;
-                let differs = !leases.get(&lease.key.v4).is_some_and(same);
-                leases.insert(lease.key.v4, *lease);
+                let same = |before: &Lease| before.value == lease.value;
+                let differs = !leases.get(&lease.key).is_some_and(same);
+                leases.insert(lease.key, *lease);
                 differs
             }
-            // A key that was replaced by one with another IPv6 half is not the one that is there.
-            Change::Delete(key) if leases.get(&key.v4).is_some_and(|lease| lease.key == key) => {
-                leases.remove(&key.v4).is_some()
-            }
-            Change::Delete(_) => false,
+            Change::Delete(key) => leases.remove(&key).is_some(),
             Change::Config(_) => false,
         };
     }

@@ -256,7 +256,7 @@ impl Registry {
             let TxnOpResponse::Get(get) = response else { continue };
             for kv in get.kvs() {
                 if kv.key().starts_with(prefix.as_bytes()) {
-                    let lease = decode(&prefix, kv).map(|lease| (lease.key.v4, lease));
+                    let lease = decode(&prefix, kv).map(|lease| (lease.key, lease));
                     snapshot.leases.extend(lease);
                 } else {
                     snapshot.config = kv.mod_revision();

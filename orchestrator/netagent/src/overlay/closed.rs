@@ -8,6 +8,9 @@
 //! - `prerouting`: a packet from the pods' bridge has a source out of this node's subnet. (Which pod may use which of its
 //!   addresses is the business of the `policy` plugin.)
 //!
+//! Here is also what makes the way of these packets short: conntrack does not look at those between nodes (`notrack`).
+//! Nobody translates them, and what VXLAN receives is no answer to what it sends: the ports differ.
+//!
 //! One table of ours, one set of addresses; a node that joins or leaves is one element.
 
 use std::net::IpAddr;
@@ -27,18 +30,18 @@ const BEFORE_FILTER: i32 = -10;
 const BEFORE_CONNTRACK: i32 = -300;
 const SOURCE_NAT: i32 = 100;
 
-/// Everything that belongs into the IPv4 table. Pure.
+/// Everything that belongs into the IPv4 table, if there is IPv4. Pure.
 #[must_use]
-pub fn desired_table(network: &Network, me: &Identity, peers: &Peers) -> Table {
-    table(network, network.own.into(), me.public_ip.into(), peers)
+pub fn desired_table(network: &Network, me: &Identity, peers: &Peers) -> Option<Table> {
+    Some(table(network, network.own.v4?.into(), me.public_ip.into(), peers))
 }
 
-/// Everything that belongs into the IPv6 table, in dual stack; also masquerade, which the table of Services has for IPv4.
-/// Pure.
+/// Everything that belongs into the IPv6 table, if there is IPv6; also masquerade, which the table of Services has for
+/// IPv4. Pure.
 #[must_use]
 pub fn desired_table_ipv6(network: &Network, me: &Identity, peers: &Peers) -> Option<Table> {
     let cluster = network.config.v6?.network;
-    let mut table = table(network, network.own_v6?.into(), me.public_ipv6?.into(), peers);
+    let mut table = table(network, network.own.v6?.into(), me.public_ipv6?.into(), peers);
     table.chain(
         "postrouting",
         Chain::base(
@@ -85,9 +88,19 @@ fn table(network: &Network, own: IpNetwork, public_ip: IpAddr, peers: &Peers) ->
             )]),
         ),
     );
+    let untracked = |side: &str| format!("udp dport {port} {ip} {side} @{NODES} notrack");
     table.chain(
         "prerouting",
-        Chain::base("filter", Hook::Prerouting, BEFORE_CONNTRACK, rules(&[spoofed(bridge, own)])),
+        Chain::base(
+            "filter",
+            Hook::Prerouting,
+            BEFORE_CONNTRACK,
+            rules(&[spoofed(bridge, own), untracked("saddr")]),
+        ),
+    );
+    table.chain(
+        "output",
+        Chain::base("filter", Hook::Output, BEFORE_CONNTRACK, rules(&[untracked("daddr")])),
     );
     table
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use cni_netlink::Netlink;
 use cni_nftables::NftError;
-use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use ipnetwork::{IpNetwork, Ipv4Network};
 use orch_config::Paths;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
@@ -26,7 +26,7 @@ use super::plan::{SeenPeers, WantedPeers, conflicts, plan_peers};
 use super::{Device, Path, Peer, Peers, desired_peers};
 use crate::chain;
 use crate::files::{CONFLIST, FileError, SubnetEnv, conflist, ensure_content};
-use crate::lease::{Identity, Network};
+use crate::lease::{Identity, Network, SubnetKey};
 use crate::network::{Mode, NetworkConfig};
 use crate::status::{DeviceStatus, NetStatus, PeerStatus};
 use crate::sysctl;
@@ -63,19 +63,25 @@ struct State {
 struct Applied {
     /// Own subnet and configuration, on which all but the peers depends.
     config: NetworkConfig,
-    own: Ipv4Network,
-    own_v6: Option<Ipv6Network>,
+    own: SubnetKey,
     underlay: Underlay,
-    /// Devices by family, with what the kernel holds behind each.
-    devices: Vec<(u32, WantedPeers)>,
+    devices: Vec<FamilyDevice>,
     /// What the last whole look found wrong.
     problems: Vec<String>,
+}
+
+/// A device of ours, and what the kernel holds behind it.
+#[derive(Debug, Clone)]
+struct FamilyDevice {
+    ipv4: bool,
+    index: u32,
+    peers: WantedPeers,
 }
 
 /// What was done in one look.
 struct Done {
     underlay: Underlay,
-    devices: Vec<(u32, WantedPeers)>,
+    devices: Vec<FamilyDevice>,
     peers: Peers,
     steps: usize,
     sysctls: sysctl::Report,
@@ -103,9 +109,10 @@ impl Overlay {
     /// Takes the CNI configuration of a former boot away: it says that pods may start, but the overlay is gone. Where
     /// the overlay still stands, only this agent was away, and nobody has to wait.
     pub(crate) fn withdraw_stale_configuration(&self) {
-        let stands = Netlink::open()
-            .and_then(|netlink| netlink.link(&self.device_name))
-            .is_ok_and(|link| link.is_some());
+        let names = [self.device_name.clone(), self.device_name_ipv6()];
+        let stands = Netlink::open().is_ok_and(|netlink| {
+            names.iter().any(|name| netlink.link(name).is_ok_and(|link| link.is_some()))
+        });
         if stands {
             return;
         }
@@ -226,10 +233,7 @@ impl Overlay {
             None => Netlink::open().map_err(Error::Socket)?,
         };
         let same = |applied: &Applied| {
-            !whole
-                && applied.config == network.config
-                && applied.own == network.own
-                && applied.own_v6 == network.own_v6
+            !whole && applied.config == network.config && applied.own == network.own
         };
         let done = match state.applied.take().filter(same) {
             Some(applied) => {
@@ -242,7 +246,6 @@ impl Overlay {
         state.applied = Some(Applied {
             config: network.config.clone(),
             own: network.own,
-            own_v6: network.own_v6,
             underlay: done.underlay.clone(),
             devices: done.devices.clone(),
             problems: done.problems.clone(),
@@ -272,29 +275,35 @@ impl Overlay {
         for device in self.devices(network, &underlay) {
             let (index, count) = kernel::ensure_device(netlink, &device)?;
             steps += count;
-            let same_family = of_family(&peers, device.local.is_ipv4());
-            devices.push((index, WantedPeers::new(&same_family, index, underlay.index)));
+            let ipv4 = device.local.is_ipv4();
+            let peers = WantedPeers::new(&of_family(&peers, ipv4), index, underlay.index);
+            devices.push(FamilyDevice { ipv4, index, peers });
             names.push(device.name);
         }
-        if network.own_v6.is_none() {
-            steps += kernel::remove_device(netlink, &self.device_name_ipv6())?;
+        for (own, name) in [
+            (network.own.v4.is_some(), self.device_name.clone()),
+            (network.own.v6.is_some(), self.device_name_ipv6()),
+        ] {
+            if !own {
+                steps += kernel::remove_device(netlink, &name)?;
+            }
         }
         // From now on the kernel's news are compared with this.
         *interest.lock() =
-            Interest { devices: devices.clone(), underlay: Some(underlay.index), names };
-        for (place, (index, want)) in devices.iter().enumerate() {
-            let mut seen = kernel::observe_peers(netlink, *index)?;
+            Interest { devices: heard(&devices), underlay: Some(underlay.index), names };
+        for device in &devices {
+            let mut seen = kernel::observe_peers(netlink, device.index)?;
             if devices.len() > 1 {
-                // The first device is that of IPv4. Alone, it sees what a former IPv6 overlay left, too.
-                seen.keep_family(place == 0);
+                // One that is alone sees what a former overlay of the other family left, too.
+                seen.keep_family(device.ipv4);
             }
-            let changes = plan_peers(&seen, want);
-            kernel::apply_peers(netlink, *index, &changes)?;
+            let changes = plan_peers(&seen, &device.peers);
+            kernel::apply_peers(netlink, device.index, &changes)?;
             steps += changes.len();
-            problems.extend(conflicts(&seen, want));
+            problems.extend(conflicts(&seen, &device.peers));
         }
-        let dual_stack = devices.len() > 1;
-        if network.own_v6.is_some() && !dual_stack {
+        let has_ipv6 = devices.iter().any(|device| !device.ipv4);
+        if network.own.v6.is_some() && !has_ipv6 {
             problems.push(format!(
                 "the link {} has no IPv6 address: IPv6 of pods does not leave the node",
                 underlay.name
@@ -302,18 +311,18 @@ impl Overlay {
         }
         let sysctls = sysctl::ensure(
             &[&self.device_name, &underlay.name],
-            dual_stack.then_some(underlay.name.as_str()),
+            has_ipv6.then_some(underlay.name.as_str()),
         );
         problems.extend(sysctls.errors.iter().map(ToString::to_string));
-        let forward_rules = forward::ensure(network.config.network).unwrap_or_else(|error| {
+        let forward_rules = network.config.v4.map_or(Ok(0), |v4| forward::ensure(v4.network));
+        let forward_rules = forward_rules.unwrap_or_else(|error| {
             problems.push(forward_problem(&error));
             0
         });
         let env = SubnetEnv {
-            network: network.config.network,
-            subnet: network.own,
+            ipv4: network.config.v4.map(|v4| v4.network).zip(network.own.v4),
+            ipv6: network.config.v6.map(|v6| v6.network).zip(network.own.v6),
             mtu: self.pod_mtu(network, &underlay),
-            ipv6: network.config.v6.map(|v6| v6.network).zip(network.own_v6),
         };
         // Only now may pods start: the way out of this node is there.
         ensure_content(&self.paths.subnet_env(), env.render().as_bytes())?;
@@ -348,15 +357,15 @@ impl Overlay {
         }
         let mut devices = Vec::new();
         let mut changes = Vec::new();
-        for (place, (index, before)) in before.iter().enumerate() {
-            let same_family = of_family(&peers, place == 0);
-            let want = WantedPeers::new(&same_family, *index, underlay.index);
-            changes.push(plan_peers(&SeenPeers::from(before), &want));
-            devices.push((*index, want));
+        for before in before {
+            let same_family = of_family(&peers, before.ipv4);
+            let want = WantedPeers::new(&same_family, before.index, underlay.index);
+            changes.push(plan_peers(&SeenPeers::from(&before.peers), &want));
+            devices.push(FamilyDevice { peers: want, ..before });
         }
-        interest.lock().devices.clone_from(&devices);
-        for ((index, _), changes) in devices.iter().zip(&changes) {
-            kernel::apply_peers(netlink, *index, changes)?;
+        interest.lock().devices = heard(&devices);
+        for (device, changes) in devices.iter().zip(&changes) {
+            kernel::apply_peers(netlink, device.index, changes)?;
         }
         Ok(Done {
             underlay,
@@ -380,7 +389,11 @@ impl Overlay {
         verify: bool,
     ) -> Result<bool, NftError> {
         let [v4, v6] = closed;
-        let mut mended = v4.apply(closed::desired_table(network, &self.identity, peers), verify)?;
+        let mut mended = false;
+        match closed::desired_table(network, &self.identity, peers) {
+            Some(table) => mended |= v4.apply(table, verify)?,
+            None => v4.remove()?,
+        }
         match closed::desired_table_ipv6(network, &self.identity, peers) {
             Some(table) => mended |= v6.apply(table, verify)?,
             None => v6.remove()?,
@@ -391,10 +404,11 @@ impl Overlay {
     fn desired(&self, network: &Network, underlay: &Underlay) -> (Peers, Vec<String>) {
         let (peers, mut problems) = desired_peers(network, &self.identity, &underlay.on_link);
         problems.extend(network.config_problem.clone());
-        if network.config.network.overlaps(self.service_cidr) {
+        let pods = network.config.v4.map(|v4| v4.network);
+        if let Some(pods) = pods.filter(|pods| pods.overlaps(self.service_cidr)) {
             problems.push(format!(
-                "the pod network {} overlaps the Services' network {}: addresses in both are refused; choose another Network",
-                network.config.network, self.service_cidr
+                "the pod network {pods} overlaps the Services' network {}: addresses in both are refused; choose another Network",
+                self.service_cidr
             ));
         }
         (peers, problems)
@@ -413,14 +427,16 @@ impl Overlay {
             mtu: Mode::Vxlan.pod_mtu(underlay.mtu, mtu),
             address,
         };
-        let v4 = device(
-            self.device_name.clone(),
-            IpAddr::V4(underlay.local),
-            self.identity.vtep_mac,
-            false,
-            IpAddr::V4(network.own.network()),
-        );
-        let v6 = network.own_v6.zip(underlay.local_ipv6).map(|(own, local)| {
+        let v4 = network.own.v4.map(|own| {
+            device(
+                self.device_name.clone(),
+                IpAddr::V4(underlay.local),
+                self.identity.vtep_mac,
+                false,
+                IpAddr::V4(own.network()),
+            )
+        });
+        let v6 = network.own.v6.zip(underlay.local_ipv6).map(|(own, local)| {
             device(
                 self.device_name_ipv6(),
                 IpAddr::V6(local),
@@ -429,7 +445,7 @@ impl Overlay {
                 IpAddr::V6(own.network()),
             )
         });
-        [v4].into_iter().chain(v6).collect()
+        v4.into_iter().chain(v6).collect()
     }
 
     fn device_name_ipv6(&self) -> String {
@@ -438,7 +454,7 @@ impl Overlay {
     }
 
     fn pod_mtu(&self, network: &Network, underlay: &Underlay) -> u32 {
-        network.config.mode.pod_mtu(underlay.mtu, network.own_v6.is_some())
+        network.config.mode.pod_mtu(underlay.mtu, network.own.v6.is_some())
     }
 
     fn report(&self, done: &Done, network: &Network, status: &watch::Sender<NetStatus>) {
@@ -485,8 +501,12 @@ impl Overlay {
         }
         status.send_if_modified(|status| {
             let before = status.clone();
-            status.network = Some(network.config.network.to_string());
-            status.subnet = Some(network.own.to_string());
+            let (config, own) = (&network.config, network.own);
+            status.network = config.v4.map(|v4| v4.network.to_string());
+            status.subnet = own.v4.map(|subnet| subnet.to_string());
+            status.network_v6 = config.v6.map(|v6| v6.network.to_string());
+            status.subnet_v6 = own.v6.map(|subnet| subnet.to_string());
+            status.mode = Some(network.config.mode.name().to_owned());
             status.device = Some(DeviceStatus {
                 name: self.device_name.clone(),
                 vtep_mac: self.identity.vtep_mac.to_string(),
@@ -508,6 +528,11 @@ impl Overlay {
             *status != before
         });
     }
+}
+
+/// As the watcher of kernel events wants it.
+fn heard(devices: &[FamilyDevice]) -> Vec<(u32, WantedPeers)> {
+    devices.iter().map(|device| (device.index, device.peers.clone())).collect()
 }
 
 /// The peers of one family.

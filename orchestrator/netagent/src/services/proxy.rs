@@ -166,8 +166,10 @@ impl Follower {
         while !cancel.is_cancelled() {
             services.borrow_and_update();
             slices.borrow_and_update();
-            if let Some(network) = &*self.network.borrow_and_update() {
-                self.cluster = network.config.network;
+            if let Some(v4) =
+                self.network.borrow_and_update().as_ref().and_then(|network| network.config.v4)
+            {
+                self.cluster = v4.network;
             }
             let networks =
                 Networks { cluster: self.cluster, service: self.service_cidr, dns_ip: self.dns_ip };

@@ -138,7 +138,13 @@ fn fixed_chains(table: &mut Table, networks: &Networks) {
             "filter",
             Hook::Forward,
             0,
-            [invalid("saddr"), invalid("daddr"), no_endpoint.clone()],
+            [
+                // Nearly all packets, and none of those that the rules below are for.
+                "ct state established accept".to_owned(),
+                invalid("saddr"),
+                invalid("daddr"),
+                no_endpoint.clone(),
+            ],
         ),
     );
     // While the agent starts again nobody listens there. Told so, resolvers give up at once; not told, they ask again.

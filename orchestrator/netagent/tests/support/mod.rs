@@ -2,8 +2,10 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
 
 pub mod api;
+pub mod history;
 pub mod netns;
 pub mod overlay;
+pub mod stream;
 
 use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;

@@ -197,14 +197,18 @@ impl Node {
         eventually("the node has a subnet", || SubnetEnv::observe(&self.subnet_file()))
     }
 
+    /// Its IPv4 subnet.
+    pub fn subnet(&self) -> Ipv4Network {
+        self.env().ipv4.expect("the network has IPv4").1
+    }
+
     pub fn status(&self) -> NetStatus {
         NetStatus::read(&Paths::new(self.folder.path()).net_status()).unwrap_or_default()
     }
 
     /// Key of its lease.
     pub fn key(&self) -> String {
-        let subnet = self.env().subnet;
-        format!("{}-{}", subnet.network(), subnet.prefix())
+        self.env().key().to_string()
     }
 
     /// Runs `nft` in it; what it prints, or nothing if it fails.
@@ -219,8 +223,7 @@ impl Node {
 
     /// A pod with the address `last` of the node's subnet, which answers "NAME CLIENT" on port 8080.
     pub fn pod(&self, last: u8) -> Pod {
-        let env = self.env();
-        Pod::attach(&self.netns, env.subnet, env.mtu, last)
+        Pod::attach(&self.netns, self.subnet(), self.env().mtu, last)
     }
 }
 

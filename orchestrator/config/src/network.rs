@@ -49,9 +49,24 @@ fn field(field: &'static str, problem: impl Into<String>) -> ConfigError {
     ConfigError::Field { field, problem: problem.into() }
 }
 
-/// A checked network configuration.
+/// A checked network configuration. It has at least one family.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetworkConfig {
+    /// The IPv4 network; `None` where there is IPv6 alone.
+    pub v4: Option<Ipv4Config>,
+    /// The IPv6 network, in dual stack or alone.
+    pub v6: Option<Ipv6Config>,
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// UDP port of VXLAN.
+    pub port: u16,
+    /// How packets get to another node.
+    pub mode: Mode,
+}
+
+/// The IPv4 half of a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ipv4Config {
     /// The network that node subnets are cut from.
     pub network: Ipv4Network,
     /// Prefix length of one node's subnet.
@@ -60,17 +75,9 @@ pub struct NetworkConfig {
     pub subnet_min: Ipv4Addr,
     /// Last subnet that may be leased.
     pub subnet_max: Ipv4Addr,
-    /// VXLAN network identifier.
-    pub vni: u32,
-    /// UDP port of VXLAN.
-    pub port: u16,
-    /// How packets get to another node.
-    pub mode: Mode,
-    /// The IPv6 network, in dual stack.
-    pub v6: Option<Ipv6Config>,
 }
 
-/// The IPv6 half of a dual-stack network.
+/// The IPv6 half of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ipv6Config {
     /// The network that node subnets are cut from.
@@ -149,6 +156,75 @@ impl Ipv6Config {
     }
 }
 
+impl Ipv4Config {
+    fn checked(
+        network: Ipv4Network,
+        len: Option<u8>,
+        min: Option<Ipv4Addr>,
+        max: Option<Ipv4Addr>,
+    ) -> Result<Self, ConfigError> {
+        let network = Ipv4Network::new(network.network(), network.prefix())
+            .expect("a network's own prefix is valid");
+        if network.prefix() > MAX_NETWORK_LEN {
+            return Err(field(
+                "Network",
+                format!("{network} is too small: /{MAX_NETWORK_LEN} or wider"),
+            ));
+        }
+        let default =
+            if network.prefix() <= 22 { DEFAULT_SUBNET_LEN } else { network.prefix() + 2 };
+        let subnet_len = len.unwrap_or(default);
+        if subnet_len > MAX_SUBNET_LEN || subnet_len < network.prefix() + 2 {
+            return Err(field(
+                "SubnetLen",
+                format!(
+                    "{subnet_len} must be between {} and {MAX_SUBNET_LEN}",
+                    network.prefix() + 2
+                ),
+            ));
+        }
+        let size = 1_u32 << (32 - subnet_len);
+        let first = network.network().to_bits();
+        let check = |name: &'static str, address: Ipv4Addr| {
+            if !network.contains(address) || !address.to_bits().is_multiple_of(size) {
+                return Err(field(
+                    name,
+                    format!("{address} must be the base of a /{subnet_len} inside {network}"),
+                ));
+            }
+            Ok(address)
+        };
+        // The first subnet is skipped: its base is the network's own address.
+        let subnet_min = check("SubnetMin", min.unwrap_or(Ipv4Addr::from_bits(first + size)))?;
+        let last = network.broadcast().to_bits() - (size - 1);
+        let subnet_max = check("SubnetMax", max.unwrap_or(Ipv4Addr::from_bits(last)))?;
+        if subnet_min > subnet_max {
+            return Err(field(
+                "SubnetMin",
+                format!("{subnet_min} is above SubnetMax {subnet_max}"),
+            ));
+        }
+        Ok(Self { network, subnet_len, subnet_min, subnet_max })
+    }
+
+    /// Every subnet that may be leased, in order.
+    pub fn subnets(&self) -> impl Iterator<Item = Ipv4Network> + use<> {
+        let len = self.subnet_len;
+        let (first, last) = (self.subnet_min.to_bits(), self.subnet_max.to_bits());
+        (first..=last).step_by(1 << (32 - len)).map(move |base| {
+            Ipv4Network::new(Ipv4Addr::from_bits(base), len).expect("the length was checked")
+        })
+    }
+
+    /// Whether `subnet` is one of [`Ipv4Config::subnets`].
+    #[must_use]
+    pub fn allows(&self, subnet: Ipv4Network) -> bool {
+        subnet.prefix() == self.subnet_len
+            && subnet.ip() == subnet.network()
+            && (self.subnet_min..=self.subnet_max).contains(&subnet.ip())
+    }
+}
+
 /// How packets get to another node. One setting for the whole network: `Backend` in the configuration.
 ///
 /// The VXLAN device exists in every mode. What a node receives does not depend on its mode, so the nodes may take up a
@@ -165,6 +241,16 @@ pub enum Mode {
 }
 
 impl Mode {
+    /// Its name on command lines and in status files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vxlan => VXLAN,
+            Self::DirectRouting => "direct-routing",
+            Self::HostGw => HOST_GW,
+        }
+    }
+
     /// The backend's name in the configuration and in leases.
     #[must_use]
     pub fn backend(self) -> &'static str {
@@ -174,11 +260,12 @@ impl Mode {
         }
     }
 
-    /// MTU of pods on an underlay of this MTU. A pod has one MTU for both families: in dual stack the smaller one.
+    /// MTU of pods on an underlay of this MTU. A pod has one MTU for both families: the smaller one, where a packet may
+    /// travel `over_ipv6`.
     #[must_use]
-    pub fn pod_mtu(self, underlay_mtu: u32, dual_stack: bool) -> u32 {
+    pub fn pod_mtu(self, underlay_mtu: u32, over_ipv6: bool) -> u32 {
         match self {
-            Self::Vxlan | Self::DirectRouting if dual_stack => {
+            Self::Vxlan | Self::DirectRouting if over_ipv6 => {
                 underlay_mtu.saturating_sub(VXLAN_OVERHEAD_IPV6)
             }
             Self::Vxlan | Self::DirectRouting => underlay_mtu.saturating_sub(VXLAN_OVERHEAD_IPV4),
@@ -226,15 +313,24 @@ struct ReadBackend {
 
 /// What is written.
 #[derive(Debug, Serialize)]
-#[serde(rename_all = "PascalCase")]
 struct Written {
+    #[serde(flatten)]
+    v4: Option<WrittenIpv4>,
+    #[serde(rename = "EnableIPv4", skip_serializing_if = "Option::is_none")]
+    enable_ipv4: Option<bool>,
+    #[serde(flatten)]
+    v6: Option<WrittenIpv6>,
+    #[serde(rename = "Backend")]
+    backend: WrittenBackend,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct WrittenIpv4 {
     network: Ipv4Network,
     subnet_len: u8,
     subnet_min: Ipv4Addr,
     subnet_max: Ipv4Addr,
-    #[serde(flatten)]
-    v6: Option<WrittenIpv6>,
-    backend: WrittenBackend,
 }
 
 #[derive(Debug, Serialize)]
@@ -263,6 +359,13 @@ struct WrittenBackend {
     direct_routing: bool,
 }
 
+fn check_vni(vni: u32) -> Result<(), ConfigError> {
+    if vni == 0 || vni >= 1 << 24 {
+        return Err(field("Backend.VNI", format!("{vni} must be between 1 and 16777215")));
+    }
+    Ok(())
+}
+
 /// Lowers the keys of an object and of the objects in it.
 fn lower_keys(value: Value) -> Value {
     match value {
@@ -285,7 +388,9 @@ impl NetworkConfig {
         vni: u32,
         port: u16,
     ) -> Result<Self, ConfigError> {
-        Self::checked(network, Some(subnet_len), None, None, vni, port)
+        check_vni(vni)?;
+        let v4 = Some(Ipv4Config::checked(network, Some(subnet_len), None, None)?);
+        Ok(Self { v4, v6: None, vni, port, mode: Mode::default() })
     }
 
     /// Reads what is in etcd.
@@ -296,16 +401,6 @@ impl NetworkConfig {
         let decode = |error: serde_json::Error| ConfigError::Decode(error.to_string());
         let value: Value = serde_json::from_slice(json).map_err(decode)?;
         let read = Read::deserialize(lower_keys(value)).map_err(decode)?;
-        if read.enableipv4 == Some(false) {
-            return Err(field(
-                "EnableIPv4",
-                "must be true: this agent has no network of IPv6 alone; dual stack has both",
-            ));
-        }
-        let text =
-            read.network.ok_or_else(|| field("Network", "is missing, e.g. \"10.244.0.0/16\""))?;
-        let network: Ipv4Network =
-            text.parse().map_err(|_| field("Network", format!("{text:?} is no IPv4 CIDR")))?;
         let backend = read.backend;
         let mode = match backend.kind.as_deref().unwrap_or(FLANNEL_DEFAULT_BACKEND) {
             VXLAN if backend.directrouting => Mode::DirectRouting,
@@ -320,15 +415,22 @@ impl NetworkConfig {
                 ));
             }
         };
-        let port = backend.port.filter(|port| *port != 0);
-        let config = Self::checked(
-            network,
-            read.subnetlen,
-            read.subnetmin,
-            read.subnetmax,
-            backend.vni.unwrap_or(orch_config::VXLAN_VNI),
-            port.unwrap_or(orch_config::VXLAN_PORT),
-        )?;
+        let vni = backend.vni.unwrap_or(crate::VXLAN_VNI);
+        check_vni(vni)?;
+        let port = backend.port.filter(|port| *port != 0).unwrap_or(crate::VXLAN_PORT);
+        let v4 = if read.enableipv4 != Some(false) {
+            let text = read
+                .network
+                .ok_or_else(|| field("Network", "is missing, e.g. \"10.244.0.0/16\""))?;
+            let network =
+                text.parse().map_err(|_| field("Network", format!("{text:?} is no IPv4 CIDR")))?;
+            let v4 = Ipv4Config::checked(network, read.subnetlen, read.subnetmin, read.subnetmax);
+            Some(v4?)
+        } else if read.enableipv6 {
+            None
+        } else {
+            return Err(field("EnableIPv6", "must be true where EnableIPv4 is false"));
+        };
         let v6 = if read.enableipv6 {
             let text = read
                 .ipv6network
@@ -346,7 +448,7 @@ impl NetworkConfig {
         } else {
             None
         };
-        Ok(Self { v6, ..config.with_mode(mode) })
+        Ok(Self { v4, v6, vni, port, mode })
     }
 
     /// The same with another mode.
@@ -355,78 +457,17 @@ impl NetworkConfig {
         Self { mode, ..self }
     }
 
-    fn checked(
-        network: Ipv4Network,
-        len: Option<u8>,
-        min: Option<Ipv4Addr>,
-        max: Option<Ipv4Addr>,
-        vni: u32,
-        port: u16,
-    ) -> Result<Self, ConfigError> {
-        let network = Ipv4Network::new(network.network(), network.prefix())
-            .expect("a network's own prefix is valid");
-        if network.prefix() > MAX_NETWORK_LEN {
-            return Err(field(
-                "Network",
-                format!("{network} is too small: /{MAX_NETWORK_LEN} or wider"),
-            ));
-        }
-        let default =
-            if network.prefix() <= 22 { DEFAULT_SUBNET_LEN } else { network.prefix() + 2 };
-        let subnet_len = len.unwrap_or(default);
-        if subnet_len > MAX_SUBNET_LEN || subnet_len < network.prefix() + 2 {
-            return Err(field(
-                "SubnetLen",
-                format!(
-                    "{subnet_len} must be between {} and {MAX_SUBNET_LEN}",
-                    network.prefix() + 2
-                ),
-            ));
-        }
-        if vni == 0 || vni >= 1 << 24 {
-            return Err(field("Backend.VNI", format!("{vni} must be between 1 and 16777215")));
-        }
-        let size = 1_u32 << (32 - subnet_len);
-        let first = network.network().to_bits();
-        let check = |name: &'static str, address: Ipv4Addr| {
-            if !network.contains(address) || !address.to_bits().is_multiple_of(size) {
-                return Err(field(
-                    name,
-                    format!("{address} must be the base of a /{subnet_len} inside {network}"),
-                ));
-            }
-            Ok(address)
-        };
-        // The first subnet is skipped: its base is the network's own address.
-        let subnet_min = check("SubnetMin", min.unwrap_or(Ipv4Addr::from_bits(first + size)))?;
-        let last = network.broadcast().to_bits() - (size - 1);
-        let subnet_max = check("SubnetMax", max.unwrap_or(Ipv4Addr::from_bits(last)))?;
-        if subnet_min > subnet_max {
-            return Err(field(
-                "SubnetMin",
-                format!("{subnet_min} is above SubnetMax {subnet_max}"),
-            ));
-        }
-        Ok(Self {
-            network,
-            subnet_len,
-            subnet_min,
-            subnet_max,
-            vni,
-            port,
-            mode: Mode::default(),
-            v6: None,
-        })
-    }
-
     /// The JSON to put into etcd.
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
         let wire = Written {
-            network: self.network,
-            subnet_len: self.subnet_len,
-            subnet_min: self.subnet_min,
-            subnet_max: self.subnet_max,
+            v4: self.v4.map(|v4| WrittenIpv4 {
+                network: v4.network,
+                subnet_len: v4.subnet_len,
+                subnet_min: v4.subnet_min,
+                subnet_max: v4.subnet_max,
+            }),
+            enable_ipv4: self.v4.is_none().then_some(false),
             v6: self.v6.map(|v6| WrittenIpv6 {
                 enable: true,
                 network: v6.network,
@@ -443,23 +484,6 @@ impl NetworkConfig {
         };
         serde_json::to_vec(&wire).expect("plain data has a JSON form")
     }
-
-    /// Every subnet that may be leased, in order.
-    pub fn subnets(&self) -> impl Iterator<Item = Ipv4Network> + use<> {
-        let len = self.subnet_len;
-        let (first, last) = (self.subnet_min.to_bits(), self.subnet_max.to_bits());
-        (first..=last).step_by(1 << (32 - len)).map(move |base| {
-            Ipv4Network::new(Ipv4Addr::from_bits(base), len).expect("the length was checked")
-        })
-    }
-
-    /// Whether `subnet` is one of [`NetworkConfig::subnets`].
-    #[must_use]
-    pub fn allows(&self, subnet: Ipv4Network) -> bool {
-        subnet.prefix() == self.subnet_len
-            && subnet.ip() == subnet.network()
-            && (self.subnet_min..=self.subnet_max).contains(&subnet.ip())
-    }
 }
 
 #[cfg(test)]
@@ -474,15 +498,17 @@ mod tests {
     fn flannels_defaults_fill_what_is_not_said() {
         let config =
             parse(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("valid");
-        assert_eq!(config.subnet_len, 24);
-        assert_eq!(config.subnet_min, Ipv4Addr::new(10, 5, 1, 0));
-        assert_eq!(config.subnet_max, Ipv4Addr::new(10, 5, 255, 0));
+        let v4 = config.v4.expect("IPv4");
+        assert_eq!(v4.subnet_len, 24);
+        assert_eq!(v4.subnet_min, Ipv4Addr::new(10, 5, 1, 0));
+        assert_eq!(v4.subnet_max, Ipv4Addr::new(10, 5, 255, 0));
         assert_eq!((config.vni, config.port), (1, 8472));
         let small =
             parse(r#"{"Network":"10.5.0.0/24","Backend":{"Type":"vxlan","VNI":7,"Port":0}}"#)
                 .expect("valid");
-        assert_eq!((small.subnet_len, small.vni, small.port), (26, 7, 8472));
-        assert_eq!(small.subnets().count(), 3, "the first of the four is skipped");
+        let v4 = small.v4.expect("IPv4");
+        assert_eq!((v4.subnet_len, small.vni, small.port), (26, 7, 8472));
+        assert_eq!(v4.subnets().count(), 3, "the first of the four is skipped");
     }
 
     #[test]
@@ -529,5 +555,10 @@ mod tests {
         assert_eq!(v6.subnet_max.to_string(), "fd00:5:0:ffff::");
         assert!(v6.subnets(3).all(|subnet| v6.allows(subnet)));
         assert_eq!(NetworkConfig::parse(&dual.to_json()), Ok(dual));
+        let alone = parse(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}"#).expect("valid");
+        assert_eq!((alone.v4, alone.v6), (None, Some(v6)));
+        assert_eq!(NetworkConfig::parse(&alone.to_json()), Ok(alone));
+        let none = parse(r#"{"EnableIPv4":false,"Backend":{"Type":"vxlan"}}"#);
+        assert!(none.expect_err("no family").to_string().contains("EnableIPv6"));
     }
 }
