@@ -1,14 +1,16 @@
 //! What is wrong with the overlay, from what the nodes show and what etcd says. Pure.
 //!
-//! [`check`] goes through the nodes one by one and then compares the leases with each other. A finding says what is
+//! [`check`] goes through the nodes one by one and then compares the leases with each other; what a node holds of each
+//! other one is looked at in `peers`. A finding says what is
 //! wrong, on which node, and which command mends it. What follows from something else that was found is left out: a
 //! device that is missing has no routes either.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod peers;
+
 use std::net::{IpAddr, Ipv4Addr};
 
-use cni_netlink::{Link, MacBytes, Route};
-use ipnetwork::{IpNetwork, Ipv4Network};
+use cni_netlink::{Link, MacBytes};
+use ipnetwork::IpNetwork;
 use serde::Serialize;
 
 use super::firewall::{self, Subject};
@@ -27,8 +29,6 @@ const CHECKSUM_FIXED_IN: (u32, u32) = (5, 7);
 const RENEWAL_LATE_SECS: i64 = 20 * 60;
 /// Clocks may differ by this much.
 const CLOCK_SLACK_SECS: u64 = 60;
-/// Protocol number of routes that the kernel makes itself.
-const PROTOCOL_KERNEL: u8 = 2;
 
 /// Something that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -210,7 +210,13 @@ impl Node<'_> {
         let usable = self.underlay() && self.device(own.as_ref());
         self.mtus();
         if usable && let Some(leases) = self.leases {
-            self.peers(leases, own.as_ref());
+            self.peers(leases, own.as_ref(), true);
+        }
+        let dual_stack = own.as_ref().is_some_and(|own| own.subnet_v6.is_some());
+        if let Some(leases) = self.leases.filter(|_| usable && dual_stack)
+            && self.device_v6(leases, own.as_ref())
+        {
+            self.peers(leases, own.as_ref(), false);
         }
         self.sysctls();
         self.firewall();
@@ -407,6 +413,49 @@ impl Node<'_> {
         true
     }
 
+    /// The same of the IPv6 device, which is like the other one but for its addresses.
+    fn device_v6(&mut self, leases: &Leases, own: Option<&LeaseView>) -> bool {
+        let view = self.view;
+        let (vni, port) = (leases.vni, leases.port);
+        let Some((address, base)) =
+            own.and_then(|own| Some((own.public_ip_v6?, own.subnet_v6?.network())))
+        else {
+            return false;
+        };
+        let name = view.device_name_of(false);
+        let underlay = view.underlay().map(|link| link.name.clone()).unwrap_or_default();
+        let mac = own.and_then(|own| own.vtep_mac_of(false));
+        let make = format!(
+            "ip link add {name} {}type vxlan id {vni} dstport {port} local {address} dev {underlay} nolearning && ip address add {base}/128 dev {name} nodad && ip link set {name} up",
+            mac.map(|mac| format!("address {mac} ")).unwrap_or_default(),
+        );
+        let Some((device, vxlan)) = view.device_of(false).zip(view.vxlan_of(false)) else {
+            self.found(Check::Device, format!("the IPv6 VXLAN device {name} is missing"), make);
+            return false;
+        };
+        let right = vxlan.vni == vni
+            && vxlan.port == port
+            && vxlan.local == Some(IpAddr::V6(address))
+            && mac.is_none_or(|mac| mac == mac_text(&device.mac));
+        if !right {
+            self.found(
+                Check::Device,
+                format!("{name} has not the VNI {vni}, UDP port {port}, local address {address} and MAC that the other nodes send to"),
+                format!("ip link delete {name} && {make}"),
+            );
+            return false;
+        }
+        if !device.up {
+            self.found(
+                Check::Device,
+                format!("{name} is down; the kernel has dropped its routes and neighbours"),
+                format!("ip link set {name} up"),
+            );
+            return false;
+        }
+        true
+    }
+
     fn mtus(&mut self) {
         let view = self.view;
         let (Some(underlay), Some(device)) = (view.underlay(), view.device()) else { return };
@@ -428,6 +477,17 @@ impl Node<'_> {
                     device.name, device.mtu, underlay.mtu, underlay.name
                 ),
                 format!("ip link set {} mtu {room}", device.name),
+            );
+        }
+        let device_v6 = view.device_of(false).filter(|device| dual_stack && device.mtu != room_v6);
+        if let Some(device) = device_v6 {
+            self.found(
+                Check::Mtu,
+                format!(
+                    "{} has MTU {}, but {} on {} leaves {room_v6}",
+                    device.name, device.mtu, underlay.mtu, underlay.name
+                ),
+                format!("ip link set {} mtu {room_v6}", device.name),
             );
         }
         // What pods may send.
@@ -459,177 +519,6 @@ impl Node<'_> {
         }
     }
 
-    fn peers(&mut self, leases: &Leases, own: Option<&LeaseView>) {
-        let view = self.view;
-        let Some(device) = view.device() else { return };
-        let (name, index) = (device.name.clone(), device.index);
-        // A lease without owner, or of a node that speaks something else, is nobody to send to.
-        let others: Vec<&LeaseView> = leases
-            .leases
-            .iter()
-            .filter(|lease| own.is_none_or(|own| own.key != lease.key))
-            .filter(|lease| lease.is_vxlan(leases.vni) || lease.is_host_gw())
-            .filter(|lease| lease.public_ip != view.address)
-            .collect();
-        let mut bases = BTreeSet::new();
-        let mut macs: BTreeMap<String, Ipv4Addr> = BTreeMap::new();
-        let mut subnets: BTreeSet<Ipv4Network> = BTreeSet::new();
-        for lease in &others {
-            let (Some(subnet), Some(node)) = (lease.subnet, lease.public_ip) else { continue };
-            subnets.insert(subnet);
-            bases.insert(subnet.network());
-            macs.extend(lease.vtep_mac.clone().map(|mac| (mac, node)));
-            let tunnel = !lease.is_host_gw() && leases.backend != "host-gw";
-            self.peer_routes(subnet, node, tunnel.then_some((name.as_str(), index)));
-            if let Some(mac) = lease.vtep_mac.as_deref()
-                && tunnel
-                && !self.is_direct(subnet, node)
-            {
-                self.peer_entries(subnet, node, mac, &name);
-            }
-        }
-        for neighbour in view.neighbours.iter().filter(|neighbour| neighbour.permanent) {
-            if let IpAddr::V4(ip) = neighbour.ip
-                && !bases.contains(&ip)
-            {
-                self.found(
-                    Check::Neighbour,
-                    format!("the neighbour entry {ip} on {name} belongs to no lease"),
-                    format!("ip neighbour delete {ip} dev {name}"),
-                );
-            }
-        }
-        for entry in &view.fdb {
-            let mac = mac_text(&entry.mac);
-            if let Some(dst) = entry.dst
-                && dst.is_ipv4()
-                && !macs.contains_key(&mac)
-            {
-                self.found(
-                    Check::Fdb,
-                    format!("the forwarding entry {mac} → {dst} on {name} belongs to no lease"),
-                    format!("bridge fdb delete {mac} dev {name} dst {dst} self"),
-                );
-            }
-        }
-        let ours = |route: &&Route| route.protocol == ROUTE_PROTOCOL;
-        for route in view.routes.iter().filter(ours) {
-            if let IpNetwork::V4(dst) = route.dst
-                && !subnets.contains(&dst)
-            {
-                self.found(
-                    Check::Route,
-                    format!("the route to {dst} belongs to no lease"),
-                    format!("ip route delete {dst} proto {ROUTE_PROTOCOL}"),
-                );
-            }
-        }
-    }
-
-    /// Whether packets to a node go without VXLAN, as `host-gw` and `DirectRouting` have it.
-    fn is_direct(&self, subnet: Ipv4Network, node: Ipv4Addr) -> bool {
-        let direct = |route: &Route| {
-            route.dst == IpNetwork::V4(subnet)
-                && route.protocol == ROUTE_PROTOCOL
-                && route.via == Some(IpAddr::V4(node))
-        };
-        self.view.routes.iter().any(direct)
-    }
-
-    /// `device` is what the route may lead to; without it, only the node itself.
-    fn peer_routes(&mut self, subnet: Ipv4Network, node: Ipv4Addr, device: Option<(&str, u32)>) {
-        let view = self.view;
-        let base = subnet.network();
-        let index = device.map(|(_, index)| index);
-        let right = |route: &Route| {
-            route.dst == IpNetwork::V4(subnet)
-                && ((index.is_some() && route.link == index && route.via == Some(IpAddr::V4(base)))
-                    || route.via == Some(IpAddr::V4(node)))
-        };
-        let put = match device {
-            Some((device, _)) => format!(
-                "ip route replace {subnet} via {base} dev {device} onlink proto {ROUTE_PROTOCOL}"
-            ),
-            None => format!("ip route replace {subnet} via {node} proto {ROUTE_PROTOCOL}"),
-        };
-        if !view.routes.iter().any(right) {
-            self.found(
-                Check::Route,
-                format!("the route to {subnet} ({node}) is missing: packets for its pods are lost"),
-                put,
-            );
-        }
-        for route in &view.routes {
-            let IpNetwork::V4(dst) = route.dst else { continue };
-            let inside = subnet.contains(dst.network()) && dst.prefix() >= subnet.prefix();
-            let kernels = route.protocol == PROTOCOL_KERNEL && route.link == index;
-            if !inside || right(route) || kernels {
-                continue;
-            }
-            // The same destination with a larger metric takes no packet.
-            let shadowed = dst == subnet
-                && view.route_to(base).is_some_and(|taken| right(taken) && taken.dst == route.dst);
-            if shadowed {
-                continue;
-            }
-            let via = route.via.map(|via| format!(" via {via}")).unwrap_or_default();
-            let link = view.name_of(route.link).to_owned();
-            self.found(
-                Check::Route,
-                format!(
-                    "a foreign route to {dst}{via} dev {link} takes packets for {node}'s pods away"
-                ),
-                format!("ip route delete {dst}{via} dev {link}"),
-            );
-        }
-    }
-
-    fn peer_entries(&mut self, subnet: Ipv4Network, node: Ipv4Addr, mac: &str, device: &str) {
-        let view = self.view;
-        let base = subnet.network();
-        let put = format!("ip neighbour replace {base} lladdr {mac} dev {device} nud permanent");
-        let neighbour = view.neighbours.iter().find(|neighbour| neighbour.ip == IpAddr::V4(base));
-        match neighbour {
-            None => self.found(
-                Check::Neighbour,
-                format!("the neighbour entry {base} ({node}) is missing"),
-                put,
-            ),
-            Some(seen) if mac_text(&seen.mac) != mac => self.found(
-                Check::Neighbour,
-                format!(
-                    "the neighbour entry {base} is stale: it has {}, but {node} has {mac}",
-                    mac_text(&seen.mac)
-                ),
-                put,
-            ),
-            Some(_) => {}
-        }
-        let entries: Vec<IpAddr> = view
-            .fdb
-            .iter()
-            .filter(|entry| mac_text(&entry.mac) == mac)
-            .filter_map(|entry| entry.dst)
-            .collect();
-        let right = IpAddr::V4(node);
-        if entries.is_empty() {
-            self.found(
-                Check::Fdb,
-                format!("the forwarding entry {mac} → {node} is missing"),
-                format!("bridge fdb replace {mac} dev {device} dst {node} self permanent"),
-            );
-        }
-        for stale in entries.iter().filter(|dst| **dst != right) {
-            self.found(
-                Check::Fdb,
-                format!("the forwarding entry of {mac} is stale: it leads to {stale}, but the node is at {node}"),
-                format!(
-                    "bridge fdb delete {mac} dev {device} dst {stale} self; bridge fdb replace {mac} dev {device} dst {node} self permanent"
-                ),
-            );
-        }
-    }
-
     fn sysctls(&mut self) {
         let view = self.view;
         let value = |key: &str| view.sysctls.get(key).map(String::as_str);
@@ -638,6 +527,14 @@ impl Node<'_> {
                 Check::IpForward,
                 "the kernel does not forward: pods reach nothing outside their bridge",
                 "sysctl -w net.ipv4.ip_forward=1",
+            );
+        }
+        let dual_stack = self.leases.is_some_and(|leases| leases.network_v6.is_some());
+        if dual_stack && value("ipv6/conf/all/forwarding") == Some("0") {
+            self.found(
+                Check::IpForward,
+                "the kernel does not forward IPv6: IPv6 of pods ends at their bridge",
+                "sysctl -w net.ipv6.conf.all.forwarding=1",
             );
         }
         let underlay = view.underlay().map(|link| link.name.clone());

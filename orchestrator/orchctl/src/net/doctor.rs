@@ -1,6 +1,6 @@
 //! `orchctl net doctor`: looks at every node, judges, and sends packets between the nodes.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use cni_netlink::NetNs;
@@ -9,7 +9,7 @@ use serde_json::json;
 use super::checks::{self, Check, Finding};
 use super::hosts::{Host, Hosts, need_root};
 use super::leases::Leases;
-use super::probe::{self, ECHO_OVERHEAD, Echo, Spot};
+use super::probe::{self, Echo, Spot, echo_overhead};
 use super::view::{self, View};
 use super::{Format, print_json, read_leases};
 use crate::output;
@@ -53,7 +53,9 @@ pub(super) async fn run(
     if let Ok(leases) = &leases {
         for (host, view) in &views {
             if chosen.iter().any(|one| one.name == host.name) {
-                findings.extend(reach_others(host, view, &views, leases, &findings)?);
+                for ipv4 in [true, false] {
+                    findings.extend(reach_others(host, view, &views, leases, &findings, ipv4)?);
+                }
             }
         }
     }
@@ -112,6 +114,7 @@ fn reach_others(
     views: &[(&Host, View)],
     leases: &Leases,
     before: &[Finding],
+    ipv4: bool,
 ) -> anyhow::Result<Vec<Finding>> {
     let explained = |node: &str| {
         before.iter().any(|finding| finding.node == node && finding.check.explains_silence())
@@ -121,14 +124,16 @@ fn reach_others(
     }
     let own = view.lease(leases);
     let (Some(source), Some(device), Some(underlay)) =
-        (own.and_then(|own| own.subnet), view.device(), view.underlay())
+        (own.and_then(|own| own.subnet_of(ipv4)), view.device_of(ipv4), view.underlay())
     else {
         return Ok(Vec::new());
     };
     let here = host.open()?;
     let mut findings = Vec::new();
     for lease in &leases.leases {
-        let (Some(target), Some(node)) = (lease.subnet, lease.public_ip) else { continue };
+        let (Some(target), Some(node)) = (lease.subnet_of(ipv4), lease.public_ip_of(ipv4)) else {
+            continue;
+        };
         if own.is_some_and(|own| own.key == lease.key)
             || !(lease.is_vxlan(leases.vni) || lease.is_host_gw())
         {
@@ -150,7 +155,7 @@ fn reach_others(
         }
         spots.push(Spot { netns: &here, link: underlay.index });
         if let (Some((_, there)), Some(netns)) = (there, &there_netns)
-            && let (Some(underlay), Some(device)) = (there.underlay(), there.device())
+            && let (Some(underlay), Some(device)) = (there.underlay(), there.device_of(ipv4))
         {
             spots.push(Spot { netns, link: underlay.index });
             if tunnel {
@@ -287,14 +292,14 @@ fn large(
     small: &Echo,
     mtu: u32,
 ) -> anyhow::Result<Option<Finding>> {
-    let payload = mtu.saturating_sub(ECHO_OVERHEAD) as usize;
+    let payload = mtu.saturating_sub(echo_overhead(small.target)) as usize;
     let echo = Echo { payload_bytes: payload, ..*small };
     let followed = probe::follow(here, &echo, &[])?;
     if !followed.round_trips.is_empty() {
         return Ok(None);
     }
     let why = followed.refused.map(|error| format!(" ({error})")).unwrap_or_default();
-    let from: Option<Ipv4Addr> = view.address;
+    let from: Option<IpAddr> = view.address_of(small.target.is_ipv4());
     Ok(Some(Finding {
         node: view.node.clone(),
         check: Check::Mtu,

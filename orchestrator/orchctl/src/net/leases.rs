@@ -1,6 +1,6 @@
 //! The subnet leases as they stand in etcd, read with plain eyes: what does not parse is shown too.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use anyhow::{Context as _, bail};
 use etcd_client::{
     Certificate, Client, ConnectOptions, GetOptions, Identity, LeaseTimeToLiveOptions, TlsOptions,
 };
-use ipnetwork::{Ipv4Network, Ipv6Network};
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use serde::Serialize;
 use serde_json::Value;
 
 /// One call to etcd, a leader election included.
-const CALL_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const CALL_LIMIT: Duration = Duration::from_secs(5);
 
 /// The network as etcd has it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -55,6 +55,8 @@ pub(super) struct LeaseView {
     pub(super) vni: Option<u32>,
     /// MAC of its VTEP.
     pub(super) vtep_mac: Option<String>,
+    /// MAC of its IPv6 VTEP.
+    pub(super) vtep_mac_v6: Option<String>,
     /// Seconds that the lease lives without renewal; `None` is for ever.
     pub(super) ttl_secs: Option<i64>,
     /// Seconds that it lives after each renewal.
@@ -81,6 +83,21 @@ impl Leases {
 }
 
 impl LeaseView {
+    /// Subnet of a family.
+    pub(super) fn subnet_of(&self, ipv4: bool) -> Option<IpNetwork> {
+        if ipv4 { self.subnet.map(IpNetwork::V4) } else { self.subnet_v6.map(IpNetwork::V6) }
+    }
+
+    /// Address on the underlay, of a family.
+    pub(super) fn public_ip_of(&self, ipv4: bool) -> Option<IpAddr> {
+        if ipv4 { self.public_ip.map(IpAddr::V4) } else { self.public_ip_v6.map(IpAddr::V6) }
+    }
+
+    /// MAC of the VTEP of a family.
+    pub(super) fn vtep_mac_of(&self, ipv4: bool) -> Option<&str> {
+        if ipv4 { self.vtep_mac.as_deref() } else { self.vtep_mac_v6.as_deref() }
+    }
+
     /// Whether packets to it go as they are, without VXLAN.
     pub(super) fn is_host_gw(&self) -> bool {
         self.backend.as_deref() == Some("host-gw")
@@ -105,7 +122,11 @@ pub(super) async fn read(urls: &[String], pki: &Path, prefix: &str) -> anyhow::R
     .context("read the subnet leases")
 }
 
-async fn read_all(urls: &[String], pki: &Path, prefix: &str) -> anyhow::Result<Leases> {
+/// A client; etcd itself is first met by the first call.
+///
+/// # Errors
+/// Its certificates cannot be read.
+pub(super) async fn connect(urls: &[String], pki: &Path) -> anyhow::Result<Client> {
     let mut options = ConnectOptions::new().with_connect_timeout(CALL_LIMIT);
     if urls.iter().any(|url| url.starts_with("https://")) {
         let file = |name: &str| {
@@ -117,7 +138,11 @@ async fn read_all(urls: &[String], pki: &Path, prefix: &str) -> anyhow::Result<L
             .identity(Identity::from_pem(file("etcd-client.crt")?, file("etcd-client.key")?));
         options = options.with_tls(tls);
     }
-    let mut client = Client::connect(urls, Some(options)).await.context("connect to etcd")?;
+    Client::connect(urls, Some(options)).await.context("connect to etcd")
+}
+
+async fn read_all(urls: &[String], pki: &Path, prefix: &str) -> anyhow::Result<Leases> {
+    let mut client = connect(urls, pki).await?;
     let config = client.get(format!("{prefix}/config"), None).await?;
     let mut leases = config.kvs().first().map(|kv| parse_config(kv.value())).unwrap_or_default();
     let folder = format!("{prefix}/subnets/");
@@ -194,6 +219,7 @@ pub(super) fn parse_lease(key: &str, json: &[u8]) -> LeaseView {
         backend: text("BackendType").map(str::to_owned),
         vni: data["VNI"].as_u64().and_then(|vni| u32::try_from(vni).ok()),
         vtep_mac: data["VtepMAC"].as_str().map(str::to_lowercase),
+        vtep_mac_v6: value["BackendV6Data"]["VtepMAC"].as_str().map(str::to_lowercase),
         ..LeaseView::default()
     }
 }

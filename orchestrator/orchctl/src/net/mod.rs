@@ -2,9 +2,10 @@
 //!
 //! This file reads the command line and prints. [`hosts`] says which nodes can be looked into from here, [`view`] and
 //! [`leases`] read, [`checks`] and [`firewall`] judge (pure), [`probe`] sends real packets and follows them,
-//! [`doctor`] and [`trace`] put these together.
+//! [`doctor`] and [`trace`] put these together. [`config`] shows and changes the settings that all nodes follow.
 
 mod checks;
+mod config;
 mod doctor;
 mod firewall;
 mod hosts;
@@ -33,6 +34,9 @@ pub(crate) enum Command {
     Nodes(Flags),
     /// The subnet leases in etcd, with their lifetimes
     Leases(Flags),
+    /// The settings that all nodes follow: mode, network, VNI, port
+    #[command(subcommand)]
+    Config(config::Command),
     /// Look for what is wrong, on one node or on all, and say which command mends it; sends test packets
     Doctor {
         /// The node; without it all that can be looked into from here
@@ -49,6 +53,9 @@ pub(crate) enum Command {
         /// Namespace of pods that are named without one
         #[arg(short, long, default_value = "default")]
         namespace: String,
+        /// Over IPv6, where the pods have both families
+        #[arg(short = '6', long)]
+        ipv6: bool,
         /// Format
         #[arg(short, long, value_enum)]
         output: Option<Format>,
@@ -85,13 +92,14 @@ pub(crate) async fn run(
         Command::Leases(flags) => {
             list_leases(&Hosts::find(lab_dir, flags.etcd)?, flags.output).await.map(|()| 0)
         }
+        Command::Config(command) => config::run(command, lab_dir).await,
         Command::Doctor { node, flags } => {
             let hosts = Hosts::find(lab_dir, flags.etcd)?;
             doctor::run(&hosts, node.as_deref(), flags.output).await
         }
-        Command::Trace { from, to, namespace, output } => {
+        Command::Trace { from, to, namespace, ipv6, output } => {
             let hosts = Hosts::find(lab_dir, EtcdFlags::default())?;
-            trace::run(&hosts, &client()?, &from, &to, &namespace, output).await
+            trace::run(&hosts, &client()?, &from, &to, &namespace, ipv6, output).await
         }
     }
 }

@@ -4,7 +4,7 @@
 //! request or the reply stands in the ICMP header right before it.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -21,10 +21,20 @@ const MARK_BYTES: usize = 16;
 const ICMP_HEADER_BYTES: usize = 8;
 const ECHO_REQUEST: u8 = 8;
 const ECHO_REPLY: u8 = 0;
-/// IPv4 and ICMP headers around the payload of an echo.
-pub(super) const ECHO_OVERHEAD: u32 = 28;
+/// The same in ICMPv6 (RFC 4443 §4).
+const ECHO_REQUEST_V6: u8 = 128;
+const ECHO_REPLY_V6: u8 = 129;
+/// IP headers without options.
+const IPV4_HEADER_BYTES: u32 = 20;
+const IPV6_HEADER_BYTES: u32 = 40;
 /// Frames that a socket holds until they are looked at; a busy link must not push ours out.
 const TAP_BUFFER_BYTES: libc::c_int = 16 << 20;
+
+/// IP and ICMP headers around the payload of an echo.
+pub(super) fn echo_overhead(target: IpAddr) -> u32 {
+    let ip = if target.is_ipv4() { IPV4_HEADER_BYTES } else { IPV6_HEADER_BYTES };
+    ip + ICMP_HEADER_BYTES as u32
+}
 
 /// A link to look at.
 pub(super) struct Spot<'a> {
@@ -46,9 +56,9 @@ pub(super) struct Seen {
 /// An echo to send.
 pub(super) struct Echo {
     /// Its source address; `None` leaves it to the kernel.
-    pub(super) source: Option<Ipv4Addr>,
+    pub(super) source: Option<IpAddr>,
     /// Its destination.
-    pub(super) target: Ipv4Addr,
+    pub(super) target: IpAddr,
     /// How many.
     pub(super) count: u32,
     /// Payload, the mark included.
@@ -164,8 +174,8 @@ fn drain(tap: &OwnedFd, mark: &[u8], seen: &mut Seen) {
     let mut frame = vec![0; 65_536];
     while let Ok(length) = receive(tap, &mut frame) {
         match kind_of(&frame[..length], mark) {
-            Some(ECHO_REQUEST) => seen.requests += 1,
-            Some(ECHO_REPLY) => seen.replies += 1,
+            Some(ECHO_REQUEST | ECHO_REQUEST_V6) => seen.requests += 1,
+            Some(ECHO_REPLY | ECHO_REPLY_V6) => seen.replies += 1,
             _ => {}
         }
     }
@@ -178,21 +188,28 @@ fn kind_of(frame: &[u8], mark: &[u8]) -> Option<u8> {
 }
 
 fn icmp_socket(echo: &Echo) -> io::Result<OwnedFd> {
-    let socket = new_socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP)?;
+    let (domain, protocol) = match echo.target {
+        IpAddr::V4(_) => (libc::AF_INET, libc::IPPROTO_ICMP),
+        IpAddr::V6(_) => (libc::AF_INET6, libc::IPPROTO_ICMPV6),
+    };
+    let socket = new_socket(domain, libc::SOCK_RAW, protocol)?;
     let wait = libc::timeval { tv_sec: 0, tv_usec: 20_000 };
     set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &wait)?;
     // Larger than the path is an answer too, instead of fragments.
-    set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, &libc::IP_PMTUDISC_DO)?;
+    match echo.target {
+        IpAddr::V4(_) => {
+            set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, &libc::IP_PMTUDISC_DO)?;
+        }
+        IpAddr::V6(_) => {
+            let never = &libc::IPV6_PMTUDISC_DO;
+            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, never)?;
+            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG, &1)?;
+        }
+    }
     if let Some(source) = echo.source {
-        let address = ipv4_address(source);
+        let (address, length) = socket_address(source);
         // SAFETY: the address outlives the call, and its own size is passed.
-        let done = unsafe {
-            libc::bind(
-                socket.as_raw_fd(),
-                (&raw const address).cast(),
-                size_of::<libc::sockaddr_in>() as libc::socklen_t,
-            )
-        };
+        let done = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
         if done != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -200,18 +217,34 @@ fn icmp_socket(echo: &Echo) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn ipv4_address(ip: Ipv4Addr) -> libc::sockaddr_in {
-    libc::sockaddr_in {
-        sin_family: libc::AF_INET as u16,
-        sin_port: 0,
-        sin_addr: libc::in_addr { s_addr: ip.to_bits().to_be() },
-        sin_zero: [0; 8],
-    }
+/// An address as the system's calls take it, and its length.
+fn socket_address(ip: IpAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: all-zero bytes are a valid `sockaddr_storage`, which is plain data.
+    let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let place = &raw mut storage;
+    let length = match ip {
+        IpAddr::V4(ip) => {
+            // SAFETY: a `sockaddr_storage` has room for every kind of address, and is aligned for it.
+            let address = unsafe { &mut *place.cast::<libc::sockaddr_in>() };
+            address.sin_family = libc::AF_INET as u16;
+            address.sin_addr.s_addr = ip.to_bits().to_be();
+            size_of::<libc::sockaddr_in>()
+        }
+        IpAddr::V6(ip) => {
+            // SAFETY: as above.
+            let address = unsafe { &mut *place.cast::<libc::sockaddr_in6>() };
+            address.sin6_family = libc::AF_INET6 as u16;
+            address.sin6_addr.s6_addr = ip.octets();
+            size_of::<libc::sockaddr_in6>()
+        }
+    };
+    (storage, length as libc::socklen_t)
 }
 
 fn send(socket: &OwnedFd, echo: &Echo, sequence: u16, mark: &[u8]) -> io::Result<()> {
-    let packet = request(sequence, mark, echo.payload_bytes);
-    let address = ipv4_address(echo.target);
+    let kind = if echo.target.is_ipv4() { ECHO_REQUEST } else { ECHO_REQUEST_V6 };
+    let packet = request(kind, sequence, mark, echo.payload_bytes);
+    let (address, length) = socket_address(echo.target);
     // SAFETY: packet and address outlive the call, and their own sizes are passed.
     let sent = unsafe {
         libc::sendto(
@@ -220,15 +253,15 @@ fn send(socket: &OwnedFd, echo: &Echo, sequence: u16, mark: &[u8]) -> io::Result
             packet.len(),
             0,
             (&raw const address).cast(),
-            size_of::<libc::sockaddr_in>() as libc::socklen_t,
+            length,
         )
     };
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// An ICMP echo request (RFC 792), its checksum included.
-fn request(sequence: u16, mark: &[u8], payload_bytes: usize) -> Vec<u8> {
-    let mut packet = vec![ECHO_REQUEST, 0, 0, 0, mark[0], mark[1]];
+/// An ICMP echo request (RFC 792), its checksum included. That of ICMPv6 covers the addresses, too; the kernel writes it.
+fn request(kind: u8, sequence: u16, mark: &[u8], payload_bytes: usize) -> Vec<u8> {
+    let mut packet = vec![kind, 0, 0, 0, mark[0], mark[1]];
     packet.extend(sequence.to_be_bytes());
     packet.extend(mark);
     packet.resize(ICMP_HEADER_BYTES + payload_bytes.max(mark.len()), 0);
@@ -251,7 +284,8 @@ fn received(socket: &OwnedFd, mark: &[u8], sequence: u16) -> io::Result<bool> {
             let number = at
                 .and_then(|at| packet.get(at.checked_sub(2)?..at))
                 .map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
-            Ok(kind_of(packet, mark) == Some(ECHO_REPLY) && number == Some(sequence))
+            let reply = matches!(kind_of(packet, mark), Some(ECHO_REPLY | ECHO_REPLY_V6));
+            Ok(reply && number == Some(sequence))
         }
         Err(error)
             if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
@@ -278,7 +312,7 @@ mod tests {
     #[test]
     fn an_echo_is_known_inside_other_headers_and_its_checksum_is_right() {
         let mark = [7_u8; MARK_BYTES];
-        let packet = request(3, &mark, 56);
+        let packet = request(ECHO_REQUEST, 3, &mark, 56);
         assert_eq!(packet.len(), ICMP_HEADER_BYTES + 56);
         let sum: u32 = packet.chunks(2).map(|p| u32::from(u16::from_be_bytes([p[0], p[1]]))).sum();
         assert_eq!((sum & 0xffff) + (sum >> 16), 0xffff, "RFC 1071");

@@ -21,6 +21,12 @@ pub(super) struct NetStatus {
     pub(super) network: Option<String>,
     /// This node's subnet.
     pub(super) subnet: Option<String>,
+    /// The IPv6 pod network.
+    pub(super) network_v6: Option<String>,
+    /// This node's IPv6 subnet.
+    pub(super) subnet_v6: Option<String>,
+    /// How packets get to other nodes.
+    pub(super) mode: Option<String>,
     /// The VXLAN device.
     pub(super) device: Option<Device>,
     /// Remote nodes that are programmed.

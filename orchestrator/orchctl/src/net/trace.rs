@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use anyhow::{Context as _, bail};
 use cni_netlink::{NetNs, Netlink, Route, RouteFilter};
@@ -26,7 +26,7 @@ const PAYLOAD_BYTES: usize = 56;
 /// A pod and where it is.
 struct Pod {
     name: String,
-    ip: Ipv4Addr,
+    ip: IpAddr,
     host: Host,
     node: NetNs,
     netns: NetNs,
@@ -85,14 +85,24 @@ pub(super) async fn run(
     from: &str,
     to: &str,
     namespace: &str,
+    ipv6: bool,
     format: Option<Format>,
 ) -> anyhow::Result<u8> {
     need_root("enters network namespaces and follows packets with packet sockets")?;
     let all = hosts.all()?;
-    let to_ip = find(client, to, namespace).await?;
-    let from_ip = find(client, from, namespace).await?;
-    let sender = open(&all, from, &from_ip, to_ip.ip)?;
-    let receiver = open(&all, to, &to_ip, from_ip.ip)?;
+    let (there, here) = (find(client, to, namespace).await?, find(client, from, namespace).await?);
+    let (from_ip, to_ip) = family(&here.ips, &there.ips, ipv6).ok_or_else(|| {
+        let what = if ipv6 { "IPv6 addresses" } else { "addresses of one family" };
+        output::hinted(
+            "`orchctl get pod NAME -o yaml` shows them as podIPs",
+            format!(
+                "pods {from} and {to} do not both have {what}: {:?} and {:?}",
+                here.ips, there.ips
+            ),
+        )
+    })?;
+    let sender = open(&all, from, &here.node, from_ip, to_ip)?;
+    let receiver = open(&all, to, &there.node, to_ip, from_ip)?;
     let trace = follow(&sender, &receiver)?;
     if format == Some(Format::Json) {
         print_json(&trace)?;
@@ -105,7 +115,16 @@ pub(super) async fn run(
 /// What the API server says of a pod.
 struct Known {
     node: String,
-    ip: Ipv4Addr,
+    ips: Vec<IpAddr>,
+}
+
+/// An address of each of both, of one family: IPv4 before IPv6, unless that is asked for. Pure.
+fn family(from: &[IpAddr], to: &[IpAddr], ipv6: bool) -> Option<(IpAddr, IpAddr)> {
+    let pair = |ipv4: bool| {
+        let of_family = |ips: &[IpAddr]| ips.iter().copied().find(|ip| ip.is_ipv4() == ipv4);
+        of_family(from).zip(of_family(to))
+    };
+    if ipv6 { pair(false) } else { pair(true).or_else(|| pair(false)) }
 }
 
 async fn find(client: &Client, name: &str, namespace: &str) -> anyhow::Result<Known> {
@@ -123,21 +142,30 @@ async fn find(client: &Client, name: &str, namespace: &str) -> anyhow::Result<Kn
             "pod {name} uses its node's network: there is no way through the pod network to follow"
         );
     }
-    let ip = pod["status"]["podIP"].as_str().and_then(|ip| ip.parse().ok());
+    let status = &pod["status"];
+    let all = status["podIPs"].as_array().into_iter().flatten().map(|one| &one["ip"]);
+    let ips: Vec<IpAddr> =
+        all.filter_map(|ip| ip.as_str()).filter_map(|ip| ip.parse().ok()).collect();
     let node = pod["spec"]["nodeName"].as_str().unwrap_or_default().to_owned();
-    match ip {
-        Some(ip) => Ok(Known { node, ip }),
-        None => Err(output::hinted(
+    if ips.is_empty() {
+        return Err(output::hinted(
             format!("`orchctl describe pod {name} -n {namespace}` says what it waits for"),
-            format!("pod {name} has no IPv4 address yet"),
-        )),
+            format!("pod {name} has no address yet"),
+        ));
     }
+    Ok(Known { node, ips })
 }
 
 /// Finds the pod's namespace on its node: the one that has the pod's address.
-fn open(all: &[Host], name: &str, known: &Known, other: Ipv4Addr) -> anyhow::Result<Pod> {
-    let host = all.iter().find(|host| host.name == known.node).with_context(|| {
-        format!("pod {name} is on {}, which cannot be looked into from here", known.node)
+fn open(
+    all: &[Host],
+    name: &str,
+    node_name: &str,
+    ip: IpAddr,
+    other: IpAddr,
+) -> anyhow::Result<Pod> {
+    let host = all.iter().find(|host| host.name == node_name).with_context(|| {
+        format!("pod {name} is on {node_name}, which cannot be looked into from here")
     })?;
     let node = host.open()?;
     let folder = host.paths.netns_dir();
@@ -148,14 +176,14 @@ fn open(all: &[Host], name: &str, known: &Known, other: Ipv4Addr) -> anyhow::Res
         let netlink = Netlink::open_in(&netns)?;
         for link in netlink.links()? {
             let addresses = netlink.addresses(link.index)?;
-            if !addresses.iter().any(|address| address.ip() == IpAddr::V4(known.ip)) {
+            if !addresses.iter().any(|address| address.ip() == ip) {
                 continue;
             }
             let routes = netlink.routes(&RouteFilter::default())?;
             let view = View { routes, links: netlink.links()?, ..View::default() };
             return Ok(Pod {
                 name: name.to_owned(),
-                ip: known.ip,
+                ip,
                 host: host.clone(),
                 node,
                 link: link.index,
@@ -170,9 +198,7 @@ fn open(all: &[Host], name: &str, known: &Known, other: Ipv4Addr) -> anyhow::Res
         }
     }
     bail!(
-        "no network namespace on {} has the address {} of pod {name}: its sandbox is gone",
-        known.node,
-        known.ip
+        "no network namespace on {node_name} has the address {ip} of pod {name}: its sandbox is gone"
     )
 }
 
@@ -202,21 +228,22 @@ fn follow(sender: &Pod, receiver: &Pod) -> anyhow::Result<Trace> {
     let here = view::observe(&sender.host)?;
     let there = view::observe(&receiver.host)?;
     let across = here.node != there.node;
+    let ipv4 = receiver.ip.is_ipv4();
     let mut plan = vec![pod_hop(sender)];
     plan.push(veth_hop(&here, sender, &sender.node));
     if across {
         plan.push(bridge_hop(&here, &sender.node, receiver.ip, true));
         let route = here.route_to(receiver.ip);
         let tunnel = route.is_some_and(|route| {
-            here.device().is_some_and(|device| route.link == Some(device.index))
+            here.device_of(ipv4).is_some_and(|device| route.link == Some(device.index))
         });
         if tunnel {
             plan.push(sending_hop(&here, &sender.node, receiver.ip));
         }
-        plan.push(underlay_hop(&here, &sender.node, there.address));
-        plan.push(underlay_hop(&there, &receiver.node, here.address));
+        plan.push(underlay_hop(&here, &sender.node, ipv4, there.address_of(ipv4)));
+        plan.push(underlay_hop(&there, &receiver.node, ipv4, here.address_of(ipv4)));
         if tunnel {
-            plan.push(arriving_hop(&there, &receiver.node));
+            plan.push(arriving_hop(&there, &receiver.node, ipv4));
         }
         plan.push(bridge_hop(&there, &receiver.node, receiver.ip, true));
     } else {
@@ -356,7 +383,7 @@ fn veth_hop<'a>(view: &View, pod: &Pod, netns: &'a NetNs) -> Plan<'a> {
     }
 }
 
-fn bridge_hop<'a>(view: &View, netns: &'a NetNs, to: Ipv4Addr, routed: bool) -> Plan<'a> {
+fn bridge_hop<'a>(view: &View, netns: &'a NetNs, to: IpAddr, routed: bool) -> Plan<'a> {
     let bridge = view.bridge();
     let facts = match (bridge, view.route_to(to)) {
         (None, _) => "the bridge is missing".to_owned(),
@@ -377,7 +404,7 @@ fn bridge_hop<'a>(view: &View, netns: &'a NetNs, to: Ipv4Addr, routed: bool) -> 
     }
 }
 
-fn sending_hop<'a>(view: &View, netns: &'a NetNs, to: Ipv4Addr) -> Plan<'a> {
+fn sending_hop<'a>(view: &View, netns: &'a NetNs, to: IpAddr) -> Plan<'a> {
     let gateway = view.route_to(to).and_then(|route| route.via);
     let neighbour =
         gateway.and_then(|ip| view.neighbours.iter().find(|neighbour| neighbour.ip == ip));
@@ -393,15 +420,15 @@ fn sending_hop<'a>(view: &View, netns: &'a NetNs, to: Ipv4Addr) -> Plan<'a> {
     );
     Plan {
         place: view.node.clone(),
-        link: view.device_name.clone(),
+        link: view.device_name_of(to.is_ipv4()),
         facts,
         netns,
-        index: view.device().map(|device| device.index),
+        index: view.device_of(to.is_ipv4()).map(|device| device.index),
     }
 }
 
-fn arriving_hop<'a>(view: &View, netns: &'a NetNs) -> Plan<'a> {
-    let facts = match (view.device(), view.vxlan()) {
+fn arriving_hop<'a>(view: &View, netns: &'a NetNs, ipv4: bool) -> Plan<'a> {
+    let facts = match (view.device_of(ipv4), view.vxlan_of(ipv4)) {
         (Some(device), Some(vxlan)) => format!(
             "VNI {}, UDP {}, MAC {}, {}",
             vxlan.vni,
@@ -413,17 +440,17 @@ fn arriving_hop<'a>(view: &View, netns: &'a NetNs) -> Plan<'a> {
     };
     Plan {
         place: view.node.clone(),
-        link: view.device_name.clone(),
+        link: view.device_name_of(ipv4),
         facts,
         netns,
-        index: view.device().map(|device| device.index),
+        index: view.device_of(ipv4).map(|device| device.index),
     }
 }
 
-fn underlay_hop<'a>(view: &View, netns: &'a NetNs, other: Option<Ipv4Addr>) -> Plan<'a> {
+fn underlay_hop<'a>(view: &View, netns: &'a NetNs, ipv4: bool, other: Option<IpAddr>) -> Plan<'a> {
     let link = view.underlay();
     let route = other.and_then(|ip| view.route_to(ip));
-    let address = view.address.map(|ip| ip.to_string()).unwrap_or_default();
+    let address = view.address_of(ipv4).map(|ip| ip.to_string()).unwrap_or_default();
     let facts = format!(
         "address {address}, MTU {}, route {}",
         link.map_or(0, |link| link.mtu),
@@ -510,6 +537,25 @@ mod tests {
             tx_packets: 0,
             drops: 0,
         }
+    }
+
+    #[test]
+    fn both_ends_have_addresses_of_one_family() {
+        let ips = |text: &str| -> Vec<IpAddr> {
+            text.split_whitespace().map(|ip| ip.parse().expect(ip)).collect()
+        };
+        let dual = ips("10.244.1.2 fd00::2");
+        let pair = |from: &str, to: &str| {
+            Some((from.parse().expect("address"), to.parse().expect("address")))
+        };
+        assert_eq!(
+            family(&dual, &ips("fd00::3 10.244.2.3"), false),
+            pair("10.244.1.2", "10.244.2.3")
+        );
+        assert_eq!(family(&dual, &ips("10.244.2.3 fd00::3"), true), pair("fd00::2", "fd00::3"));
+        assert_eq!(family(&dual, &ips("fd00::3"), false), pair("fd00::2", "fd00::3"));
+        assert_eq!(family(&dual, &ips("10.244.2.3"), true), None);
+        assert_eq!(family(&dual, &[], false), None);
     }
 
     #[test]

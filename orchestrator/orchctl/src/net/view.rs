@@ -16,6 +16,8 @@ use super::leases::{LeaseView, Leases};
 
 /// Name of the bridge that pods hang on.
 const BRIDGE: &str = orch_config::POD_BRIDGE;
+/// Longest name of a link (`IFNAMSIZ` less the zero byte).
+const LINK_NAME_BYTES: usize = 15;
 
 /// One node as it is.
 #[derive(Debug, Clone, Default)]
@@ -40,9 +42,9 @@ pub(super) struct View {
     pub(super) addresses: Vec<(u32, IpNetwork)>,
     /// Routes of the main table.
     pub(super) routes: Vec<Route>,
-    /// Neighbours on the VXLAN device.
+    /// Neighbours on the VXLAN devices.
     pub(super) neighbours: Vec<Neighbour>,
-    /// Its forwarding entries.
+    /// Their forwarding entries.
     pub(super) fdb: Vec<FdbEntry>,
     /// Kernel settings by their path below `/proc/sys/net`.
     pub(super) sysctls: BTreeMap<String, String>,
@@ -85,10 +87,37 @@ impl View {
 
     /// What the VXLAN device is made of.
     pub(super) fn vxlan(&self) -> Option<&Vxlan> {
-        match &self.device()?.kind {
+        self.vxlan_of(true)
+    }
+
+    /// Name that the VXLAN device of a family should have.
+    pub(super) fn device_name_of(&self, ipv4: bool) -> String {
+        if ipv4 {
+            return self.device_name.clone();
+        }
+        let name: String = self.device_name.chars().take(LINK_NAME_BYTES - 3).collect();
+        format!("{name}-v6")
+    }
+
+    /// The VXLAN device of a family.
+    pub(super) fn device_of(&self, ipv4: bool) -> Option<&Link> {
+        self.link(&self.device_name_of(ipv4))
+    }
+
+    /// What the VXLAN device of a family is made of.
+    pub(super) fn vxlan_of(&self, ipv4: bool) -> Option<&Vxlan> {
+        match &self.device_of(ipv4)?.kind {
             LinkKind::Vxlan(vxlan) => Some(vxlan),
             _ => None,
         }
+    }
+
+    /// The node's address of a family on the underlay.
+    pub(super) fn address_of(&self, ipv4: bool) -> Option<IpAddr> {
+        if ipv4 {
+            return self.address.map(IpAddr::V4);
+        }
+        self.vxlan_of(false).and_then(|vxlan| vxlan.local)
     }
 
     /// The bridge of the pods.
@@ -104,8 +133,9 @@ impl View {
     }
 
     /// Route that the kernel takes to an address: the longest prefix, then the lowest metric.
-    pub(super) fn route_to(&self, ip: Ipv4Addr) -> Option<&Route> {
-        let fits = |route: &&Route| route.dst.is_ipv4() && route.dst.contains(IpAddr::V4(ip));
+    pub(super) fn route_to(&self, ip: impl Into<IpAddr>) -> Option<&Route> {
+        let ip = ip.into();
+        let fits = |route: &&Route| route.dst.contains(ip);
         self.routes
             .iter()
             .filter(fits)
@@ -156,12 +186,19 @@ fn look_inside(view: &mut View) -> anyhow::Result<()> {
         view.addresses.extend(found.into_iter().map(|address| (link.index, address)));
     }
     view.routes = netlink.routes(&RouteFilter::default())?;
-    if let Some(device) = view.device().map(|device| device.index) {
-        view.neighbours = netlink.neighbours(device)?;
-        view.fdb = netlink.fdb(device)?;
+    for device in [true, false].map(|ipv4| view.device_of(ipv4).map(|link| link.index)) {
+        let Some(device) = device else { continue };
+        view.neighbours.extend(netlink.neighbours(device)?);
+        view.fdb.extend(netlink.fdb(device)?);
+    }
+    if view.device().is_some() {
         view.tx_checksum = tx_checksum(&view.device_name);
     }
-    let mut keys = vec!["ipv4/ip_forward".to_owned(), "ipv4/conf/all/rp_filter".to_owned()];
+    let mut keys = vec![
+        "ipv4/ip_forward".to_owned(),
+        "ipv4/conf/all/rp_filter".to_owned(),
+        "ipv6/conf/all/forwarding".to_owned(),
+    ];
     let underlay = view.underlay().map(|link| link.name.clone());
     for link in [Some(view.device_name.clone()), underlay, Some(BRIDGE.to_owned())] {
         for setting in ["rp_filter", "forwarding"] {

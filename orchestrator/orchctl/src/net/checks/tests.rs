@@ -1,7 +1,7 @@
 //! A healthy node of two has no findings; each fault has its own.
 
 use crate::net::status::NetStatus;
-use cni_netlink::{FdbEntry, LinkKind, Neighbour, Vxlan};
+use cni_netlink::{FdbEntry, LinkKind, Neighbour, Route, Vxlan};
 
 use super::*;
 use crate::net::leases::{parse_config, parse_lease};
@@ -357,4 +357,77 @@ fn settings_and_rules_that_drop_are_told() {
         },
     );
     one(Check::Unreadable, "rules", "", |view, _| view.unreadable.push("rules".to_owned()));
+}
+
+/// The healthy node in a dual-stack network.
+fn dual_stack() -> (View, Leases) {
+    let (mut view, before) = healthy();
+    let mut leases = parse_config(
+        br#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"vxlan"}}"#,
+    );
+    leases.leases = before.leases;
+    for (lease, number) in leases.leases.iter_mut().zip([1, 2]) {
+        lease.subnet_v6 = format!("fd00:0:0:{number}::/64").parse().ok();
+        lease.public_ip_v6 = format!("2001:db8::{number}").parse().ok();
+        lease.vtep_mac_v6 = Some(format!("06:00:00:00:00:0{number}"));
+    }
+    let vxlan = Vxlan {
+        vni: 1,
+        port: 8472,
+        local: "2001:db8::1".parse().ok(),
+        underlay_index: Some(2),
+        learning: false,
+    };
+    let mut device = link(5, "vxlan-orch-v6", LinkKind::Vxlan(vxlan), 1430);
+    device.mac[0] = 6;
+    view.links.push(device);
+    view.links.retain(|link| link.name != "cni0");
+    view.env_mtu = Some(1430);
+    let base: IpAddr = "fd00:0:0:2::".parse().expect("address");
+    view.routes.push(Route {
+        dst: "fd00:0:0:2::/64".parse().expect("CIDR"),
+        via: Some(base),
+        link: Some(5),
+        metric: Some(1024),
+        protocol: ROUTE_PROTOCOL,
+        ..Route::default()
+    });
+    let mac = [6, 0, 0, 0, 0, 2];
+    view.neighbours.push(Neighbour { link: 5, ip: base, mac, permanent: true });
+    view.fdb.push(FdbEntry { link: 5, mac, dst: "2001:db8::2".parse().ok() });
+    (view, leases)
+}
+
+#[test]
+fn ipv6_is_looked_at_like_ipv4() {
+    let found = |change: &dyn Fn(&mut View)| {
+        let (mut view, leases) = dual_stack();
+        change(&mut view);
+        check(&[view], &Ok(leases), NOW)
+    };
+    assert_eq!(found(&|_| {}), []);
+    let one = |check: Check, words: &str, change: &dyn Fn(&mut View)| {
+        let found = found(change);
+        assert_eq!(found.len(), 1, "{found:#?}");
+        assert!(found[0].check == check && found[0].problem.contains(words), "{found:#?}");
+    };
+    one(Check::Route, "fd00:0:0:2::/64", &|view| view.routes.retain(|one| one.dst.is_ipv4()));
+    one(Check::Neighbour, "fd00:0:0:2:: is stale", &|view| {
+        view.neighbours.last_mut().expect("one").mac = MAC_1;
+    });
+    one(Check::Fdb, "2001:db8::2 is missing", &|view| {
+        view.fdb.pop();
+    });
+    one(Check::Device, "vxlan-orch-v6 is missing", &|view| {
+        view.links.retain(|link| link.index != 5);
+    });
+    one(Check::Device, "vxlan-orch-v6 is down", &|view| {
+        view.links.last_mut().expect("one").up = false;
+    });
+    one(Check::Mtu, "vxlan-orch-v6 has MTU 1400", &|view| {
+        view.links.last_mut().expect("one").mtu = 1400;
+    });
+    one(Check::IpForward, "does not forward IPv6", &|view| {
+        view.sysctls.insert("ipv6/conf/all/forwarding".to_owned(), "0".to_owned());
+    });
 }
