@@ -316,7 +316,12 @@ async fn change(etcd: &Etcd, hosts: &Hosts, set: &Set) -> anyhow::Result<u8> {
         None => Ok(0),
         Some(late) if late.is_empty() => {
             if !json_wanted {
-                output::line("all nodes that can be looked into from here follow")?;
+                let seen = hosts.all().is_ok_and(|hosts| !hosts.is_empty());
+                output::line(if seen {
+                    "all nodes that can be looked into from here follow"
+                } else {
+                    "written; whether the nodes follow cannot be seen from here, where none is"
+                })?;
             }
             Ok(0)
         }
