@@ -21,6 +21,7 @@ const NETNS_DIR: &str = "/run/netns";
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
     /// Attach a network namespace to a network and print the result
+    #[command(after_help = "Example: orchctl cni add mynet /run/netns/blue")]
     Add {
         #[command(flatten)]
         target: Target,
@@ -28,6 +29,7 @@ pub(crate) enum Command {
         places: Places,
     },
     /// Detach it; also one that is gone
+    #[command(after_help = "Example: orchctl cni del mynet /run/netns/blue")]
     Del {
         #[command(flatten)]
         target: Target,
@@ -35,6 +37,7 @@ pub(crate) enum Command {
         places: Places,
     },
     /// See whether everything is as ADD made it
+    #[command(after_help = "Example: orchctl cni check mynet /run/netns/blue")]
     Check {
         #[command(flatten)]
         target: Target,
@@ -42,6 +45,7 @@ pub(crate) enum Command {
         places: Places,
     },
     /// Remove what belongs to no valid attachment
+    #[command(after_help = "Example: orchctl cni gc mynet --live")]
     Gc {
         /// Name of the network
         network: NetworkName,
@@ -51,6 +55,7 @@ pub(crate) enum Command {
         places: Places,
     },
     /// Say whether networks could serve an ADD now; exit code 1 if one of them could not
+    #[command(after_help = "Example: orchctl cni status mynet")]
     Status {
         /// Name of the network; all without one
         network: Option<NetworkName>,
@@ -58,6 +63,7 @@ pub(crate) enum Command {
         places: Places,
     },
     /// List the networks, or what is attached to them
+    #[command(after_help = "Example: orchctl cni list --attachments")]
     List {
         /// The attachments of the result cache
         #[arg(short, long)]

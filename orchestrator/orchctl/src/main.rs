@@ -57,6 +57,7 @@ enum Command {
 #[derive(Subcommand)]
 enum ImageCommand {
     /// Build an image from a folder with a Dockerfile
+    #[command(after_help = "Example: orchctl image build ./app --tag app:v1")]
     Build {
         folder: PathBuf,
         /// Name and tag of the image
@@ -66,13 +67,17 @@ enum ImageCommand {
         engine: EngineFlag,
     },
     /// Load images from a file that `docker save` wrote
+    #[command(after_help = "Example: orchctl image load app.tar")]
     Load {
         file: PathBuf,
         #[command(flatten)]
         engine: EngineFlag,
     },
     /// List the images
+    #[command(after_help = "Example: orchctl image ls -o json")]
     Ls {
+        #[command(flatten)]
+        format: cluster::Format,
         #[command(flatten)]
         engine: EngineFlag,
     },
@@ -157,16 +162,45 @@ async fn run_image(command: ImageCommand, lab_dir: &std::path::Path) -> anyhow::
             }
             Ok(())
         }
-        ImageCommand::Ls { engine } => {
+        ImageCommand::Ls { format, engine } => {
             let images = image::list(&image::connect(&socket(engine)?).await?).await?;
-            let rows = images.into_iter().map(|image| {
-                vec![
-                    image.tag,
-                    image.id.trim_start_matches("sha256:").chars().take(12).collect(),
-                    format!("{:.1} MB", image.size_bytes as f64 / 1e6),
-                ]
+            let data = images.iter().map(|image| {
+                serde_json::json!({ "image": image.tag, "id": image.id, "sizeBytes": image.size_bytes })
             });
-            output::table(&["IMAGE", "ID", "SIZE"], rows)
+            format.print(&data.collect(), || {
+                let rows = images.iter().map(|image| {
+                    vec![
+                        image.tag.clone(),
+                        image.id.trim_start_matches("sha256:").chars().take(12).collect(),
+                        format!("{:.1} MB", image.size_bytes as f64 / 1e6),
+                    ]
+                });
+                output::table(&["IMAGE", "ID", "SIZE"], rows)
+            })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    fn without_example(command: &clap::Command, path: &str, found: &mut Vec<String>) {
+        let path = format!("{path} {}", command.get_name());
+        let commands: Vec<_> = command.get_subcommands().collect();
+        let example = |command: &clap::Command| {
+            command.get_after_help().is_some_and(|help| help.to_string().starts_with("Example: "))
+        };
+        if commands.is_empty() && !example(command) {
+            found.push(path.clone());
+        }
+        for command in commands {
+            without_example(command, &path, found);
+        }
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        let mut found = Vec::new();
+        without_example(&super::command(), "", &mut found);
+        assert!(found.is_empty(), "no example in the help of {found:?}");
     }
 }

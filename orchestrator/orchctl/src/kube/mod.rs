@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use clap::Subcommand;
 use orch_client::Client;
 
+use crate::cluster::Format;
 use crate::lab::Lab;
 use crate::output;
 
@@ -24,26 +25,40 @@ pub(crate) use rollout::wait as wait_rollout;
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Show objects: `get pods`, `get pod web-0 -o yaml`, `get nodes,pods -A`
+    /// Show objects
+    #[command(
+        after_help = "Example: orchctl get nodes,pods -A\n         orchctl get pod web-0 -o yaml"
+    )]
     Get(get::Flags),
     /// Show one object with its conditions and events
+    #[command(after_help = "Example: orchctl describe pod web-0")]
     Describe(describe::Flags),
     /// Create or change the objects of a manifest
+    #[command(after_help = "Example: orchctl apply -f app.yaml")]
     Apply(apply::ApplyFlags),
     /// Create the objects of a manifest; an object that is there already is an error
+    #[command(after_help = "Example: orchctl create -f app.yaml")]
     Create(apply::CreateFlags),
     /// Delete objects, by name or by manifest
+    #[command(after_help = "Example: orchctl delete pod web-0")]
     Delete(apply::DeleteFlags),
     /// Print what a container of a pod wrote
+    #[command(after_help = "Example: orchctl logs web-0 --follow")]
     Logs(exec::LogFlags),
-    /// Run a command in a container: `exec POD -- CMD`
+    /// Run a command in a container
+    #[command(after_help = "Example: orchctl exec web-0 -- ls /")]
     Exec(exec::Flags),
-    /// Set the number of replicas: `scale deployment/web --replicas 3`
+    /// Set the number of replicas
+    #[command(after_help = "Example: orchctl scale deployment/web --replicas 3")]
     Scale(rollout::ScaleFlags),
     /// Wait until a deployment runs its newest version
     Rollout(rollout::RolloutFlags),
     /// Nodes, subnets, VTEPs and the health of the components on one screen
-    Status,
+    #[command(after_help = "Example: orchctl status -o json")]
+    Status {
+        #[command(flatten)]
+        format: Format,
+    },
 }
 
 /// Where an object is.
@@ -105,6 +120,6 @@ pub(crate) async fn run(command: Command, client: Client, lab_dir: &Path) -> any
         Command::Exec(flags) => exec::run(&client, flags).await,
         Command::Scale(flags) => rollout::scale(&client, flags).await.map(|()| 0),
         Command::Rollout(flags) => rollout::run(&client, flags).await.map(|()| 0),
-        Command::Status => status::run(&client, lab_dir).await,
+        Command::Status { format } => status::run(&client, lab_dir, format).await,
     }
 }

@@ -29,6 +29,7 @@ pub(crate) struct RolloutFlags {
 #[derive(clap::Subcommand)]
 enum RolloutCommand {
     /// Wait until all replicas run the newest version
+    #[command(after_help = "Example: orchctl rollout status deployment/web --timeout 60s")]
     Status {
         /// Name, or deployment/NAME
         what: String,

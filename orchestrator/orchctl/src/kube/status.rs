@@ -8,17 +8,21 @@ use std::time::Duration;
 
 use orch_client::Client;
 use orch_config::Paths;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{describe, wire};
+use crate::cluster::Format;
 use crate::lab::{self, Lab};
 use crate::output;
 
 /// An agent or server that takes longer is reported as not answering.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+const NODE_HEADINGS: [&str; 10] =
+    ["NODE", "STATUS", "AGE", "ADDRESS", "SUBNET", "VTEP MAC", "PEERS", "SERVICES", "DNS", "PODS"];
+const COMPONENT_HEADINGS: [&str; 3] = ["COMPONENT", "STATE", "DETAIL"];
 
 /// Prints the screen; 1 as exit code when something is not well.
-pub(crate) async fn run(client: &Client, lab_dir: &Path) -> anyhow::Result<u8> {
+pub(crate) async fn run(client: &Client, lab_dir: &Path, format: Format) -> anyhow::Result<u8> {
     let nodes = wire::get(client, "/api/v1/nodes").await?;
     let nodes: Vec<&Value> = nodes["items"].as_array().into_iter().flatten().collect();
     let pods = wire::get(client, "/api/v1/pods").await?;
@@ -29,22 +33,12 @@ pub(crate) async fn run(client: &Client, lab_dir: &Path) -> anyhow::Result<u8> {
         .collect();
 
     let mut troubles = Vec::new();
-    output::line("NODES")?;
     let now = jiff::Timestamp::now();
-    let rows: Vec<Vec<String>> = nodes
+    let node_rows: Vec<Vec<String>> = nodes
         .iter()
         .zip(&networks)
         .map(|(node, network)| node_row(node, network.as_ref(), &pods, now, &mut troubles))
         .collect();
-    output::table(
-        &[
-            "NODE", "STATUS", "AGE", "ADDRESS", "SUBNET", "VTEP MAC", "PEERS", "SERVICES", "DNS",
-            "PODS",
-        ],
-        rows,
-    )?;
-
-    output::line("\nCOMPONENTS")?;
     let mut rows = vec![api_server_row(client).await];
     rows.extend(lease_rows(client).await);
     if let Some(lab) = &lab {
@@ -59,7 +53,6 @@ pub(crate) async fn run(client: &Client, lab_dir: &Path) -> anyhow::Result<u8> {
     for row in rows.iter().filter(|row| row[1] == "down" || row[1].starts_with("not ")) {
         troubles.push(format!("{}: {} {}", row[0], row[1], row[2]).trim_end().to_owned());
     }
-    output::table(&["COMPONENT", "STATE", "DETAIL"], rows)?;
     for network in networks.iter().flatten() {
         let name = network["node"].as_str().unwrap_or_default();
         let etcd = network["etcd"].as_str().unwrap_or_default();
@@ -73,15 +66,39 @@ pub(crate) async fn run(client: &Client, lab_dir: &Path) -> anyhow::Result<u8> {
         }
     }
     troubles.extend(shared_subnets(&nodes));
-    if troubles.is_empty() {
-        output::line("\nall is well")?;
-        return Ok(0);
-    }
-    output::line("\nPROBLEMS")?;
-    for trouble in troubles {
-        output::line(&format!("- {trouble}"))?;
-    }
-    Ok(1)
+    let data = json!({
+        "nodes": records(&NODE_HEADINGS, &node_rows),
+        "components": records(&COMPONENT_HEADINGS, &rows),
+        "problems": troubles,
+    });
+    format.print(&data, || {
+        output::line("NODES")?;
+        output::table(&NODE_HEADINGS, node_rows)?;
+        output::line("\nCOMPONENTS")?;
+        output::table(&COMPONENT_HEADINGS, rows)?;
+        if troubles.is_empty() {
+            return output::line("\nall is well");
+        }
+        output::line("\nPROBLEMS")?;
+        troubles.iter().try_for_each(|trouble| output::line(&format!("- {trouble}")))
+    })?;
+    Ok(u8::from(!troubles.is_empty()))
+}
+
+/// The rows of a table as objects; `VTEP MAC` becomes `vtepMac`.
+fn records(headings: &[&str], rows: &[Vec<String>]) -> Value {
+    let key = |heading: &str| {
+        let mut words = heading.split(' ').map(str::to_lowercase);
+        let first = words.next().unwrap_or_default();
+        words.fold(first, |key, word| {
+            let (initial, rest) = word.split_at(1);
+            key + &initial.to_uppercase() + rest
+        })
+    };
+    let record = |row: &Vec<String>| -> Value {
+        headings.iter().zip(row).map(|(heading, cell)| (key(heading), json!(cell))).collect()
+    };
+    rows.iter().map(record).collect()
 }
 
 /// What the network agent of a node wrote about itself, where its file can be read from here.
@@ -233,6 +250,15 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn rows_become_objects() {
+        let row = vec!["02:aa".to_owned(), "3".to_owned()];
+        assert_eq!(
+            records(&["VTEP MAC", "PEERS"], &[row]),
+            json!([{ "vtepMac": "02:aa", "peers": "3" }])
+        );
+    }
 
     #[test]
     fn a_row_joins_what_api_and_agent_know() {

@@ -18,6 +18,7 @@ use std::path::Path;
 use anyhow::bail;
 use ipnetwork::Ipv4Network;
 
+use crate::cluster::Format;
 use crate::output;
 
 pub(crate) use fleet::{CNI_PLUGINS, daemons};
@@ -26,6 +27,7 @@ pub(crate) use layout::{DEFAULT_DIR, Lab};
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
     /// Start the lab, or what of it does not run
+    #[command(after_help = "Example: orchctl lab up --nodes 5")]
     Up {
         /// Number of nodes
         #[arg(long, default_value_t = 3)]
@@ -39,10 +41,16 @@ pub(crate) enum Command {
         default_timings: bool,
     },
     /// End the lab and remove everything it made
+    #[command(after_help = "Example: orchctl lab down")]
     Down,
     /// What runs, where it logs and how much memory it takes
-    Status,
+    #[command(after_help = "Example: orchctl lab status -o json")]
+    Status {
+        #[command(flatten)]
+        format: Format,
+    },
     /// Crash a host: a node with all its containers, `server`, `etcd` or `engine`
+    #[command(after_help = "Example: orchctl lab kill node-3")]
     Kill {
         host: String,
         /// Only the agent's process: the node's pods and packets go on
@@ -50,22 +58,29 @@ pub(crate) enum Command {
         agent_only: bool,
     },
     /// Start a host again (a running daemon is stopped first): a node, `server` or `engine`
+    #[command(after_help = "Example: orchctl lab restart node-3")]
     Restart { host: String },
     /// Cut a node (or `server`) off from the network that joins the hosts
+    #[command(after_help = "Example: orchctl lab partition node-2")]
     Partition { host: String },
     /// Undo `partition`
+    #[command(after_help = "Example: orchctl lab heal node-2")]
     Heal { host: String },
     /// Print the path of the administrator's kubeconfig
+    #[command(after_help = "Example: export KUBECONFIG=$(orchctl lab kubeconfig)")]
     Kubeconfig,
-    /// Run a command in a host's network namespace: `lab exec node-1 -- ip route`; `underlay` is a host too
+    /// Run a command in a host's network namespace; `underlay` is a host too
+    #[command(after_help = "Example: orchctl lab exec node-1 -- ip route")]
     Exec {
         host: String,
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
     /// Deploy the example and show it answering from different nodes
+    #[command(after_help = "Example: orchctl lab demo")]
     Demo,
     /// Measure pod start against plain Docker, and the memory of idle daemons
+    #[command(after_help = "Example: orchctl lab bench --rounds 20")]
     Bench {
         /// Pods to start; the median counts
         #[arg(long, default_value_t = 20)]
@@ -85,7 +100,7 @@ pub(crate) async fn run(command: Command, dir: &Path) -> anyhow::Result<u8> {
             need_root("ends daemons and removes network namespaces")?;
             fleet::down(dir).await?;
         }
-        Command::Status => return status(&Lab::require(dir)?).await,
+        Command::Status { format } => return status(&Lab::require(dir)?, format),
         Command::Kill { host, agent_only } => {
             let lab = open(dir, "ends daemons")?;
             let said = if agent_only {
@@ -159,20 +174,26 @@ pub(crate) fn memory(pid: Option<i32>) -> String {
 }
 
 /// Prints all processes; 1 as exit code when one is down.
-async fn status(lab: &Lab) -> anyhow::Result<u8> {
+fn status(lab: &Lab, format: Format) -> anyhow::Result<u8> {
     let all = daemons(lab);
     let down: Vec<&str> =
         all.iter().filter(|one| one.pid.is_none()).map(|one| one.name.as_str()).collect();
-    let rows = all.iter().map(|one| {
-        vec![
-            one.name.clone(),
-            lab.address(&one.name).map_or_else(|_| "-".to_owned(), |address| address.to_string()),
-            one.pid.map_or_else(|| "down".to_owned(), |pid| format!("running, PID {pid}")),
-            memory(one.pid),
-            one.log.display().to_string(),
-        ]
+    let address = |name: &str| lab.address(name).ok().map(|address| address.to_string());
+    let data = all.iter().map(|one| {
+        serde_json::json!({ "host": one.name, "address": address(&one.name), "pid": one.pid, "log": one.log })
     });
-    output::table(&["HOST", "ADDRESS", "STATE", "MEMORY", "LOG"], rows)?;
+    format.print(&data.collect(), || {
+        let rows = all.iter().map(|one| {
+            vec![
+                one.name.clone(),
+                address(&one.name).unwrap_or_else(|| "-".to_owned()),
+                one.pid.map_or_else(|| "down".to_owned(), |pid| format!("running, PID {pid}")),
+                memory(one.pid),
+                one.log.display().to_string(),
+            ]
+        });
+        output::table(&["HOST", "ADDRESS", "STATE", "MEMORY", "LOG"], rows)
+    })?;
     if down.is_empty() {
         return Ok(0);
     }

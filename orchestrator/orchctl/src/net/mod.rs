@@ -29,15 +29,19 @@ use status::NetStatus;
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
     /// What the network agents say of themselves: subnet, device, peers, Services, problems
+    #[command(after_help = "Example: orchctl net status -o json")]
     Status(Flags),
     /// Who sends to whom: for each node what it holds of each other node
+    #[command(after_help = "Example: orchctl net nodes")]
     Nodes(Flags),
     /// The subnet leases in etcd, with their lifetimes
+    #[command(after_help = "Example: orchctl net leases")]
     Leases(Flags),
     /// The settings that all nodes follow: mode, network, VNI, port
     #[command(subcommand)]
     Config(config::Command),
     /// Look for what is wrong, on one node or on all, and say which command mends it; sends test packets
+    #[command(after_help = "Example: orchctl net doctor node-2")]
     Doctor {
         /// The node; without it all that can be looked into from here
         node: Option<String>,
@@ -45,6 +49,7 @@ pub(crate) enum Command {
         flags: Flags,
     },
     /// Follow a packet from one pod to another, link by link
+    #[command(after_help = "Example: orchctl net trace web-0 kube-system/dns-1")]
     Trace {
         /// The pod that sends, `NAME` or `NAMESPACE/NAME`
         from: String,
