@@ -29,9 +29,11 @@ const LOOK: Duration = Duration::from_millis(200);
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
     /// The settings, and which node follows them
+    #[command(after_help = "Example: orchctl net config get -o json")]
     Get(Flags),
     /// Change settings; every agent follows at once, and running connections go on where the effect does not say
     /// otherwise
+    #[command(after_help = "Example: orchctl net config set --mode host-gw --dry-run")]
     Set(Set),
 }
 
