@@ -6,7 +6,7 @@
 //!    of the rules it is in, and what the port names of egress rules mean there. Prefixes with equal traits are a group.
 //!    One lookup of an address then answers pods and blocks together; exceptions need no negative logic.
 //! 3. `decide`: for each template and group the rules become rows over protocol × port.
-//! 4. [`number`](crate::number) gives the groups class numbers, those of the previous output where it can.
+//! 4. [`crate::number`] gives the groups class numbers, those of the previous output where it can.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -54,7 +54,7 @@ pub struct Compiled {
 /// One rule of a policy that selects an endpoint.
 struct Rule<'a> {
     id: RuleId,
-    /// Its peer list in [`Input::lists`]; `None`: everyone.
+    /// Its peer list in `Input::lists`; `None`: everyone.
     list: Option<usize>,
     ports: Option<&'a [PortSpec]>,
 }

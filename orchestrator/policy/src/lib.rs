@@ -1,7 +1,7 @@
 //! The policy compiler: pods, namespaces, nodes and NetworkPolicies in, what the data plane of one node shall hold out.
 //! Pure: no I/O, no clock, no state of its own.
 //!
-//! The caller reads the API's objects into a [`World`] (once for each change of an object) and calls [`compile`] with it
+//! The caller reads the API's objects into a [`World`] (once for each change of an object) and calls [`compile()`] with it
 //! and the last [`Compiled`]. The output has two parts, which are two kernel maps: *peers*, from address prefixes to a
 //! class, and for each endpoint (a pod of this node) a *decision table* over direction × class × protocol × port. A
 //! [`Plan`] is what to write to get from one output to the next. [`Compiled::judge`] answers for one packet, and names

@@ -1,6 +1,6 @@
 //! Which node a pod runs on: filter → score → bind (Kubernetes, "Scheduling Framework").
 //!
-//! Start at [`decide()`], the pure choice over a [`Cluster`] picture; [`filter`] and [`score`] hold the plugins,
+//! Start at [`decide()`], the pure choice over a [`Cluster`] picture; [`mod@filter`] and [`mod@score`] hold the plugins,
 //! [`queue`] which pod is next and what wakes a pod that fits nowhere, [`run()`] the task that feeds all of it from
 //! the API server and binds. What a pod requests is worked out in `orch-api`; caches are `orch-reconcile`'s.
 
