@@ -199,6 +199,9 @@ fn write_durable(path: &Path, text: &[u8]) -> io::Result<()> {
 }
 
 #[cfg(test)]
+#[path = "../../corpus/mutate.rs"]
+mod mutate;
+#[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
@@ -269,6 +272,11 @@ mod tests {
         #[test]
         fn fuzz_a_cache_file_of_any_text_is_read_or_skipped(text in ".{0,200}") {
             let _ = decode(text.as_bytes());
+        }
+
+        #[test]
+        fn fuzz_the_corpus_of_cache_files_is_read_or_skipped(text in super::mutate::bytes("cache")) {
+            let _ = decode(&text);
         }
     }
 }

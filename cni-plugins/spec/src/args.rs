@@ -88,3 +88,39 @@ mod tests {
         CniArgs::parse("IP=1").expect("good").only(&["IP"]).expect("known");
     }
 }
+
+#[cfg(test)]
+#[path = "../../corpus/mutate.rs"]
+mod mutate;
+
+#[cfg(test)]
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What was read says the same again, and asking it never fails.
+    fn read(text: &str) -> Result<(), TestCaseError> {
+        let Ok(args) = CniArgs::parse(text) else { return Ok(()) };
+        let again: Vec<String> =
+            args.pairs().iter().map(|(key, value)| format!("{key}={value}")).collect();
+        prop_assert_eq!(CniArgs::parse(&again.join(";")), Ok(args.clone()));
+        for (key, _) in args.pairs() {
+            prop_assert!(args.get(key).is_some());
+        }
+        let _ = args.only(&["IP", "MAC"]);
+        Ok(())
+    }
+
+    proptest! {
+        #[test]
+        fn fuzz_cni_args_of_any_text_are_read_or_refused(text in ".{0,100}") {
+            read(&text)?;
+        }
+
+        #[test]
+        fn fuzz_the_corpus_of_cni_args_is_read_or_refused(text in mutate::bytes("args")) {
+            read(&String::from_utf8_lossy(&text))?;
+        }
+    }
+}

@@ -110,6 +110,9 @@ fn ipam_conf(conf: &Conf, subnet: Option<&SubnetEnv>) -> Result<Map<String, Valu
 }
 
 #[cfg(test)]
+#[path = "../../corpus/mutate.rs"]
+mod mutate;
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -212,6 +215,14 @@ mod tests {
         #[test]
         fn fuzz_what_is_kept_may_be_any_text(text in ".{0,100}") {
             let _ = Delegation::from_kept(text.as_bytes());
+        }
+
+        #[test]
+        fn fuzz_the_corpus_of_what_is_kept_is_used_or_counts_as_none(text in mutate::bytes("kept")) {
+            if let Some(to) = Delegation::from_kept(&text) {
+                let again = Value::Object(to.conf.clone()).to_string();
+                proptest::prop_assert_eq!(Delegation::from_kept(again.as_bytes()), Some(to));
+            }
         }
     }
 }
