@@ -42,6 +42,11 @@ pub mod code {
     pub const HOST_PORT_TAKEN: u32 = 103;
 }
 
+/// Bytes of a message that are kept, from its beginning and from its end. Messages repeat the value that is wrong, which may
+/// be as long as the configuration; runtimes write them into logs and events.
+const MSG_HEAD: usize = 3000;
+const MSG_TAIL: usize = 1000;
+
 /// An error as the specification has it: a code for the runtime, a message for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
@@ -54,10 +59,17 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error with this code and message.
+    /// An error with this code and message. A very long message loses its middle.
     #[must_use]
     pub fn new(code: u32, msg: impl Into<String>) -> Self {
-        Self { code, msg: msg.into(), details: None }
+        let mut msg = msg.into();
+        if msg.len() > MSG_HEAD + MSG_TAIL {
+            let whole = |at: &usize| msg.is_char_boundary(*at);
+            let from = (0..=MSG_HEAD).rev().find(whole).unwrap_or(0);
+            let to = (msg.len() - MSG_TAIL..msg.len()).find(whole).unwrap_or(msg.len());
+            msg.replace_range(from..to, &format!(" … ({} bytes) … ", to - from));
+        }
+        Self { code, msg, details: None }
     }
 
     /// Code 999 with the whole chain of causes as one sentence.
@@ -173,6 +185,14 @@ mod tests {
         assert_eq!(document["cniVersion"], "1.0.0");
         assert_eq!(Error::from_value(document.as_object().expect("object")), Some(error));
         assert_eq!(Error::from_value(&Map::new()), None);
+    }
+
+    #[test]
+    fn a_very_long_message_keeps_both_ends() {
+        let error =
+            Error::new(code::DECODE, format!("\"key\" is {} and wrong", "ä".repeat(1 << 20)));
+        assert!(error.msg.len() < MSG_HEAD + MSG_TAIL + 50, "{}", error.msg.len());
+        assert!(error.msg.starts_with("\"key\" is ä") && error.msg.ends_with("ä and wrong"));
     }
 
     #[test]
