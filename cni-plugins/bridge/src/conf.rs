@@ -25,7 +25,7 @@ pub struct NetConf {
     pub force_address: bool,
     /// Packets of pods to the outside get the host's address.
     pub ip_masq: bool,
-    /// How: `nftables`.
+    /// How. What was written for the reference plugin counts, `iptables` as well as `nftables`: the packets fare the same.
     pub ip_masq_backend: Option<String>,
     /// MTU of the bridge and both ends; 0 is the kernel's default.
     pub mtu: u32,
@@ -191,10 +191,10 @@ impl NetConf {
             )));
         }
         match self.ip_masq_backend.as_deref() {
-            None | Some("" | "nftables") => {}
+            None | Some("" | "nftables" | "iptables") => {}
             Some(other) => {
                 let msg = format!(
-                    "\"ipMasqBackend\" is \"{other}\"; this plugin masquerades with \"nftables\" only"
+                    "\"ipMasqBackend\" is \"{other}\" and has to be \"nftables\" or \"iptables\""
                 );
                 return Err(Error::new(code::UNSUPPORTED_FIELD, msg));
             }
@@ -346,7 +346,8 @@ mod tests {
         ] {
             assert_eq!(code_of(wrong), code::INVALID_CONFIG, "{wrong}");
         }
-        assert_eq!(code_of(r#"{"ipMasqBackend":"iptables"}"#), code::UNSUPPORTED_FIELD);
+        assert_eq!(code_of(r#"{"ipMasqBackend":"pf"}"#), code::UNSUPPORTED_FIELD);
+        settings(r#"{"ipMasqBackend":"iptables"}"#).expect("as written for the reference");
     }
 
     #[test]

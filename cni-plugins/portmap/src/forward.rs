@@ -189,6 +189,13 @@ pub(crate) fn desired(
             });
         }
     }
+    // `8080:80` says what `127.0.0.1:8080:80` beside it says, and more.
+    let everywhere: Vec<Forward> =
+        forwards.iter().filter(|forward| forward.host_ip.is_none()).cloned().collect();
+    forwards.retain(|forward| {
+        forward.host_ip.is_none()
+            || !everywhere.contains(&Forward { host_ip: None, ..forward.clone() })
+    });
     forwards
 }
 
@@ -348,6 +355,23 @@ mod tests {
             ),
             None
         );
+    }
+
+    #[test]
+    fn a_mapping_that_another_one_covers_is_none_of_its_own() {
+        let conf = |mappings| -> NetConf {
+            let conf = serde_json::json!({"runtimeConfig": {"portMappings": mappings}});
+            serde_json::from_value(conf).expect("of the right types")
+        };
+        let narrow = serde_json::json!({"hostPort": 80, "containerPort": 1, "hostIP": "127.0.0.1"});
+        let wide = serde_json::json!({"hostPort": 80, "containerPort": 1, "hostIP": "0.0.0.0"});
+        let other = serde_json::json!({"hostPort": 81, "containerPort": 1, "hostIP": "127.0.0.1"});
+        let conf = conf(serde_json::json!([narrow, wide, other]));
+        let (settings, mappings) = (conf.settings().expect("good"), conf.mappings().expect("good"));
+        let want =
+            desired(&mappings, &["10.1.0.2/24".parse().expect("net")], &settings, &owner("a"));
+        let hosts: Vec<String> = want.iter().map(Forward::describe).collect();
+        assert_eq!(hosts, ["80/tcp", "127.0.0.1:81/tcp"]);
     }
 
     #[test]

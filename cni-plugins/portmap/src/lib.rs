@@ -13,6 +13,7 @@
 //!
 //! Deciding is in `forward.rs` (pure), touching in `table.rs`. Start reading at [`Plugin::add`] below.
 
+mod condition;
 mod conf;
 mod forward;
 mod localnet;

@@ -180,10 +180,23 @@ fn conditions_decide_which_packets_count_and_a_wrong_one_is_named() -> Result {
     t.add(&pod, &limited)?;
     reach(&outside, "192.0.2.1:80", &pod.netns, 80)?;
     t.del(&pod, &limited)?;
-    limited["conditionsV4"] = json!(["--source", "192.0.2.0/24"]);
-    let (code, msg) = t.attachment("ADD", &pod, &limited)?.failure()?;
-    assert_eq!(code, 7, "{msg}");
-    assert!(msg.contains("conditionsV4") && msg.contains("--source"), "{msg}");
+    // As in the reference's manual, for its usual backend.
+    limited["backend"] = json!("iptables");
+    limited["conditionsV4"] = json!(["!", "-s", "192.0.2.0/24"]);
+    t.add(&pod, &limited)?;
+    assert!(reach(&outside, "192.0.2.1:80", &pod.netns, 80).is_err());
+    t.del(&pod, &limited)?;
+    limited["conditionsV4"] = json!(["!", "-s", "198.51.100.0/24"]);
+    t.add(&pod, &limited)?;
+    t.attachment("CHECK", &pod, &limited)?.success()?;
+    reach(&outside, "192.0.2.1:80", &pod.netns, 80)?;
+    t.del(&pod, &limited)?;
+    for (words, code) in [(json!(["-m", "owner"]), 2), (json!(["ip", "sources", "192.0.2.1"]), 7)] {
+        limited["conditionsV4"] = words;
+        let (found, msg) = t.attachment("ADD", &pod, &limited)?.failure()?;
+        assert_eq!(found, code, "{msg}");
+        assert!(msg.contains("conditionsV4"), "{msg}");
+    }
     assert_eq!(elements(&t)?, 0);
     Ok(())
 }

@@ -49,17 +49,28 @@ fn a_lease_has_the_references_form() {
     assert_eq!(fs::read_dir(&store.index).expect("listed").count(), 2, "stamp and one attachment");
 }
 
+/// Waits until a change would give the folder another time than it has. The clock of files ticks every few milliseconds.
+fn wait_for_another_time(folder: &Path) {
+    let time = |path: &Path| fs::metadata(path).expect("there").modified().expect("known");
+    let clock = temp();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while time(clock.path()) <= time(folder) {
+        assert!(std::time::Instant::now() < deadline, "the clock of files stands still");
+        fs::write(clock.path().join("tick"), "").expect("written");
+        fs::remove_file(clock.path().join("tick")).expect("removed");
+    }
+}
+
 #[test]
 fn what_the_reference_did_meanwhile_is_seen() {
     let dir = temp();
     drop(Store::create(dir.path()).expect("opened"));
-    // Coarse clocks of old kernels tick every 4 ms at most.
-    std::thread::sleep(std::time::Duration::from_millis(20));
+    wait_for_another_time(dir.path());
     fs::write(dir.path().join("10.0.0.9"), "c9\r\neth0").expect("written");
     let store = Store::create(dir.path()).expect("opened");
     assert_eq!(store.leases_of(&id("c9")).expect("read"), [ip("10.0.0.9")]);
     drop(store);
-    std::thread::sleep(std::time::Duration::from_millis(20));
+    wait_for_another_time(dir.path());
     fs::remove_file(dir.path().join("10.0.0.9")).expect("removed");
     let store = Store::create(dir.path()).expect("opened");
     assert!(store.leases_of(&id("c9")).expect("read").is_empty());
