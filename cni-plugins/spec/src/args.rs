@@ -90,14 +90,11 @@ mod tests {
 }
 
 #[cfg(test)]
-#[path = "../../corpus/mutate.rs"]
-mod mutate;
-
-#[cfg(test)]
 mod fuzz {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::mutate;
 
     /// What was read says the same again, and asking it never fails.
     fn read(text: &str) -> Result<(), TestCaseError> {

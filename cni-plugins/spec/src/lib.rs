@@ -25,3 +25,7 @@ pub use error::{Error, code};
 pub use name::{AttachmentId, ContainerId, IfName, NameError, NetworkName, stable_hash};
 pub use result::{AddResult, Dns, Interface, IpConfig, Route, parse_cidr};
 pub use version::Version;
+
+#[cfg(test)]
+#[path = "../../corpus/mutate.rs"]
+mod mutate;

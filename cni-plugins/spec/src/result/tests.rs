@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::mutate;
 
 fn full() -> AddResult {
     AddResult {
@@ -181,9 +182,6 @@ proptest! {
         }
     }
 }
-
-#[path = "../../../corpus/mutate.rs"]
-mod mutate;
 
 proptest! {
     #[test]
