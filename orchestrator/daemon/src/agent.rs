@@ -3,13 +3,17 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use orch_config::Paths;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::parts::Parts;
+
+/// After this time the start is over: caches are full, the overlay stands.
+const START: Duration = Duration::from_secs(60);
 
 /// Flags of `orchestrator agent`.
 #[derive(clap::Args)]
@@ -126,6 +130,19 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
     info!(node = flags.node_name, ip = %flags.node_ip, "agent starts");
     let mut parts = Parts::new(stop.clone());
     parts.spawn("network agent", orch_netagent::run(network, stop.clone()));
-    parts.spawn("kubelet", orch_kubelet::run(kubelet, stop));
-    parts.join().await
+    parts.spawn("kubelet", orch_kubelet::run(kubelet, stop.clone()));
+    let (outcome, ()) = tokio::join!(parts.join(), forget_the_start(stop));
+    outcome
+}
+
+/// Gives the memory back that only the start needed, once that is over.
+async fn forget_the_start(stop: CancellationToken) {
+    tokio::select! {
+        () = stop.cancelled() => return,
+        () = tokio::time::sleep(START) => {}
+    }
+    match orch_telemetry::release_start_memory() {
+        Ok(bytes) => debug!(code_bytes = bytes, "memory of the start was given back"),
+        Err(error) => debug!(%error, "memory of the start is kept"),
+    }
 }

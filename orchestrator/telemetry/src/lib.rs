@@ -2,6 +2,10 @@
 //!
 //! Start with [`init_tracing`] and [`shutdown_token`].
 
+mod memory;
+
+pub use memory::release_start_memory;
+
 use std::io::IsTerminal as _;
 
 use tokio_util::sync::CancellationToken;

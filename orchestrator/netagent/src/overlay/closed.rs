@@ -9,7 +9,8 @@
 //!   addresses is the business of the `policy` plugin.)
 //!
 //! Here is also what makes the way of these packets short: conntrack does not look at those between nodes (`notrack`).
-//! Nobody translates them, and what VXLAN receives is no answer to what it sends: the ports differ.
+//! Nobody translates them, and what VXLAN receives is no answer to what it sends: the ports differ. In a rule the match
+//! that most packets fail stands first, addresses before the name of a link: the kernel compares those without a call.
 //!
 //! One table of ours, one set of addresses; a node that joins or leaves is one element.
 
@@ -84,23 +85,25 @@ fn table(network: &Network, own: IpNetwork, public_ip: IpAddr, peers: &Peers) ->
             Hook::Forward,
             BEFORE_FILTER,
             rules(&[format!(
-                "iifname \"{bridge}\" udp dport {port} {ip} daddr @{NODES} counter drop"
+                "udp dport {port} {ip} daddr @{NODES} iifname \"{bridge}\" counter drop"
             )]),
         ),
     );
-    let untracked = |side: &str| format!("udp dport {port} {ip} {side} @{NODES} notrack");
+    // Who sent it is asked once, at `input`.
+    let untracked = format!("udp dport {port} notrack");
+    let arriving = format!("{ip} daddr {public_ip} {untracked}");
     table.chain(
         "prerouting",
         Chain::base(
             "filter",
             Hook::Prerouting,
             BEFORE_CONNTRACK,
-            rules(&[spoofed(bridge, own), untracked("saddr")]),
+            rules(&[spoofed(bridge, own), arriving]),
         ),
     );
     table.chain(
         "output",
-        Chain::base("filter", Hook::Output, BEFORE_CONNTRACK, rules(&[untracked("daddr")])),
+        Chain::base("filter", Hook::Output, BEFORE_CONNTRACK, rules(&[untracked])),
     );
     table
 }
@@ -109,10 +112,10 @@ fn table(network: &Network, own: IpNetwork, public_ip: IpAddr, peers: &Peers) ->
 fn spoofed(bridge: &str, own: IpNetwork) -> String {
     match own {
         IpNetwork::V4(own) => {
-            format!("iifname \"{bridge}\" ip saddr != {own} ip saddr != 0.0.0.0 counter drop")
+            format!("ip saddr != {own} ip saddr != 0.0.0.0 iifname \"{bridge}\" counter drop")
         }
         IpNetwork::V6(own) => format!(
-            "iifname \"{bridge}\" ip6 saddr != {own} ip6 saddr != fe80::/10 ip6 saddr != :: counter drop"
+            "ip6 saddr != {own} ip6 saddr != fe80::/10 ip6 saddr != :: iifname \"{bridge}\" counter drop"
         ),
     }
 }

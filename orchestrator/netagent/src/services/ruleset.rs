@@ -87,8 +87,8 @@ fn fixed_chains(table: &mut Table, networks: &Networks) {
             Hook::Prerouting,
             -300,
             rules(&[
-                "iifname != \"lo\" ip daddr 127.0.0.0/8 counter drop",
-                "iifname != \"lo\" ip saddr 127.0.0.0/8 counter drop",
+                "ip daddr 127.0.0.0/8 iifname != \"lo\" counter drop",
+                "ip saddr 127.0.0.0/8 iifname != \"lo\" counter drop",
             ]),
         ),
     );
