@@ -43,7 +43,7 @@ test-cni: build ## the CNI tables alone; CNI_UNDER_TEST=/usr/lib/cni says where 
 	@[ "$${CNI_UNDER_TEST:-}" != /usr/lib/cni ] || scripts/cni-peers plugins
 	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked -p tests-conformance --test conformance
 
-test-runtimes: build ## podman and containerd (installed if missing) with our CNI plugins
+test-runtimes: build ## podman and containerd (ctr, CRI; installed if missing) with our CNI plugins
 	@scripts/cni-peers runtimes
 	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked -p tests-conformance --test runtimes
 

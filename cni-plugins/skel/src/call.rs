@@ -24,7 +24,8 @@ pub fn call<P: Plugin>(plugin: &P, env: &Env, stdin: &[u8]) -> Result<Option<Val
         let version = answer_version(stdin);
         return Ok(Some(json!({"cniVersion": version.as_str(), "supportedVersions": supported})));
     }
-    let raw = decode(stdin)?;
+    let mut raw = decode(stdin)?;
+    spell_capabilities(&mut raw);
     let version = Version::of_conf(&raw)?;
     check_verb(command, version)?;
     let name = network_name(&raw)?;
@@ -136,6 +137,38 @@ fn check_verb(command: Command, version: Version) -> Result<(), Error> {
 fn decode(stdin: &[u8]) -> Result<Map<String, Value>, Error> {
     serde_json::from_slice(stdin)
         .map_err(|error| Error::new(code::DECODE, format!("decode network configuration: {error}")))
+}
+
+/// containerd hands on capability arguments as Go structs without JSON names: `HostPort` for `hostPort`. Go's reader does not
+/// mind, so no plugin of the reference does. Only what is known to come so is spelt anew: other capabilities have keys
+/// that people chose.
+fn spell_capabilities(raw: &mut Map<String, Value>) {
+    let Some(Value::Object(runtime)) = raw.get_mut("runtimeConfig") else { return };
+    for capability in ["portMappings", "bandwidth", "ipRanges", "dns"] {
+        if let Some(value) = runtime.get_mut(capability) {
+            spell(value);
+        }
+    }
+}
+
+fn spell(value: &mut Value) {
+    match value {
+        Value::Array(list) => list.iter_mut().for_each(spell),
+        Value::Object(object) => {
+            let (old, mut new) = (std::mem::take(object), Map::new());
+            for (key, value) in old {
+                let mut letters = key.chars();
+                let first = letters.next().map(|first| first.to_ascii_lowercase());
+                let spelt: String = first.into_iter().chain(letters).collect();
+                // What is spelt right counts, wherever it stands.
+                if spelt == key || !new.contains_key(&spelt) {
+                    new.insert(spelt, value);
+                }
+            }
+            *object = new;
+        }
+        _ => {}
+    }
 }
 
 fn network_name(raw: &Map<String, Value>) -> Result<NetworkName, Error> {

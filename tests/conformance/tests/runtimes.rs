@@ -1,7 +1,10 @@
-//! Real container runtimes that run containers on our conflist: podman with its CNI backend, and containerd by `ctr`.
+//! Real container runtimes that run containers on our conflist: podman with its CNI backend, and containerd by `ctr` and
+//! by its CRI plugin, as a kubelet calls it.
 //!
 //! Each works in a host of its own (a namespace) with private folders, so that neither sees what else is on the machine.
 //! A runtime that is not installed is ignored, and says so; `make test-runtimes` installs both.
+
+mod cri;
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -18,12 +21,19 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use serde_json::{Value, json};
 use tests_conformance::{Bed, Result, ip};
 
+use crate::cri::{Cri, Message, text_at};
+
 /// What each runtime is called by, and the test.
 type Story = (&'static str, &'static [&'static str], fn(&Bed) -> Result);
 
 const STORIES: &[Story] = &[
     ("podman_runs_containers_on_our_conflist", &["podman", "runc", "busybox"], podman),
     ("containerd_runs_containers_on_our_conflist", &["containerd", "ctr", "runc", "busybox"], ctr),
+    (
+        "containerd_runs_pods_by_cri_on_our_conflist",
+        &["containerd", "ctr", "runc", "busybox"],
+        pods,
+    ),
 ];
 /// The network that both are given.
 const NETWORK: &str = "orch-runtimes";
@@ -290,13 +300,14 @@ struct Containerd {
 }
 
 impl Containerd {
-    fn start(t: &Bed) -> Result<Self> {
+    /// `plugins` is the part of its configuration that tests differ in.
+    fn start(t: &Bed, plugins: &str) -> Result<Self> {
         let folder = t.state.path().join("containerd");
         fs::create_dir_all(&folder)?;
         let socket = folder.join("socket");
         let config = format!(
-            "version = 2\nroot = \"{folder}/root\"\nstate = \"{folder}/state\"\n\
-             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = \"{socket}\"\n",
+            "version = 2\nroot = \"{folder}/root\"\nstate = \"{folder}/state\"\n{plugins}\n\
+             [grpc]\naddress = \"{socket}\"\n",
             folder = folder.display(),
             socket = socket.display(),
         );
@@ -305,7 +316,8 @@ impl Containerd {
         let mut command = Command::new("containerd");
         command.arg("-c").arg(folder.join("config.toml"));
         command.stdout(log.try_clone()?).stderr(log).stdin(Stdio::null());
-        let daemon = command.spawn().context("run containerd")?;
+        // It calls plugins in the namespace it is in.
+        let daemon = t.host.run(|| command.spawn().context("run containerd"))?;
         let daemon = Self { daemon, socket };
         let end = Instant::now() + PATIENCE;
         while run(&t.host, daemon.ctr().arg("version")).is_err() {
@@ -337,7 +349,7 @@ impl Drop for Containerd {
 fn ctr(t: &Bed) -> Result {
     let root = root_folder(t)?;
     let root = root.to_str().context("path")?;
-    let containerd = Containerd::start(t)?;
+    let containerd = Containerd::start(t, "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]")?;
     let conf = t.state.path().join("10-orch.conflist");
     // A mount needs a folder below it; ours goes again.
     let made = fs::create_dir("/etc/cni").is_ok();
@@ -380,5 +392,108 @@ fn ctr(t: &Bed) -> Result {
     }
     used.with_context(said)?;
     ensure!(ended.success(), "ctr: {}", said());
+    gone(t)
+}
+
+/// The image that pods and containers are made from, as `docker save` writes one: a layer, and what is said about it.
+fn image(t: &Bed, name: &str) -> Result<PathBuf> {
+    let folder = t.state.path().join("image");
+    fs::create_dir_all(&folder)?;
+    let (root, layer) = (root_folder(t)?, folder.join("layer.tar"));
+    run(&t.host, Command::new("tar").arg("-C").arg(root).arg("-cf").arg(&layer).arg("."))?;
+    let digest = run(&t.host, Command::new("sha256sum").arg(&layer))?;
+    let digest = digest.split(' ').next().context("a digest")?;
+    let config = json!({
+        "architecture": "amd64", "os": "linux",
+        "config": {"Entrypoint": ["/bin/sleep", "600"]},
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+    });
+    let manifest = json!([{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]);
+    fs::write(folder.join("config.json"), config.to_string())?;
+    fs::write(folder.join("manifest.json"), manifest.to_string())?;
+    let archive = t.state.path().join("image.tar");
+    let mut tar = Command::new("tar");
+    tar.arg("-C").arg(&folder).arg("-cf").arg(&archive).arg("manifest.json");
+    run(&t.host, tar.args(["config.json", "layer.tar"]))?;
+    Ok(archive)
+}
+
+/// A pod with a host port and a limit, by the calls of a kubelet: sandbox, container, address from the sandbox' status,
+/// removal.
+fn pods(t: &Bed) -> Result {
+    const IMAGE: &str = "localhost/box:1";
+    let outside = t.outside(OUTSIDE[1], OUTSIDE[0])?;
+    let net_d = t.state.path().join("net.d");
+    fs::create_dir_all(&net_d)?;
+    let mut list = conflist(t);
+    let limits = t.plugins.join("bandwidth").exists();
+    if limits {
+        let bandwidth = json!({"type": "bandwidth", "capabilities": {"bandwidth": true}});
+        list["plugins"].as_array_mut().context("plugins")?.push(bandwidth);
+    }
+    fs::write(net_d.join("10-orch.conflist"), list.to_string())?;
+    let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
+    let containerd = Containerd::start(
+        t,
+        &format!(
+            // No privilege is taken for granted: neither a lower OOM score nor overlayfs on the temporary folder.
+            "[{cri}]\nsandbox_image = \"{IMAGE}\"\nrestrict_oom_score_adj = true\n\
+             netns_mounts_under_state_dir = true\n\
+             [{cri}.cni]\nbin_dir = \"{plugins}\"\nconf_dir = \"{net_d}\"\n\
+             [{cri}.containerd]\nsnapshotter = \"native\"\n\
+             [{cri}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"",
+            plugins = t.plugins.display(),
+            net_d = net_d.display(),
+        ),
+    )?;
+    let archive = image(t, IMAGE)?;
+    let mut import = containerd.ctr();
+    import.args(["-n", "k8s.io", "images", "import", "--no-unpack"]).arg(archive);
+    run(&t.host, &mut import)?;
+
+    let client = Cri::new(&containerd.socket);
+    let metadata = Message::default().text(1, "web-0").text(2, "uid-0").text(3, "default");
+    let mapping = Message::default().number(2, 80).number(3, u32::from(HOST_PORT));
+    let limit = Message::default().text(1, "kubernetes.io/ingress-bandwidth").text(2, "8M");
+    let config = Message::default().message(1, &metadata).text(2, "web-0").message(5, &mapping);
+    let config = config.message(7, &limit);
+    let end = Instant::now() + PATIENCE;
+    let sandbox = loop {
+        // The image and the network become known to it a moment after they are there.
+        match client.call("RunPodSandbox", Message::default().message(1, &config)) {
+            Err(_) if Instant::now() < end => sleep(Duration::from_millis(200)),
+            answer => break text_at(&answer?, &[1])?,
+        }
+    };
+    let used = || -> Result {
+        let status = client.call("PodSandboxStatus", Message::default().text(1, &sandbox))?;
+        let address = text_at(&status, &[1, 5, 1])?;
+        ensure!(leases(t)? == [address.clone()], "{address} is not leased: {:?}", leases(t)?);
+        let mut container = Message::default()
+            .message(1, &Message::default().text(1, "server"))
+            .message(2, &Message::default().text(1, IMAGE));
+        for word in ["/bin/httpd", "-f", "-p", "80", "-h", "/www"] {
+            container = container.text(3, word);
+        }
+        let create = Message::default().text(1, &sandbox).message(2, &container);
+        let made = client.call("CreateContainer", create.message(3, &config))?;
+        client.call("StartContainer", Message::default().text(1, &text_at(&made, &[1])?))?;
+        fetch(&t.host, ip(&address)?, 80).context("from the host")?;
+        if has_portmap(t) {
+            fetch(&outside, ip("192.0.2.1")?, HOST_PORT).context("the mapped port")?;
+        }
+        if limits {
+            let bucket = t.netlink.token_bucket(t.port()?.index)?.context("no token bucket")?;
+            ensure!(bucket.rate == 1_000_000, "limited to {} bytes/s", bucket.rate);
+        }
+        Ok(())
+    };
+    let used = used();
+    for method in ["StopPodSandbox", "RemovePodSandbox"] {
+        client.call(method, Message::default().text(1, &sandbox))?;
+    }
+    used.with_context(|| {
+        fs::read_to_string(t.state.path().join("containerd/log")).unwrap_or_default()
+    })?;
     gone(t)
 }

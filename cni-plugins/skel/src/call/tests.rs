@@ -195,6 +195,25 @@ fn the_plugins_own_namespace_is_refused() {
     ask(&allowed, &conf("1.0.0", "")).expect("allowed");
 }
 
+#[test]
+fn capabilities_that_containerd_spells_in_its_own_way_are_understood() {
+    let conf = json!({"runtimeConfig": {
+        "portMappings": [{"HostPort": 80, "ContainerPort": 8080, "Protocol": "tcp", "HostIP": ""}],
+        "bandwidth": {"IngressRate": 1, "ingressRate": 2, "EgressBurst": 3},
+        "ipRanges": [[{"Subnet": "10.1.0.0/24", "RangeStart": "10.1.0.2"}]],
+        "io.kubernetes.cri.pod-annotations": {"Team": "a"},
+    }});
+    let mut raw = conf.as_object().expect("object").clone();
+    spell_capabilities(&mut raw);
+    let want = json!({
+        "portMappings": [{"hostPort": 80, "containerPort": 8080, "protocol": "tcp", "hostIP": ""}],
+        "bandwidth": {"ingressRate": 2, "egressBurst": 3},
+        "ipRanges": [[{"subnet": "10.1.0.0/24", "rangeStart": "10.1.0.2"}]],
+        "io.kubernetes.cri.pod-annotations": {"Team": "a"},
+    });
+    assert_eq!(raw["runtimeConfig"], want);
+}
+
 proptest! {
     #[test]
     fn fuzz_any_stdin_gets_an_answer(text in ".{0,200}", command in "(ADD|DEL|CHECK|GC|STATUS|VERSION)") {
