@@ -210,7 +210,7 @@ pub(crate) async fn authorize(
     Ok(match of_node {
         Opinion::Allowed => Decision::Allowed(By::Node),
         Opinion::NoSuchPod => Decision::NoSuchPod,
-        Opinion::None(before) => {
+        Opinion::None(before) | Opinion::Unrelated(before) => {
             let both = [before, why].into_iter().filter(|text| !text.is_empty());
             Decision::Refused(both.collect::<Vec<_>>().join(", "))
         }
@@ -263,6 +263,7 @@ fn refusal(user: &User, asked: &Attributes<'_>, why: &str) -> ApiError {
     let mut error = match asked.target {
         Target::Path(path) => {
             let mut error = ApiError::refused("", "", "", "");
+            error.details = None;
             error.message =
                 format!("forbidden: User {:?} cannot {} path {path:?}", user.name, asked.verb);
             error

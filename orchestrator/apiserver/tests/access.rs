@@ -7,7 +7,7 @@ use orch_client::{Client, ClientConfig};
 use orch_pki::Identity;
 use serde_json::{Value, json};
 
-use support::{Cluster, delete, eventually, get, merge, post, put};
+use support::{Cluster, call, delete, eventually, get, merge, post, put};
 
 const SHOP: &str = "/api/v1/namespaces/shop";
 const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
@@ -91,6 +91,26 @@ async fn a_user_may_what_roles_give_and_gives_no_more() {
     assert_eq!(get(jane, "/api/v1/namespaces/default/pods").await.0, 403);
     assert_eq!(get(jane, "/api/v1/pods").await.0, 403);
     assert_eq!(delete(jane, &format!("{pods}/x"), &json!({})).await.0, 403);
+
+    // To apply what is not there is to create it.
+    made(
+        admin,
+        &format!("{RBAC_SHOP}/roles"),
+        &role("patcher", &["get", "patch"], &["configmaps"]),
+    )
+    .await;
+    let patcher = binding("patchers", "Role", "patcher", named("User", "jane"));
+    made(admin, &format!("{RBAC_SHOP}/rolebindings"), &patcher).await;
+    let map = &format!("{SHOP}/configmaps/a?fieldManager=jane");
+    let config = r#"{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a"}}"#;
+    let apply =
+        async |who: &Client| call(who, "PATCH", map, "application/apply-patch+yaml", config).await;
+    eventually("the refusal is about creating", async || {
+        message(&apply(jane).await.1).contains("cannot create resource")
+    })
+    .await;
+    assert_eq!(apply(admin).await.0, 201);
+    assert_eq!(apply(jane).await.0, 200);
 
     // A binding keeps its role.
     let mut other = bound.clone();
@@ -446,7 +466,7 @@ async fn a_node_reads_and_writes_what_is_its_own() {
     assert_eq!(code, 403);
     assert_eq!(
         message(&status),
-        r#"secrets "s2" is forbidden: User "system:node:n1" cannot get resource "secrets" in API group "" in the namespace "shop": node "n1" has no pod that this belongs to"#
+        r#"secrets "s2" is forbidden: User "system:node:n1" cannot get resource "secrets" in API group "" in the namespace "shop": no pod of node "n1" refers to it"#
     );
     for path in
         [format!("{SHOP}/secrets"), "/api/v1/secrets".to_owned(), format!("{SHOP}/configmaps")]

@@ -18,6 +18,8 @@ pub(super) enum Opinion {
     Allowed,
     /// It does not allow it; why, where it is about objects that belong to nodes.
     None(String),
+    /// It does not allow it, because none of the pods says that the object is the node's.
+    Unrelated(String),
     /// It is about a pod that is not there.
     NoSuchPod,
 }
@@ -25,15 +27,9 @@ pub(super) enum Opinion {
 impl Opinion {
     /// Whether more pods might change it.
     pub(super) fn depends_on_pods(&self) -> bool {
-        match self {
-            Self::Allowed => false,
-            Self::None(why) => why.ends_with(UNRELATED),
-            Self::NoSuchPod => true,
-        }
+        matches!(self, Self::Unrelated(_) | Self::NoSuchPod)
     }
 }
-
-const UNRELATED: &str = "has no pod that this belongs to";
 
 /// What is asked about pods.
 pub(super) trait Pods {
@@ -88,7 +84,10 @@ fn none(why: impl Into<String>) -> Opinion {
 }
 
 fn related(node: &str, is: bool) -> Opinion {
-    if is { Opinion::Allowed } else { none(format!("node {node:?} {UNRELATED}")) }
+    if is {
+        return Opinion::Allowed;
+    }
+    Opinion::Unrelated(format!("no pod of node {node:?} refers to it"))
 }
 
 fn referred(
@@ -116,7 +115,8 @@ fn token(node: &str, verb: &str, target: &ResourceTarget<'_>, pods: &impl Pods) 
 
 fn pod(node: &str, verb: &str, target: &ResourceTarget<'_>, pods: &impl Pods) -> Opinion {
     let own = || match pods.node_of(target.namespace, target.name) {
-        Some(bound) => related(node, bound == node),
+        Some(bound) if bound == node => Opinion::Allowed,
+        Some(_) => Opinion::Unrelated(format!("the pod is not bound to node {node:?}")),
         None => Opinion::NoSuchPod,
     };
     match (target.subresource, verb) {

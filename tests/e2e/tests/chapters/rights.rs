@@ -83,7 +83,7 @@ pub(super) fn node_credentials(lab: &TestLab) -> anyhow::Result<()> {
     refused(
         lab,
         &[&one, "get", "secret", "vault"],
-        &["Forbidden", "has no pod that this belongs to"],
+        &["Forbidden", "no pod of node \"node-1\" refers to it"],
     )?;
     refused(lab, &[&one, "get", "secrets"], &["Forbidden"])?;
     refused(
