@@ -58,7 +58,7 @@ pub(super) fn roles(lab: &TestLab) -> anyhow::Result<()> {
     // A kubeconfig of its own: beside a certificate, a token would not be asked.
     let with_token =
         ["--kubeconfig=/dev/null", &server, "--insecure-skip-tls-verify", &token, "-n", "rights"];
-    let by_token = |args: &[&str]| [&with_token, args].concat();
+    let by_token = |args: &[&'static str]| [&with_token, args].concat();
     refused(lab, &by_token(&["get", "pods"]), &["system:serviceaccount:rights:till", "Forbidden"])?;
     ok(&["create", "rolebinding", "till", "--clusterrole=view", "--serviceaccount=rights:till"])?;
     eventually("the account reads pods", SOON, || lab.ok(&by_token(&["get", "pods"])))?;
