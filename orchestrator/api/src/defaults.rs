@@ -30,6 +30,7 @@ pub fn apply(group: &str, kind: &str, object: &mut Value) {
             set(port, "protocol", json!("TCP"));
         }),
         ("networking.k8s.io", "NetworkPolicy") => network_policy(object),
+        ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object),
         _ => {}
     }
 }
@@ -99,6 +100,17 @@ fn pod_itself(spec: &mut Value) {
             }
         });
     }
+}
+
+/// The API groups of role and subjects.
+fn binding(object: &mut Value) {
+    const GROUP: &str = "rbac.authorization.k8s.io";
+    inside(object, "roleRef", |role| set_text(role, "apiGroup", GROUP));
+    each(object, "subjects", |subject| {
+        if matches!(subject["kind"].as_str(), Some("User" | "Group")) {
+            set_text(subject, "apiGroup", GROUP);
+        }
+    });
 }
 
 fn text(object: &Value, key: &str) -> Option<String> {

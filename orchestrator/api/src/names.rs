@@ -63,6 +63,20 @@ pub fn is_dns1035_label(name: &str) -> Result<(), String> {
     Err("a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is '[a-z]([-a-z0-9]*[a-z0-9])?')".to_owned())
 }
 
+/// A segment of a URL path: all that names of RBAC objects have to be, so that `system:node` is one.
+///
+/// # Errors
+/// As [`is_dns1123_label`].
+pub fn is_path_segment(name: &str) -> Result<(), String> {
+    if matches!(name, "." | "..") {
+        return Err(format!("may not be '{name}'"));
+    }
+    match name.chars().find(|letter| matches!(letter, '/' | '%')) {
+        Some(letter) => Err(format!("may not contain '{letter}'")),
+        None => Ok(()),
+    }
+}
+
 fn is_name_part(part: &str) -> bool {
     let bytes = part.as_bytes();
     part.len() <= LABEL_MAX

@@ -7,6 +7,7 @@ mod cluster;
 mod config;
 mod network;
 mod pod;
+mod rbac;
 mod service;
 mod workload;
 
@@ -50,6 +51,7 @@ pub fn update(group: &str, kind: &str, new: &Value, old: &Value) -> Vec<FieldErr
         ("", "Service") => service::update(new, old, &mut errors),
         ("", "ConfigMap" | "Secret") => config::update(kind, new, old, &mut errors),
         ("", "Node") => cluster::node_update(new, old, &mut errors),
+        (rbac::GROUP, "RoleBinding" | "ClusterRoleBinding") => rbac::update(new, old, &mut errors),
         ("discovery.k8s.io", "EndpointSlice") => {
             immutable("addressType", &new["addressType"], &old["addressType"], &mut errors);
         }
@@ -74,6 +76,7 @@ fn kind_rules(group: &str, kind: &str, object: &Value, old: &Value, errors: &mut
         ("discovery.k8s.io", "EndpointSlice") => network::endpoint_slice(object, errors),
         ("coordination.k8s.io", "Lease") => cluster::lease(object, errors),
         ("networking.k8s.io", "NetworkPolicy") => network::network_policy(object, errors),
+        (rbac::GROUP, kind) => rbac::rules(kind, object, errors),
         _ => {}
     }
 }
@@ -120,6 +123,7 @@ fn metadata(group: &str, kind: &str, meta: &Value, errors: &mut Vec<FieldError>)
         let check = match (group, kind) {
             ("", "Namespace") => names::is_dns1123_label(name),
             ("", "Service") => names::is_dns1035_label(name),
+            (rbac::GROUP, _) => names::is_path_segment(name),
             _ => names::is_dns1123_subdomain(name),
         };
         if let Err(why) = check {

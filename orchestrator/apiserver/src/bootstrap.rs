@@ -1,5 +1,6 @@
 //! Objects that every cluster has: made at start, put right when they differ.
 
+use std::future::Future;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -9,9 +10,10 @@ use orch_client::{Api, Client, Error, Patch};
 use serde_json::{Value, json};
 
 use crate::admission::SYSTEM_NAMESPACES;
+use crate::authz;
 
 /// Waits between two attempts.
-const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
 
 /// What the objects are made from.
 pub(crate) struct Wanted {
@@ -21,21 +23,31 @@ pub(crate) struct Wanted {
     pub(crate) dns_ip: std::net::Ipv4Addr,
 }
 
-/// Makes them, trying until it works.
-pub(crate) async fn run(client: Client, wanted: Wanted) {
+/// Makes them, trying until it works; `has_roles` is called when the default roles are there.
+pub(crate) async fn run(client: Client, wanted: Wanted, has_roles: impl AsyncFnOnce()) {
+    until_done("the default namespaces and roles", || roles(&client)).await;
+    has_roles().await;
+    until_done("the cluster's own Services", || services(&client, &wanted)).await;
+}
+
+async fn until_done<F: Future<Output = Result<(), Error>>>(what: &str, make: impl Fn() -> F) {
     let mut pause = RETRY.0;
-    while let Err(error) = all(&client, &wanted).await {
-        tracing::warn!(%error, retry_in = ?pause, "the cluster's own objects cannot be made yet");
+    while let Err(error) = make().await {
+        tracing::warn!(%error, retry_in = ?pause, "{what} cannot be made yet");
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(RETRY.1);
     }
 }
 
-async fn all(client: &Client, wanted: &Wanted) -> Result<(), Error> {
+async fn roles(client: &Client) -> Result<(), Error> {
     for name in SYSTEM_NAMESPACES {
         create::<Namespace>(Api::all(client.clone()), &json!({ "metadata": { "name": name } }))
             .await?;
     }
+    authz::reconcile(client).await
+}
+
+async fn services(client: &Client, wanted: &Wanted) -> Result<(), Error> {
     create::<Service>(Api::namespaced(client.clone(), "default"), &json!({
         "metadata": { "name": "kubernetes", "labels": { "component": "apiserver", "provider": "kubernetes" } },
         "spec": { "type": "ClusterIP", "clusterIP": wanted.kubernetes_ip,

@@ -41,6 +41,9 @@ pub(crate) fn request(
         spec.shift_remove("extra");
         spec.shift_remove("uid");
     }
+    if !user.extra.is_empty() {
+        object["spec"]["extra"] = json!(user.extra);
+    }
     if !user.uid.is_empty() {
         object["spec"]["uid"] = json!(user.uid);
     }

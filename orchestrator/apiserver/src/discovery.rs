@@ -168,8 +168,8 @@ fn aggregated(groups: &[&str]) -> Value {
                 })
                 .collect();
             list.extend(REVIEWS.iter().filter(|review| review.group == *group).map(|review| {
-                json!({ "resource": review.plural, "responseKind": kind(review.group, "v1", review.kind), "scope": "Cluster",
-                        "singularResource": review.singular, "verbs": ["create"] })
+                json!({ "resource": review.plural, "responseKind": kind(review.group, "v1", review.kind),
+                        "scope": scope(review.namespaced), "singularResource": review.singular, "verbs": ["create"] })
             }));
             let mut meta = json!({ "creationTimestamp": null });
             if !group.is_empty() {
@@ -214,7 +214,7 @@ pub(crate) fn group_version(group: &str, version: &str) -> Option<Response<Body>
     }
     for review in REVIEWS.iter().filter(|review| review.group == group) {
         list.push(
-            json!({ "name": review.plural, "singularName": review.singular, "namespaced": false,
+            json!({ "name": review.plural, "singularName": review.singular, "namespaced": review.namespaced,
                           "kind": review.kind, "verbs": ["create"] }),
         );
     }
@@ -245,7 +245,7 @@ fn describe(group: &str) -> Vec<openapi::ResourceDescription> {
             version: "v1".to_owned(),
             kind: review.kind.to_owned(),
             plural: review.plural.to_owned(),
-            namespaced: false,
+            namespaced: review.namespaced,
             verbs: vec!["create".to_owned()],
             status: false,
             scale: false,

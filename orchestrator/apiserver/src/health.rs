@@ -21,6 +21,8 @@ pub(crate) async fn check(shared: &Shared, path: &str, verbose: bool) -> Respons
         for stored in shared.stored.values() {
             checks.push((format!("cache-{}", stored.resource.plural), stored.cache.is_ready()));
         }
+        let roles = *shared.has_default_roles.borrow();
+        checks.push(("default-roles".to_owned(), roles));
         checks.push(("not-shutting-down".to_owned(), !shared.stop.is_cancelled()));
     }
     let good = checks.iter().all(|(_, good)| *good);
@@ -34,6 +36,7 @@ pub(crate) async fn check(shared: &Shared, path: &str, verbose: bool) -> Respons
         } else {
             let why = match name.as_str() {
                 "etcd" => "it does not answer",
+                "default-roles" => "not looked at yet",
                 "not-shutting-down" => "the server is stopping",
                 _ => "still filling from etcd",
             };

@@ -2,14 +2,15 @@
 //!
 //! One generic REST store serves every kind. What kinds there are is data (`resources`, the type table, and the
 //! facts of `orch-facts`); what differs between them is in `strategy`, `admission` and `services`. The way of a
-//! request: `server` (TLS, user) → `request` (what is asked for) → `auth` (may they) → `read`, `watch`, `write`,
-//! `subresources` or `proxy` → `respond`, `table`. Who owns which field after a write is `managed`.
+//! request: `server` (TLS) → `auth`, `impersonate` (who) → `request` (what is asked for) → `authz` (may they) → `read`,
+//! `watch`, `write`, `subresources`, `reviews` or `proxy` → `respond`, `table`. Who owns which field after a write is `managed`.
 //!
 //! Reads come from the watch cache as bytes; nothing is parsed that need not be. Writes are compare-and-swap
 //! transactions on the store.
 
 mod admission;
 mod auth;
+mod authz;
 mod bootstrap;
 mod certificates;
 mod compress;
@@ -17,6 +18,7 @@ mod decode;
 mod discovery;
 mod events;
 mod health;
+mod impersonate;
 mod managed;
 mod printers;
 mod proxy;
@@ -24,6 +26,7 @@ mod read;
 mod request;
 mod resources;
 mod respond;
+mod reviews;
 mod server;
 mod services;
 mod state;

@@ -1,5 +1,6 @@
 //! Columns and cells of server-side tables: what `kubectl get` shows.
 
+mod rbac;
 mod workload;
 
 use jiff::Timestamp;
@@ -24,6 +25,10 @@ const fn text(name: &'static str) -> Column {
 
 const fn number(name: &'static str) -> Column {
     Column { name, kind: "integer", format: "", priority: 0 }
+}
+
+const fn date(name: &'static str) -> Column {
+    Column { name, kind: "date", format: "", priority: 0 }
 }
 
 const fn wide(name: &'static str) -> Column {
@@ -131,6 +136,10 @@ pub(crate) fn columns(plural: &str) -> &'static [Column] {
         "serviceaccounts" => const { &[NAME, number("Secrets"), AGE] },
         "leases" => const { &[NAME, text("Holder"), AGE] },
         "networkpolicies" => const { &[NAME, text("Pod-Selector"), AGE] },
+        "roles" | "clusterroles" => const { &[NAME, date("Created At")] },
+        "rolebindings" | "clusterrolebindings" => {
+            const { &[NAME, text("Role"), AGE, wide("Users"), wide("Groups"), wide("ServiceAccounts")] }
+        }
         "certificatesigningrequests" => {
             const { &[NAME, AGE, text("SignerName"), text("Requestor"), text("Condition")] }
         }
@@ -169,6 +178,10 @@ pub(crate) fn cells(plural: &str, object: &Value, now: Timestamp) -> Vec<Value> 
             ]
         }
         "networkpolicies" => vec![name, json!(selector(&object["spec"]["podSelector"])), age],
+        "roles" | "clusterroles" => {
+            vec![name, text_or(&object["metadata"]["creationTimestamp"], "<unknown>")]
+        }
+        "rolebindings" | "clusterrolebindings" => rbac::binding(object, name, age),
         _ => vec![name, age],
     }
 }

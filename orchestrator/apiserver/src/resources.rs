@@ -173,6 +173,9 @@ const POD_SUBRESOURCES: &[Subresource] = &[
     },
 ];
 
+/// Group of roles and their bindings.
+pub(crate) const RBAC: &str = "rbac.authorization.k8s.io";
+
 const CSR_FIELDS: &[(&str, &str)] = &[("spec.signerName", "/spec/signerName")];
 
 /// All stored resources.
@@ -279,6 +282,16 @@ pub(crate) static RESOURCES: &[Resource] = &[
         generation: true,
         ..Resource::new("networking.k8s.io", "networkpolicies", "networkpolicy", "NetworkPolicy")
     },
+    Resource {
+        namespaced: false,
+        ..Resource::new(RBAC, "clusterrolebindings", "clusterrolebinding", "ClusterRoleBinding")
+    },
+    Resource {
+        namespaced: false,
+        ..Resource::new(RBAC, "clusterroles", "clusterrole", "ClusterRole")
+    },
+    Resource { ..Resource::new(RBAC, "rolebindings", "rolebinding", "RoleBinding") },
+    Resource { ..Resource::new(RBAC, "roles", "role", "Role") },
 ];
 
 /// Resources that are other forms of stored ones.
@@ -299,6 +312,7 @@ pub(crate) struct Review {
     pub(crate) plural: &'static str,
     pub(crate) singular: &'static str,
     pub(crate) kind: &'static str,
+    pub(crate) namespaced: bool,
 }
 
 pub(crate) static REVIEWS: &[Review] = &[
@@ -307,30 +321,42 @@ pub(crate) static REVIEWS: &[Review] = &[
         plural: "selfsubjectreviews",
         singular: "selfsubjectreview",
         kind: "SelfSubjectReview",
+        namespaced: false,
     },
     Review {
         group: "authentication.k8s.io",
         plural: "tokenreviews",
         singular: "tokenreview",
         kind: "TokenReview",
+        namespaced: false,
+    },
+    Review {
+        group: "authorization.k8s.io",
+        plural: "localsubjectaccessreviews",
+        singular: "localsubjectaccessreview",
+        kind: "LocalSubjectAccessReview",
+        namespaced: true,
     },
     Review {
         group: "authorization.k8s.io",
         plural: "selfsubjectaccessreviews",
         singular: "selfsubjectaccessreview",
         kind: "SelfSubjectAccessReview",
+        namespaced: false,
     },
     Review {
         group: "authorization.k8s.io",
         plural: "selfsubjectrulesreviews",
         singular: "selfsubjectrulesreview",
         kind: "SelfSubjectRulesReview",
+        namespaced: false,
     },
     Review {
         group: "authorization.k8s.io",
         plural: "subjectaccessreviews",
         singular: "subjectaccessreview",
         kind: "SubjectAccessReview",
+        namespaced: false,
     },
 ];
 

@@ -28,15 +28,18 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::auth::{self, Authenticator, User};
+use crate::authz::{self, Attributes, MASTERS, ResourceTarget};
 use crate::bootstrap;
 use crate::health;
 use crate::proxy::{self, AgentClient};
 use crate::request::{self, Query, RequestInfo, Verb};
 use crate::resources;
-use crate::state::{Shared, start_caches};
+use crate::state::{Shared, roles, start_caches};
 use crate::strategy::Part;
 use crate::write::Call;
-use crate::{certificates, discovery, events, read, respond, subresources, watch};
+use crate::{
+    certificates, discovery, events, impersonate, read, respond, reviews, subresources, watch,
+};
 
 /// Upper bound of a request body, upstream's.
 const BODY_LIMIT: usize = 3 * 1024 * 1024;
@@ -121,6 +124,8 @@ impl ApiServer {
         let shared = Arc::new(Shared {
             store: store.clone(),
             feed,
+            roles: roles(&stored),
+            has_default_roles: tokio::sync::watch::Sender::new(false),
             stored,
             authenticator,
             agents,
@@ -139,11 +144,23 @@ impl ApiServer {
             ),
             dns_ip: server.shared.options.dns_ip,
         };
-        let client = server.client("system:apiserver", &["system:masters"]);
+        let client = server.client("system:apiserver", &[MASTERS]);
         let mut server = server;
+        if let Some(cluster_roles) = server.shared.stored(resources::RBAC, "clusterroles") {
+            let work = authz::aggregate(client.clone(), cluster_roles.cache.clone());
+            let stop = stop.clone();
+            server.background.spawn(async move {
+                tokio::select! {
+                    () = work => {}
+                    () = stop.cancelled() => {}
+                }
+            });
+        }
+        let shared = server.shared.clone();
         server.background.spawn(async move {
+            let has_roles = async || authz::has_default_roles(&shared).await;
             tokio::select! {
-                () = bootstrap::run(client, wanted) => {}
+                () = bootstrap::run(client, wanted, has_roles) => {}
                 () = stop.cancelled() => {}
             }
         });
@@ -282,13 +299,13 @@ async fn from_wire(
     mut request: Request<Incoming>,
 ) -> Response<Body> {
     let user = match bearer(request.headers()) {
-        Some(token) => match subresources::user_of_token(shared, token) {
-            Some((user, _)) => user,
+        Some(token) => match auth::user_of_bearer(shared, token) {
+            Some(user) => user,
             None => return respond::error(&ApiError::unauthorized()),
         },
         None => certificate.unwrap_or_else(User::anonymous),
     };
-    let user = match auth::impersonated(user, request.headers()) {
+    let user = match impersonate::acting_user(shared, user, request.headers()).await {
         Ok(user) => user,
         Err(error) => return respond::error(&error),
     };
@@ -360,14 +377,12 @@ async fn route(
     let path = parts.uri.path();
     let query = Query::parse(parts.uri.query());
     if let Some(info) = request::parse(&parts.method, path, &query) {
-        if !auth::allowed(user, &info) {
-            return Err(refusal(user, &info, path));
-        }
+        permitted(shared, user, &info, &query).await?;
         if info.subresource.is_empty()
             && let Some(review) = resources::find_review(&info.group, &info.resource)
         {
             return if info.verb == Verb::Create {
-                subresources::review(shared, user, review, &parts.headers, &query, &body)
+                reviews::answer(shared, user, review, &info, (&parts.headers, &query, &body)).await
             } else {
                 Err(ApiError::method_not_allowed())
             };
@@ -376,6 +391,7 @@ async fn route(
             let new = events::request(&info, &parts.headers, &query, &body)?;
             let answer = resource(
                 shared,
+                user,
                 &new.info,
                 &parts.method,
                 &new.headers,
@@ -391,49 +407,49 @@ async fn route(
             && info.subresource.is_empty()
         {
             let (headers, body) = certificates::request(user, &parts.headers, &query, &body)?;
-            return resource(shared, &info, &parts.method, &headers, &query, &body, upgrade).await;
+            return resource(shared, user, &info, &parts.method, &headers, &query, &body, upgrade)
+                .await;
         }
         if path != CUSTOM_RESOURCES {
-            return resource(shared, &info, &parts.method, &parts.headers, &query, &body, upgrade)
+            let headers = &parts.headers;
+            return resource(shared, user, &info, &parts.method, headers, &query, &body, upgrade)
                 .await;
         }
     }
-    if !auth::path_allowed(user, path) {
-        return Err(refusal(
-            user,
-            &RequestInfo { verb: Verb::Get, ..RequestInfo::default() },
-            path,
-        ));
-    }
+    let verb = match parts.method {
+        Method::GET | Method::HEAD => "get".to_owned(),
+        ref other => other.as_str().to_lowercase(),
+    };
+    authz::require(shared, user, &Attributes::path(&verb, path)).await?;
     if parts.method != Method::GET && parts.method != Method::HEAD {
         return Err(ApiError::method_not_allowed());
     }
     plain(shared, path, &query, &parts.headers).await.ok_or_else(ApiError::no_such_path)
 }
 
-fn refusal(user: &User, info: &RequestInfo, path: &str) -> ApiError {
-    if user.groups.iter().any(|group| group == "system:unauthenticated") {
-        return ApiError::unauthorized();
-    }
-    if info.resource.is_empty() {
-        let mut error = ApiError::refused("", "", "", "");
-        error.message =
-            format!("forbidden: User {:?} cannot {} path {path:?}", user.name, info.verb.as_str());
-        return error;
-    }
-    let resource = if info.subresource.is_empty() {
-        info.resource.clone()
-    } else {
-        format!("{}/{}", info.resource, info.subresource)
+/// Refuses what the user may not do with a resource.
+async fn permitted(
+    shared: &Shared,
+    user: &User,
+    info: &RequestInfo,
+    query: &Query,
+) -> Result<(), ApiError> {
+    let selected = authz::selected_name(info, query).unwrap_or_default();
+    let target = ResourceTarget {
+        group: &info.group,
+        resource: &info.resource,
+        subresource: &info.subresource,
+        namespace: &info.namespace,
+        name: if info.name.is_empty() { &selected } else { &info.name },
+        field_selector: query.get("fieldSelector").unwrap_or_default(),
     };
-    ApiError::forbidden(
-        &user.name,
-        info.verb.as_str(),
-        &info.group,
-        &resource,
-        &info.namespace,
-        &info.name,
-    )
+    authz::require(shared, user, &Attributes::resource(info.verb.as_str(), target)).await?;
+    // A stream into a container is no reading, whatever the method of the handshake.
+    let streams = matches!(info.subresource.as_str(), "attach" | "exec" | "portforward");
+    if streams && info.resource == "pods" && info.verb == Verb::Get {
+        authz::require(shared, user, &Attributes::resource("create", target)).await?;
+    }
+    Ok(())
 }
 
 /// Paths that name no resource.
@@ -489,8 +505,10 @@ async fn plain(
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "a request and what was read from it")]
 async fn resource(
     shared: &Arc<Shared>,
+    user: &User,
     info: &RequestInfo,
     method: &Method,
     headers: &HeaderMap,
@@ -512,7 +530,7 @@ async fn resource(
     {
         return Err(ApiError::method_not_allowed());
     }
-    let call = Call { shared, stored, namespace, name: &info.name, query, headers, body };
+    let call = Call { shared, user, stored, namespace, name: &info.name, query, headers, body };
     if !info.subresource.is_empty() {
         return subresource(&call, info, method, upgrade).await;
     }

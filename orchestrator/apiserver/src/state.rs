@@ -7,11 +7,13 @@ use orch_store::Store;
 use orch_store::cache::{Cache, CacheConfig, Feed, Index, Meta};
 use serde::Deserialize;
 use serde_json::Value;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Authenticator;
+use crate::authz;
 use crate::proxy::AgentClient;
-use crate::resources::{RESOURCES, Resource};
+use crate::resources::{RBAC, RESOURCES, Resource};
 use crate::server::Options;
 
 /// One resource with its cache.
@@ -27,6 +29,9 @@ pub(crate) struct Shared {
     pub(crate) feed: Arc<Feed>,
     pub(crate) stored: BTreeMap<(&'static str, &'static str), Stored>,
     pub(crate) authenticator: Authenticator,
+    pub(crate) roles: authz::Live,
+    /// Whether the roles that every cluster has are there.
+    pub(crate) has_default_roles: watch::Sender<bool>,
     pub(crate) agents: AgentClient,
     pub(crate) options: Options,
     /// ClusterIPs and node ports are looked for under this lock.
@@ -54,6 +59,23 @@ pub(crate) fn start_caches(feed: &Arc<Feed>) -> BTreeMap<(&'static str, &'static
             ((resource.group, resource.plural), Stored { resource, cache, index })
         })
         .collect()
+}
+
+/// The roles as these caches have them.
+///
+/// # Panics
+/// Never: the table has the four kinds.
+pub(crate) fn roles(stored: &BTreeMap<(&'static str, &'static str), Stored>) -> authz::Live {
+    let cache = |plural: &'static str| match stored.get(&(RBAC, plural)) {
+        Some(stored) => &stored.cache,
+        None => unreachable!("{plural} are in the type table"),
+    };
+    authz::Live::new(
+        cache("roles"),
+        cache("clusterroles"),
+        cache("rolebindings"),
+        cache("clusterrolebindings"),
+    )
 }
 
 #[derive(Deserialize)]

@@ -1,15 +1,12 @@
-//! scale, binding, eviction, token, finalize, and the reviews that are answered without being stored.
+//! scale, binding, eviction, token, finalize.
 
 use http::{Method, Response, StatusCode};
 use orch_api::{ApiError, Selector};
 use orch_client::Body;
 use serde_json::{Value, json};
 
-use crate::auth::{self, Bound, User};
-use crate::read;
-use crate::request::{RequestInfo, Verb};
-use crate::resources::Review;
-use crate::state::Shared;
+use crate::auth::Bound;
+use crate::authz::restrict;
 use crate::strategy::Part;
 use crate::write::{Call, Change, DeleteOptions};
 use crate::{decode, respond};
@@ -227,27 +224,16 @@ pub(crate) async fn token(call: &Call<'_>) -> Result<Response<Body>, ApiError> {
         audiences.push(authenticator.issuer().to_owned());
     }
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let bound = &spec["boundObjectRef"];
-    let pod = if bound["kind"] == "Pod" {
-        let name = text(&bound["name"]);
-        let Some(pods) = call.shared.stored("", "pods") else {
-            return Err(ApiError::internal("no pods resource"));
-        };
-        let pod = Call { stored: pods, name: &name, ..*call };
-        let found = pod.current().await?.object;
-        let uid = text(&found["metadata"]["uid"]);
-        if bound["uid"].as_str().is_some_and(|wanted| !wanted.is_empty() && wanted != uid) {
-            return Err(ApiError::conflict(
-                "",
-                "pods",
-                &name,
-                "the UID in the bound object reference does not match",
-            ));
-        }
-        Some(Bound { name, uid })
-    } else {
-        None
-    };
+    let pod = bound_pod(call, &spec["boundObjectRef"]).await?;
+    if let Some(node) = call.user.node() {
+        let named = spec["boundObjectRef"]["uid"].as_str().is_some_and(|uid| !uid.is_empty());
+        restrict::token(node, pod.as_ref(), named)
+            .map_err(|why| ApiError::refused("", "serviceaccounts", call.name, why))?;
+    }
+    let pod = pod.map(|pod| Bound {
+        name: text(&pod["metadata"]["name"]),
+        uid: text(&pod["metadata"]["uid"]),
+    });
     let account = Bound { name: call.name.to_owned(), uid: text(&account["metadata"]["uid"]) };
     let token = authenticator.issue(call.namespace, account, pod, audiences.clone(), seconds)?;
     let expires = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
@@ -258,108 +244,33 @@ pub(crate) async fn token(call: &Call<'_>) -> Result<Response<Body>, ApiError> {
     Ok(respond::json(StatusCode::CREATED, &request))
 }
 
-/// The user of a token, if the token is valid and its account (and pod) are still there.
-pub(crate) fn user_of_token(shared: &Shared, token: &str) -> Option<(User, Vec<String>)> {
-    if let Some(user) = crate::certificates::user_of_bootstrap_token(shared, token) {
-        return Some((user, Vec::new()));
-    }
-    let subject = shared.authenticator.verify(token)?;
-    let exists = |plural: &str, bound: &Bound| -> bool {
-        let Some(stored) = shared.stored("", plural) else { return false };
-        let key = stored.resource.key(&subject.namespace, &bound.name);
-        stored
-            .cache
-            .get(&key)
-            .and_then(|object| read::parse(&object.bytes).ok())
-            .is_some_and(|object| object["metadata"]["uid"] == *bound.uid)
-    };
-    let good = exists("serviceaccounts", &subject.account)
-        && subject.pod.as_ref().is_none_or(|pod| exists("pods", pod));
-    good.then(|| (subject.user(), subject.audiences))
-}
-
-/// POST of a review.
-pub(crate) fn review(
-    shared: &Shared,
-    user: &User,
-    review: &Review,
-    headers: &http::HeaderMap,
-    query: &crate::request::Query,
-    body: &bytes::Bytes,
-) -> Result<Response<Body>, ApiError> {
-    let mut object = decode::object(headers, query, body, review.group, "v1", review.kind)?.object;
-    let info =
-        |user: &User| json!({ "username": user.name, "uid": user.uid, "groups": user.groups });
-    object["status"] = match review.kind {
-        "SelfSubjectReview" => json!({ "userInfo": info(user) }),
-        "SelfSubjectRulesReview" => auth::rules(user),
-        "TokenReview" => {
-            match user_of_token(shared, object["spec"]["token"].as_str().unwrap_or_default()) {
-                Some((found, audiences)) => {
-                    json!({ "authenticated": true, "user": info(&found), "audiences": audiences })
-                }
-                None => json!({ "authenticated": false, "error": "the token is not valid" }),
-            }
+/// The pod that a token is to be bound to, if any.
+async fn bound_pod(call: &Call<'_>, bound: &Value) -> Result<Option<Value>, ApiError> {
+    let text = |key: &str| bound[key].as_str().unwrap_or_default();
+    match (text("apiVersion"), text("kind")) {
+        ("", "") => return Ok(None),
+        ("v1", "Pod") => {}
+        (version, kind) => {
+            return Err(ApiError::bad_request(format!(
+                "cannot bind token to object of type {version}, Kind={kind}: this server binds tokens to pods only"
+            )));
         }
-        kind => {
-            let about = if kind == "SubjectAccessReview" {
-                let groups: Vec<&str> = object["spec"]["groups"]
-                    .as_array()
-                    .into_iter()
-                    .flatten()
-                    .filter_map(Value::as_str)
-                    .collect();
-                User::new(object["spec"]["user"].as_str().unwrap_or_default(), &groups)
-            } else {
-                user.clone()
-            };
-            json!({ "allowed": access(&about, &object["spec"]) })
-        }
-    };
-    if !object["metadata"].is_object() {
-        object["metadata"] = json!({ "creationTimestamp": null });
     }
-    Ok(respond::json(StatusCode::CREATED, &object))
-}
-
-fn access(user: &User, spec: &Value) -> bool {
-    let attributes = &spec["resourceAttributes"];
-    if !attributes.is_object() {
-        return auth::path_allowed(
-            user,
-            spec["nonResourceAttributes"]["path"].as_str().unwrap_or_default(),
-        );
-    }
-    let text = |key: &str| attributes[key].as_str().unwrap_or_default().to_owned();
-    let verb = [
-        Verb::Get,
-        Verb::List,
-        Verb::Watch,
-        Verb::Create,
-        Verb::Update,
-        Verb::Patch,
-        Verb::Delete,
-        Verb::DeleteCollection,
-    ]
-    .into_iter()
-    .find(|verb| verb.as_str() == text("verb"));
-    // An unknown verb (`*`, `impersonate`) is for those who may do all.
-    let Some(verb) = verb else {
-        return auth::allowed(
-            user,
-            &RequestInfo { resource: "*".to_owned(), ..RequestInfo::default() },
-        );
+    let Some(pods) = call.shared.stored("", "pods") else {
+        return Err(ApiError::internal("no pods resource"));
     };
-    auth::allowed(
-        user,
-        &RequestInfo {
-            verb,
-            group: text("group"),
-            resource: text("resource"),
-            subresource: text("subresource"),
-            namespace: text("namespace"),
-            name: text("name"),
-            ..RequestInfo::default()
-        },
-    )
+    let pod = Call { stored: pods, name: text("name"), ..*call }.current().await?.object;
+    let uid = pod["metadata"]["uid"].as_str().unwrap_or_default();
+    let wanted = text("uid");
+    if !wanted.is_empty() && wanted != uid {
+        let why = "the UID in the bound object reference does not match";
+        return Err(ApiError::conflict("", "pods", text("name"), why));
+    }
+    if pod["spec"]["serviceAccountName"] != call.name {
+        return Err(ApiError::bad_request(format!(
+            "cannot bind token for serviceaccount {:?} to pod running with different serviceaccount name.",
+            call.name
+        )));
+    }
+    Ok(Some(pod))
 }

@@ -15,6 +15,8 @@ use serde_json::Value;
 
 pub(crate) use delete::DeleteOptions;
 
+use crate::auth::User;
+use crate::authz::guard;
 use crate::read::{self, store_error};
 use crate::request::Query;
 use crate::resources::Resource;
@@ -32,6 +34,7 @@ const EVENT_LIFETIME: Duration = Duration::from_secs(3600);
 /// The parts of a write request that handlers need.
 pub(crate) struct Call<'a> {
     pub(crate) shared: &'a Shared,
+    pub(crate) user: &'a User,
     pub(crate) stored: &'a Stored,
     pub(crate) namespace: &'a str,
     pub(crate) name: &'a str,
@@ -108,6 +111,16 @@ impl Call<'_> {
         ApiError::invalid(self.resource().group, self.resource().kind, name, errors)
     }
 
+    fn guarded<'b>(&'b self, name: &'b str) -> guard::Write<'b> {
+        guard::Write {
+            shared: self.shared,
+            user: self.user,
+            resource: self.resource(),
+            namespace: self.namespace,
+            name,
+        }
+    }
+
     /// The object now.
     pub(crate) async fn current(&self) -> Result<Current, ApiError> {
         let (found, _) =
@@ -171,6 +184,7 @@ impl Call<'_> {
             if !errors.is_empty() {
                 return Err(self.invalid(&name, &errors));
             }
+            self.guarded(&name).create(&object).await?;
             if let Some(owners) = owners {
                 object["metadata"]["managedFields"] = owners.clone();
             }
@@ -312,6 +326,7 @@ impl Call<'_> {
             }
         }
         strategy::drop_nulls(&mut object);
+        self.guarded(self.name).update(part, &current.object, &object).await?;
         let owners = match owners {
             Owners::Given(owners) => Some(owners),
             Owners::After { requested } => {

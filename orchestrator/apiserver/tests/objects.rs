@@ -300,23 +300,6 @@ async fn a_pod_is_given_what_it_needs_bound_once_and_ended_in_grace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_and_agents_may_what_the_rules_say() {
-    let cluster = Cluster::start().await;
-    let nobody = cluster.client_with_token(None);
-    assert_eq!(nobody.get_text("/readyz").await.expect("open to all"), "ok");
-    assert_eq!(get(&nobody, PODS).await.0, 401);
-    assert_eq!(get(&cluster.client_with_token(Some("a.b.c")), PODS).await.0, 401);
-    let credentials =
-        cluster.pki.agent_credentials("n1", &[], &[cluster.url()]).expect("credentials");
-    let path = cluster.dir.path().join("agent.conf");
-    std::fs::write(&path, &credentials.kubeconfig).expect("write");
-    let agent = orch_client::Client::from_kubeconfig(&path).expect("a client");
-    assert_eq!(get(&agent, "/api/v1/pods").await.0, 200);
-    assert_eq!(get(&agent, "/api/v1/secrets").await.0, 403);
-    assert_eq!(post(&agent, MAPS, &config_map("a", &json!({}))).await.0, 403);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_change_of_anything_keeps_what_was_stored() {
     let cluster = Cluster::start().await;
     let client = &cluster.client();

@@ -105,7 +105,8 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
             orch_controllers::Options::default()
         }
     };
-    let client = |user: &str| server.client(user, &["system:masters"]);
+    // What they may, the roles of the same names say.
+    let client = |user: &str| server.client(user, &[]);
     let (controller_client, scheduler_client) =
         (client("system:kube-controller-manager"), client("system:kube-scheduler"));
     let mut parts = Parts::new(stop.clone());

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::table::{Facts, Field, FieldType, Shape, TypeId};
 
 /// Types that are owned as a whole: their parts make no sense apart (`+structType=atomic` in the Go sources).
-const ATOMIC_TYPES: [&str; 14] = [
+const ATOMIC_TYPES: [&str; 16] = [
     "ConfigMapKeySelector",
     "FileKeySelector",
     "LabelSelector",
@@ -23,8 +23,10 @@ const ATOMIC_TYPES: [&str; 14] = [
     "ObjectReference",
     "OwnerReference",
     "ResourceFieldSelector",
+    "RoleRef",
     "SecretKeySelector",
     "SecretReference",
+    "Subject",
     "TypedLocalObjectReference",
     "TypedObjectReference",
 ];

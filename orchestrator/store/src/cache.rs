@@ -164,6 +164,16 @@ impl Cache {
         *self.ready.borrow()
     }
 
+    /// Follows the number of the newest event: it changes whenever the objects do.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.head.subscribe()
+    }
+
+    /// The number of the newest event; the same number means the same objects, once the cache is ready.
+    pub fn newest_event(&self) -> u64 {
+        *self.head.borrow()
+    }
+
     /// The keys it holds.
     pub fn prefix(&self) -> &str {
         &self.config.prefix

@@ -8,6 +8,7 @@ use orch_facts::{facts, strategic};
 use serde_json::{Value, json};
 
 use super::{Call, Change, Owners, PATCH_TRIES};
+use crate::authz::{self, Attributes, ResourceTarget};
 use crate::resources::Resource;
 use crate::strategy::Part;
 use crate::{admission, decode, managed};
@@ -56,6 +57,16 @@ impl Call<'_> {
         for _ in 0..PATCH_TRIES {
             let current = match self.current().await {
                 Err(error) if error.code == 404 && part == Part::Main => {
+                    // The request was judged as a patch.
+                    let target = ResourceTarget {
+                        group,
+                        resource: resource.plural,
+                        namespace: self.namespace,
+                        name: self.name,
+                        ..ResourceTarget::default()
+                    };
+                    let asked = Attributes::resource("create", target);
+                    authz::require(self.shared, self.user, &asked).await?;
                     let owners = writer.first(&decoded.object)?;
                     let made =
                         self.create_object(&decoded.object, Some(&owners), &decoded.warnings).await;

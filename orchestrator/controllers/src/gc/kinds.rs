@@ -11,8 +11,9 @@ use futures::future::{BoxFuture, join_all};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
-use k8s_openapi::{Metadata, NamespaceResourceScope, Resource};
+use k8s_openapi::{Metadata, Resource};
 use orch_api::meta;
 use orch_client::{Api, Client, DeleteParams, Error, Kind, Patch};
 use orch_reconcile::Informer;
@@ -39,16 +40,16 @@ impl<K> std::fmt::Debug for Only<K> {
     }
 }
 
-impl<K: Resource<Scope = NamespaceResourceScope>> Resource for Only<K> {
+impl<K: Resource> Resource for Only<K> {
     const API_VERSION: &'static str = K::API_VERSION;
     const GROUP: &'static str = K::GROUP;
     const KIND: &'static str = K::KIND;
     const VERSION: &'static str = K::VERSION;
     const URL_PATH_SEGMENT: &'static str = K::URL_PATH_SEGMENT;
-    type Scope = NamespaceResourceScope;
+    type Scope = K::Scope;
 }
 
-impl<K: Resource<Scope = NamespaceResourceScope>> Metadata for Only<K> {
+impl<K: Resource> Metadata for Only<K> {
     type Ty = ObjectMeta;
 
     fn metadata(&self) -> &ObjectMeta {
@@ -206,6 +207,10 @@ pub(crate) fn kinds(cx: &Context) -> Kinds {
         cached!(cx.informers.of::<Only<Secret>>(), true),
         cached!(cx.informers.of::<Only<Lease>>(), true),
         cached!(cx.informers.of::<Only<NetworkPolicy>>(), true),
+        cached!(cx.informers.of::<Only<Role>>(), true),
+        cached!(cx.informers.of::<Only<RoleBinding>>(), true),
+        cached!(cx.informers.of::<Only<ClusterRole>>(), false),
+        cached!(cx.informers.of::<Only<ClusterRoleBinding>>(), false),
     ];
     Kinds { all: Arc::new(all) }
 }

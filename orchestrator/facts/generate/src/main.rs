@@ -25,6 +25,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("api/events/v1", "io.k8s.api.events.v1"),
     ("api/networking/v1", "io.k8s.api.networking.v1"),
     ("api/policy/v1", "io.k8s.api.policy.v1"),
+    ("api/rbac/v1", "io.k8s.api.rbac.v1"),
     ("apimachinery/pkg/apis/meta/v1", "io.k8s.apimachinery.pkg.apis.meta.v1"),
 ];
 
@@ -39,7 +40,12 @@ const ROOTS: &[(&str, &str, &[&str])] = &[
     (
         "io.k8s.api.authorization.v1",
         "authorization.k8s.io",
-        &["SelfSubjectAccessReview", "SelfSubjectRulesReview", "SubjectAccessReview"],
+        &[
+            "LocalSubjectAccessReview",
+            "SelfSubjectAccessReview",
+            "SelfSubjectRulesReview",
+            "SubjectAccessReview",
+        ],
     ),
     ("io.k8s.api.autoscaling.v1", "autoscaling", &["Scale"]),
     ("io.k8s.api.certificates.v1", "certificates.k8s.io", &["CertificateSigningRequest"]),
@@ -64,6 +70,11 @@ const ROOTS: &[(&str, &str, &[&str])] = &[
     ("io.k8s.api.events.v1", "events.k8s.io", &["Event"]),
     ("io.k8s.api.networking.v1", "networking.k8s.io", &["NetworkPolicy"]),
     ("io.k8s.api.policy.v1", "policy", &["Eviction"]),
+    (
+        "io.k8s.api.rbac.v1",
+        "rbac.authorization.k8s.io",
+        &["ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"],
+    ),
     ("io.k8s.apimachinery.pkg.apis.meta.v1", "meta.k8s.io", &["DeleteOptions", "Status"]),
 ];
 

@@ -7,6 +7,7 @@ pub(crate) mod leftovers;
 mod mistakes;
 mod network;
 mod overlay;
+mod rights;
 mod rollout;
 mod streams;
 
@@ -63,6 +64,8 @@ pub(crate) const CHAPTERS: &[Chapter] = &[
     told("a_pod_resolves_and_reaches_the_service_and_itself_through_it", network::services_and_dns),
     told("a_pod_reaches_the_api_server_by_its_service", network::kubernetes_service),
     told("config_maps_secrets_and_tokens_are_mounted", deploy::volumes),
+    with_kubectl("a_user_or_account_may_what_roles_give", rights::roles),
+    with_kubectl("a_node_reads_and_writes_what_is_its_own", rights::node_credentials),
     told("probes_restart_a_container_and_keep_a_pod_out_of_the_service", deploy::probes),
     told("scale_to_six_and_to_two", rollout::scale),
     told("a_rollout_loses_no_request", rollout::rollout_loses_no_request),

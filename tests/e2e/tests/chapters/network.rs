@@ -166,13 +166,27 @@ pub(super) fn kubernetes_service(lab: &TestLab) -> anyhow::Result<()> {
         ensure!(token.split('.').count() == 3, "no token in {logs:?}");
         Ok(token.trim().to_owned())
     })?;
-    // The token says who the pod is; what it may do is little.
+    // The token says who the pod is; what it may do, a role says.
     let header = format!("Authorization: Bearer {token}");
-    let url = "https://10.96.0.1/api/v1/namespaces/default/secrets";
-    let answer = lab.on("node-1", &["curl", "-sSk", "--max-time", "5", "-H", &header, url])?;
+    let ask = |what: &str| {
+        let url = format!("https://10.96.0.1/api/v1/namespaces/default/{what}");
+        lab.on("node-1", &["curl", "-sSk", "--max-time", "5", "-H", &header, &url])
+    };
+    let answer = ask("configmaps")?;
     for word in ["system:serviceaccount:default:default", "Forbidden"] {
         ensure!(answer.contains(word), "{word:?} is not in {answer}");
     }
+    lab.apply(include_str!("manifests/api-client-role.yaml"))?;
+    eventually("the pod's account reads ConfigMaps", SOON, || {
+        let answer = ask("configmaps")?;
+        ensure!(answer.contains("ConfigMapList"), "{answer}");
+        Ok(())
+    })?;
+    let answer = ask("secrets")?;
+    ensure!(answer.contains("Forbidden"), "{answer}");
     lab.ok(&["delete", "pod", "api-client"])?;
+    for kind in ["rolebinding", "role"] {
+        lab.ok(&["delete", kind, "api-client"])?;
+    }
     Ok(())
 }
