@@ -17,6 +17,7 @@ mod decode;
 mod discovery;
 mod events;
 mod health;
+mod kubernetes_endpoints;
 mod managed;
 mod printers;
 mod proxy;
