@@ -63,10 +63,7 @@ async fn without_etcd_requests_fail_with_a_clear_word_and_nothing_hangs() {
     let (code, status) = get(client, &format!("{MAPS}?watch=1")).await;
     assert_eq!((code, &status["reason"]), (503, &json!("ServiceUnavailable")));
     let (code, status) = post(client, MAPS, &config_map("c", &json!({}))).await;
-    assert_eq!(
-        (code, &status["message"]),
-        (503, &json!("etcd does not answer; nothing was done"))
-    );
+    assert_eq!((code, &status["message"]), (503, &json!("etcd does not answer; nothing was done")));
     cluster.start_etcd().await;
     let client = &cluster.client();
     eventually("it works again", async || get(client, MAPS).await.0 == 200).await;
