@@ -12,7 +12,7 @@ LAB_NODES ?= 3
 BENCH_ROUNDS ?= 20
 FUZZ_CASES ?= 20000
 
-.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes test-provision deb dist check bench bench-cni bench-overlay fuzz install-cni
+.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes test-ha test-provision deb dist check bench bench-cni bench-overlay fuzz install-cni
 
 help: ## list the tasks
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ test-cni: build ## the CNI tables alone; CNI_UNDER_TEST=/usr/lib/cni says where 
 test-runtimes: build ## podman and containerd (ctr, CRI; installed if missing) with our CNI plugins
 	@scripts/cni-peers runtimes
 	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked -p tests-conformance --test runtimes
+
+test-ha: build ## three control planes die in turn under a writer and clients of a Service, in a lab of its own
+	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked -p tests-e2e --test ha
 
 test-provision: build ## orchctl init, join and reset on two hosts made of network namespaces
 	@scripts/test-provision $(OUT)

@@ -1,12 +1,11 @@
 //! Objects that every cluster has: made at start, put right when they differ.
 
 use std::future::Future;
-use std::net::IpAddr;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Namespace, Service};
 use orch_api::k8s_openapi;
-use orch_client::{Api, Client, Error, Patch};
+use orch_client::{Api, Client, Error};
 use serde_json::{Value, json};
 
 use crate::admission::SYSTEM_NAMESPACES;
@@ -17,17 +16,16 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 
 /// What the objects are made from.
 pub(crate) struct Wanted {
-    pub(crate) advertise: IpAddr,
     pub(crate) port: u16,
     pub(crate) kubernetes_ip: std::net::Ipv4Addr,
     pub(crate) dns_ip: std::net::Ipv4Addr,
 }
 
 /// Makes them, trying until it works; `has_roles` is called when the default roles are there.
-pub(crate) async fn run(client: Client, wanted: Wanted, has_roles: impl AsyncFnOnce()) {
-    until_done("the default namespaces and roles", || roles(&client)).await;
+pub(crate) async fn run(client: &Client, wanted: &Wanted, has_roles: impl AsyncFnOnce()) {
+    until_done("the default namespaces and roles", || roles(client)).await;
     has_roles().await;
-    until_done("the cluster's own Services", || services(&client, &wanted)).await;
+    until_done("the cluster's own Services", || services(client, wanted)).await;
 }
 
 async fn until_done<F: Future<Output = Result<(), Error>>>(what: &str, make: impl Fn() -> F) {
@@ -62,12 +60,7 @@ async fn services(client: &Client, wanted: &Wanted) -> Result<(), Error> {
                   "ports": [{ "name": "dns", "port": 53, "protocol": "UDP", "targetPort": 53 },
                             { "name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": 53 }] },
     }))
-    .await?;
-    if wanted.advertise.is_loopback() || wanted.advertise.is_unspecified() {
-        tracing::warn!(address = %wanted.advertise, "pods cannot reach this address: the Service \"kubernetes\" stays without endpoints");
-        return Ok(());
-    }
-    endpoints(client, wanted).await
+    .await
 }
 
 async fn create<K: orch_client::Kind>(api: Api<K>, object: &Value) -> Result<(), Error> {
@@ -83,31 +76,4 @@ async fn create<K: orch_client::Kind>(api: Api<K>, object: &Value) -> Result<(),
         Err(error) if error.is_already_exists() => Ok(()),
         other => other.map(|_| ()),
     }
-}
-
-/// The endpoints of `default/kubernetes`: this server.
-async fn endpoints(client: &Client, wanted: &Wanted) -> Result<(), Error> {
-    use k8s_openapi::api::core::v1::Endpoints;
-    use k8s_openapi::api::discovery::v1::EndpointSlice;
-    let subsets = json!([{ "addresses": [{ "ip": wanted.advertise }],
-                           "ports": [{ "name": "https", "port": wanted.port, "protocol": "TCP" }] }]);
-    let api = Api::<Endpoints>::namespaced(client.clone(), "default");
-    create(api.clone(), &json!({ "metadata": { "name": "kubernetes", "labels": { "endpointslice.kubernetes.io/skip-mirror": "true" } },
-                                 "subsets": subsets })).await?;
-    api.patch("kubernetes", &Patch::Merge(json!({ "subsets": subsets }))).await?;
-    let family = if wanted.advertise.is_ipv4() { "IPv4" } else { "IPv6" };
-    let slice = json!({
-        "metadata": { "name": "kubernetes", "labels": { "kubernetes.io/service-name": "kubernetes" } },
-        "addressType": family,
-        "endpoints": [{ "addresses": [wanted.advertise], "conditions": { "ready": true } }],
-        "ports": [{ "name": "https", "port": wanted.port, "protocol": "TCP" }],
-    });
-    let api = Api::<EndpointSlice>::namespaced(client.clone(), "default");
-    create(api.clone(), &slice).await?;
-    api.patch(
-        "kubernetes",
-        &Patch::Merge(json!({ "endpoints": slice["endpoints"], "ports": slice["ports"] })),
-    )
-    .await?;
-    Ok(())
 }

@@ -19,6 +19,7 @@ mod discovery;
 mod events;
 mod health;
 mod impersonate;
+mod kubernetes_endpoints;
 mod managed;
 mod printers;
 mod proxy;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -31,6 +31,7 @@ use crate::auth::{self, Authenticator, User};
 use crate::authz::{self, Attributes, MASTERS, ResourceTarget};
 use crate::bootstrap;
 use crate::health;
+use crate::kubernetes_endpoints;
 use crate::proxy::{self, AgentClient};
 use crate::request::{self, Query, RequestInfo, Verb};
 use crate::resources;
@@ -137,7 +138,6 @@ impl ApiServer {
         background.spawn(compaction::run(store, HISTORY, stop.clone()));
         let server = Self { shared, listener, tls, background };
         let wanted = bootstrap::Wanted {
-            advertise: server.shared.options.advertise,
             port: server.shared.options.listen.port(),
             kubernetes_ip: Ipv4Addr::from_bits(
                 server.shared.options.service_cidr.network().to_bits() + 1,
@@ -145,6 +145,11 @@ impl ApiServer {
             dns_ip: server.shared.options.dns_ip,
         };
         let client = server.client("system:apiserver", &[MASTERS]);
+        let (store, endpoint) = (server.shared.store.clone(), server.endpoint());
+        if endpoint.is_none() {
+            let address = server.shared.options.advertise;
+            warn!(%address, "pods cannot reach this address: the Service \"kubernetes\" does not name this server");
+        }
         let mut server = server;
         if let Some(cluster_roles) = server.shared.stored(resources::RBAC, "clusterroles") {
             let work = authz::aggregate(client.clone(), cluster_roles.cache.clone());
@@ -159,12 +164,24 @@ impl ApiServer {
         let shared = server.shared.clone();
         server.background.spawn(async move {
             let has_roles = async || authz::has_default_roles(&shared).await;
-            tokio::select! {
-                () = bootstrap::run(client, wanted, has_roles) => {}
-                () = stop.cancelled() => {}
-            }
+            let work = async {
+                bootstrap::run(&client, &wanted, has_roles).await;
+                if let Some(endpoint) = endpoint {
+                    kubernetes_endpoints::run(store, client.clone(), endpoint).await;
+                }
+            };
+            stop.run_until_cancelled(work).await;
         });
         Ok(server)
+    }
+
+    /// This server among the endpoints of `default/kubernetes`; `None` when pods cannot reach its address.
+    fn endpoint(&self) -> Option<kubernetes_endpoints::Server> {
+        let Options { advertise: address, listen, .. } = self.shared.options;
+        if address.is_loopback() || address.is_unspecified() {
+            return None;
+        }
+        Some(kubernetes_endpoints::Server { address, port: listen.port() })
     }
 
     /// A client straight into this server, as a user in groups.
@@ -211,6 +228,9 @@ impl ApiServer {
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
+        }
+        if let Some(endpoint) = self.endpoint() {
+            kubernetes_endpoints::leave(&*self.shared.store, endpoint).await;
         }
         let drained = async { while connections.join_next().await.is_some() {} };
         if tokio::time::timeout(DRAIN, drained).await.is_err() {
@@ -361,6 +381,13 @@ pub(crate) async fn handle(
     request: Request<Bytes>,
     upgrade: Option<OnUpgrade>,
 ) -> Response<Body> {
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    if !reads && upgrade.is_none() && *shared.feed.lost().borrow() {
+        let why = "etcd does not answer; nothing was done";
+        let mut response = respond::error(&ApiError::service_unavailable(why));
+        response.headers_mut().insert(orch_client::NOT_DONE, HeaderValue::from_static("true"));
+        return response;
+    }
     match route(shared, user, request, upgrade).await {
         Ok(response) => response,
         Err(error) => respond::error(&error),

@@ -1,4 +1,9 @@
-//! ClusterIPs and node ports: given out from the cache, under one lock, so that no two Services share one.
+//! ClusterIPs and node ports: given out from the cache, so that no two Services share one.
+//!
+//! Several servers may do so at a time. Each write that takes an address or a port renews one key in the store, the guard,
+//! and happens only if nobody renewed it since the cache was looked at; who is overtaken chooses again. Nothing has to be
+//! given back then: what is taken is what the Services say. (Upstream has an object per address and a loop that repairs
+//! them.) The lock of this process only saves it from overtaking itself.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -6,17 +11,48 @@ use std::ops::RangeInclusive;
 
 use ipnetwork::Ipv4Network;
 use orch_api::{ApiError, FieldError};
+use orch_store::Guard;
 use rand::Rng as _;
 use serde_json::{Value, json};
 
-use crate::read;
+use crate::read::{self, store_error};
 use crate::state::Shared;
 
+/// Renewed by every write that takes an address or a port. No resource lies below `ranges`.
+const GUARD: &str = "/registry/ranges/services";
+
 /// What other Services hold.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 struct Taken {
     addresses: BTreeSet<Ipv4Addr>,
     node_ports: BTreeSet<u16>,
+}
+
+impl Taken {
+    fn add(&mut self, service: &Value) {
+        self.addresses.extend(
+            service["spec"]["clusterIP"].as_str().and_then(|ip| ip.parse::<Ipv4Addr>().ok()),
+        );
+        self.node_ports.extend(node_ports(service));
+    }
+
+    fn of(service: &Value) -> Self {
+        let mut taken = Self::default();
+        taken.add(service);
+        taken
+    }
+
+    fn holds(&self, other: &Self) -> bool {
+        self.addresses.is_superset(&other.addresses)
+            && self.node_ports.is_superset(&other.node_ports)
+    }
+}
+
+/// What [`allocate`] came to.
+pub(crate) struct Allocation {
+    pub(crate) errors: Vec<FieldError>,
+    /// Something new was taken: the Service has to be written with this guard.
+    pub(crate) guard: Option<Guard>,
 }
 
 /// Fills in addresses and ports of a Service; `old` is the Service before the change.
@@ -24,10 +60,14 @@ pub(crate) async fn allocate(
     shared: &Shared,
     service: &mut Value,
     old: Option<&Value>,
-) -> Result<Vec<FieldError>, ApiError> {
+) -> Result<Allocation, ApiError> {
     let Some(stored) = shared.stored("", "services") else {
         return Err(ApiError::internal("no services resource"));
     };
+    // The guard first: whatever was taken until then is in a cache that is fresh afterwards.
+    let (guard, _) = shared.store.get(GUARD).await.map_err(|error| store_error(&error))?;
+    let guard =
+        Guard { key: GUARD.to_owned(), revision: guard.map_or(0, |guard| guard.mod_revision) };
     read::fresh(stored).await?;
     let own = stored.resource.key(
         service["metadata"]["namespace"].as_str().unwrap_or_default(),
@@ -35,13 +75,13 @@ pub(crate) async fn allocate(
     );
     let mut taken = Taken::default();
     for object in stored.cache.snapshot().iter().filter(|object| *object.key != *own) {
-        let other = read::parse(&object.bytes)?;
-        taken
-            .addresses
-            .extend(other["spec"]["clusterIP"].as_str().and_then(|ip| ip.parse::<Ipv4Addr>().ok()));
-        taken.node_ports.extend(node_ports(&other));
+        taken.add(&read::parse(&object.bytes)?);
     }
-    Ok(complete(service, old, &taken, shared.options.service_cidr, &shared.options.node_port_range))
+    let (cidr, range) = (shared.options.service_cidr, &shared.options.node_port_range);
+    let errors = complete(service, old, &taken, cidr, range);
+    let before = old.map(Taken::of).unwrap_or_default();
+    let takes = !before.holds(&Taken::of(service));
+    Ok(Allocation { errors, guard: takes.then_some(guard) })
 }
 
 fn node_ports(service: &Value) -> impl Iterator<Item = u16> {

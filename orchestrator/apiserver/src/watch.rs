@@ -40,6 +40,8 @@ struct Stream {
     bookmarks: bool,
     deadline: Instant,
     stop: CancellationToken,
+    /// Whether this server lost its store, so that nothing would come any more.
+    lost: tokio::sync::watch::Receiver<bool>,
     columns_sent: bool,
     ended: bool,
 }
@@ -52,6 +54,13 @@ pub(crate) async fn watch(
     query: &Query,
     form: Form,
 ) -> Result<http::Response<Body>, ApiError> {
+    let lost = shared.feed.lost();
+    if *lost.borrow() {
+        // The client goes to another server, if there is one.
+        return Err(ApiError::service_unavailable(
+            "etcd does not answer, so nothing can be watched",
+        ));
+    }
     let filter = Filter::parse(stored.resource, query)?;
     let initial = query.get("sendInitialEvents").map(|value| value == "true");
     let bookmarks = query.flag("allowWatchBookmarks");
@@ -114,6 +123,7 @@ pub(crate) async fn watch(
         bookmarks,
         deadline: Instant::now() + Duration::from_secs(seconds),
         stop: shared.stop.clone(),
+        lost,
         columns_sent: false,
         ended: false,
     };
@@ -200,6 +210,14 @@ fn event_line(kind: &str, object: &Value) -> Bytes {
     line.into()
 }
 
+/// Waits until the store is lost.
+async fn lost(feed: &mut tokio::sync::watch::Receiver<bool>) {
+    if feed.wait_for(|lost| *lost).await.is_err() {
+        // The feed is gone: the server stops, and that is noticed elsewhere.
+        std::future::pending::<()>().await;
+    }
+}
+
 impl Stream {
     /// The next line; `None` ends the stream.
     async fn next(&mut self) -> Option<Bytes> {
@@ -222,6 +240,7 @@ impl Stream {
                     return None;
                 }
                 () = self.stop.cancelled() => return None,
+                () = lost(&mut self.lost) => return None,
             };
             match item {
                 WatchItem::Event(event) => {

@@ -28,6 +28,9 @@ use crate::{admission, decode, managed, respond};
 const PATCH_TRIES: usize = 5;
 /// How often a made-up name is tried.
 const NAME_TRIES: usize = 8;
+/// How often a Service's addresses are chosen again when other servers chose meanwhile. Each time one of them got through,
+/// so this many means as many Services within some 10 ms.
+const ALLOCATION_TRIES: usize = 64;
 /// Events are kept for an hour, upstream's value; etcd removes them.
 const EVENT_LIFETIME: Duration = Duration::from_secs(3600);
 
@@ -44,6 +47,7 @@ pub(crate) struct Call<'a> {
 }
 
 /// An object as it is in the store.
+#[derive(Clone)]
 pub(crate) struct Current {
     pub(crate) object: Value,
     pub(crate) bytes: Bytes,
@@ -160,9 +164,8 @@ impl Call<'_> {
     ) -> Result<Response<Body>, ApiError> {
         let resource = self.resource();
         let dry_run = self.dry_run()?;
-        let mut tries = 0;
+        let (mut tries, mut allocations) = (0, 0);
         loop {
-            tries += 1;
             let mut object = given.clone();
             strategy::prepare_create(resource, self.namespace, &mut object)?;
             defaults::apply(resource.group, resource.kind, &mut object);
@@ -178,8 +181,11 @@ impl Call<'_> {
             } else {
                 None
             };
+            let mut guard = None;
             if resource.plural == "services" && errors.is_empty() {
-                errors.extend(crate::services::allocate(self.shared, &mut object, None).await?);
+                let allocation = crate::services::allocate(self.shared, &mut object, None).await?;
+                errors.extend(allocation.errors);
+                guard = allocation.guard;
             }
             if !errors.is_empty() {
                 return Err(self.invalid(&name, &errors));
@@ -192,17 +198,19 @@ impl Call<'_> {
             if dry_run {
                 return Ok(answer(StatusCode::CREATED, bytes, None, warnings));
             }
-            match self
-                .shared
-                .store
-                .create(&resource.key(self.namespace, &name), bytes.clone(), lifetime(resource))
-                .await
-            {
+            let (store, key) = (&self.shared.store, resource.key(self.namespace, &name));
+            let outcome = match &guard {
+                Some(guard) => store.write_guarded(&key, bytes.clone(), 0, guard).await,
+                None => store.create(&key, bytes.clone(), lifetime(resource)).await,
+            };
+            match outcome {
                 Ok(revision) => {
                     self.settle(revision).await;
                     return Ok(answer(StatusCode::CREATED, bytes, Some(revision), warnings));
                 }
+                Err(StoreError::Overtaken) if allocations < ALLOCATION_TRIES => allocations += 1,
                 Err(StoreError::AlreadyExists) => {
+                    tries += 1;
                     let generated = given["metadata"]["name"].as_str().is_none_or(str::is_empty);
                     if !generated || tries == NAME_TRIES {
                         return Err(ApiError::already_exists(
@@ -292,12 +300,35 @@ impl Call<'_> {
         &self,
         part: Part,
         current: Current,
-        mut object: Value,
+        object: Value,
         owners: Owners,
         warnings: Vec<String>,
     ) -> Result<Done, Change> {
+        if self.resource().plural == "services" {
+            for _ in 0..ALLOCATION_TRIES {
+                let (current, owners) = (current.clone(), owners.clone());
+                let done =
+                    self.store_once(part, current, object.clone(), owners, &warnings).await?;
+                if let Some(done) = done {
+                    return Ok(done);
+                }
+            }
+        }
+        self.store_once(part, current, object, owners, &warnings).await?.ok_or(Change::Conflict)
+    }
+
+    /// `None` when another server gave out addresses meanwhile: they have to be chosen again.
+    async fn store_once(
+        &self,
+        part: Part,
+        current: Current,
+        mut object: Value,
+        owners: Owners,
+        warnings: &[String],
+    ) -> Result<Option<Done>, Change> {
         let resource = self.resource();
         strategy::prepare_update(resource, part, &current.object, &mut object);
+        let mut guard = None;
         let _lock = if resource.plural == "services" {
             Some(self.shared.allocation.lock().await)
         } else {
@@ -316,10 +347,11 @@ impl Call<'_> {
             let mut errors =
                 validate::update(resource.group, resource.kind, &object, &current.object);
             if resource.plural == "services" && errors.is_empty() {
-                errors.extend(
+                let allocation =
                     crate::services::allocate(self.shared, &mut object, Some(&current.object))
-                        .await?,
-                );
+                        .await?;
+                errors.extend(allocation.errors);
+                guard = allocation.guard;
             }
             if !errors.is_empty() {
                 return Err(self.invalid(self.name, &errors).into());
@@ -348,22 +380,22 @@ impl Call<'_> {
         // As values: the order of fields is no difference.
         let same = object == current.object;
         let bytes = if same { current.bytes.clone() } else { encode(&object)? };
+        let warnings = warnings.to_vec();
         if (same && !released) || self.dry_run()? {
-            return Ok(Done { object, revision: current.revision, bytes, warnings });
+            return Ok(Some(Done { object, revision: current.revision, bytes, warnings }));
         }
-        let outcome = if released {
-            self.shared.store.delete(&self.key(), current.revision).await
-        } else {
-            self.shared
-                .store
-                .update(&self.key(), bytes.clone(), current.revision, lifetime(resource))
-                .await
+        let (store, key, at) = (&self.shared.store, self.key(), current.revision);
+        let outcome = match &guard {
+            _ if released => store.delete(&key, at).await,
+            Some(guard) => store.write_guarded(&key, bytes.clone(), at, guard).await,
+            None => store.update(&key, bytes.clone(), at, lifetime(resource)).await,
         };
         match outcome {
             Ok(revision) => {
                 self.settle(revision).await;
-                Ok(Done { object, revision, bytes, warnings })
+                Ok(Some(Done { object, revision, bytes, warnings }))
             }
+            Err(StoreError::Overtaken) => Ok(None),
             Err(StoreError::Conflict { .. }) => Err(Change::Conflict),
             Err(error) => Err(store_error(&error).into()),
         }
@@ -371,6 +403,7 @@ impl Call<'_> {
 }
 
 /// Where the managed fields of a changed object come from.
+#[derive(Clone)]
 enum Owners {
     /// They are worked out from the change; `requested` is what the client sent.
     After { requested: Value },

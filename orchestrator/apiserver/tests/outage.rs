@@ -36,6 +36,8 @@ async fn without_etcd_requests_fail_with_a_clear_word_and_nothing_hangs() {
     let mut cluster = Cluster::start().await;
     let client = &cluster.client();
     post(client, MAPS, &config_map("a", &json!({}))).await;
+    let mut watch = Watch::open(client, &format!("{MAPS}?watch=1")).await;
+    assert_eq!(watch.event().await.1, "a");
     cluster.stop_etcd().await;
     for (method, path) in [("GET", MAPS), ("GET", &*format!("{MAPS}/a")), ("POST", MAPS)] {
         let body = config_map("b", &json!({})).to_string();
@@ -56,9 +58,22 @@ async fn without_etcd_requests_fail_with_a_clear_word_and_nothing_hangs() {
     assert_eq!(get(client, &format!("{MAPS}?resourceVersion=0")).await.0, 200);
     assert!(client.get_text("/readyz").await.is_err(), "not ready");
     assert_eq!(client.get_text("/livez").await.expect("alive"), "ok");
+    // Nothing would come on a watch: the client may find a server that is better off.
+    assert_eq!(watch.next().await, None, "the watch ends");
+    let (code, status) = get(client, &format!("{MAPS}?watch=1")).await;
+    assert_eq!((code, &status["reason"]), (503, &json!("ServiceUnavailable")));
+    let (code, status) = post(client, MAPS, &config_map("c", &json!({}))).await;
+    assert_eq!((code, &status["message"]), (503, &json!("etcd does not answer; nothing was done")));
     cluster.start_etcd().await;
     let client = &cluster.client();
     eventually("it works again", async || get(client, MAPS).await.0 == 200).await;
+    eventually("watches work again", async || {
+        let (_, list) = get(client, MAPS).await;
+        let from = &list["metadata"]["resourceVersion"].as_str().unwrap_or_default();
+        let path = format!("{MAPS}?watch=1&timeoutSeconds=1&resourceVersion={from}");
+        get(client, &path).await.0 == 200
+    })
+    .await;
     eventually("ready again", async || client.get_text("/readyz").await.is_ok()).await;
 }
 

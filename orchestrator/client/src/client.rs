@@ -9,8 +9,9 @@ use http_body_util::BodyExt as _;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::fence::Fenced;
 use crate::https::Https;
-use crate::{Body, ClientConfig, Error, Transport, Upgraded};
+use crate::{Body, ClientConfig, Error, Fence, Transport, Upgraded};
 
 /// Sends requests to one cluster. Cheap to clone.
 #[derive(Clone)]
@@ -40,6 +41,27 @@ impl Client {
     /// The file cannot be read or names nothing that works.
     pub fn from_kubeconfig(path: &Path) -> Result<Self, Error> {
         Self::https(&crate::kubeconfig::read(path)?)
+    }
+
+    /// URLs of the servers that are known; none for a client inside of one.
+    #[must_use]
+    pub fn servers(&self) -> Vec<String> {
+        self.https.as_ref().map(|https| https.known_servers()).unwrap_or_default()
+    }
+
+    /// Makes these the servers that are known, to all clones. A client inside of one needs none.
+    ///
+    /// # Errors
+    /// There is none among them, or one is no `https://` URL.
+    pub fn set_servers(&self, urls: &[String]) -> Result<(), Error> {
+        self.https.as_ref().map_or(Ok(()), |https| https.set_servers(urls))
+    }
+
+    /// The same client, through which changes go only while the fence is open.
+    #[must_use]
+    pub fn behind(&self, fence: Fence) -> Self {
+        let inner = self.transport.clone();
+        Self { transport: Arc::new(Fenced { inner, fence }), https: self.https.clone() }
     }
 
     /// Sends a request and returns the answer, whatever its code; the body streams.

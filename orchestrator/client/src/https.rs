@@ -1,11 +1,15 @@
 //! HTTPS to the API server: one of several servers, with a client certificate or a token.
 //!
+//! The next server is asked when one cannot be reached, and when one says that it cannot serve (503: it lost its etcd, or
+//! ends); the one that answered is asked first from then on. A request is carried to another server only where that can do
+//! no harm: it was never sent, the server says that it did nothing ([`NOT_DONE`]), or it only reads. A server that vanished without a word is noticed by the kernel
+//! ([`SILENCE_LIMIT`]), which breaks its connections, watches among them.
+//!
 //! HTTP/1.1 with a pool: a watch has a connection of its own, so a slow one never holds up others, and the same
 //! code can upgrade a connection for exec.
 
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -25,7 +29,16 @@ use tokio_rustls::client::TlsStream;
 
 use crate::{Body, Error, Transport};
 
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// How long an answer may take to begin, upstream's limit for requests: a process that stands still keeps its connections.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// A peer that acknowledged nothing for this long is gone.
+const SILENCE_LIMIT: Duration = Duration::from_secs(6);
+/// A connection on which nothing happens is probed after the first number of seconds, and then every second one.
+const PROBE_SECS: (u32, u32) = (3, 1);
+
+/// Header of a 503 by which a server says that it did nothing at all, so that another one may be asked the same.
+pub const NOT_DONE: &str = "orch-not-done";
 
 /// Where the API server is and who we are.
 #[derive(Debug, Clone, Default)]
@@ -45,55 +58,99 @@ pub struct Upgraded {
 }
 
 pub(crate) struct Https {
-    servers: Vec<Server>,
-    /// The server that answered last; the next request starts there.
-    preferred: AtomicUsize,
+    servers: Mutex<Servers>,
     token: Option<String>,
     pool: legacy::Client<Connector, Full<Bytes>>,
     connector: Connector,
 }
 
-struct Server {
-    authority: String,
+/// The servers that are known.
+struct Servers {
+    /// `host:port` of each.
+    all: Vec<Arc<str>>,
+    /// The one that answered last; the next request starts there.
+    preferred: usize,
+}
+
+impl Servers {
+    fn parse(urls: &[String]) -> Result<Vec<Arc<str>>, Error> {
+        let all = urls
+            .iter()
+            .map(|url| {
+                let authority = url
+                    .strip_prefix("https://")
+                    .ok_or_else(|| Error::Config(format!("server {url:?} is no https:// URL")))?;
+                let authority = authority.trim_end_matches('/');
+                Ok(if authority.rsplit(']').next().unwrap_or(authority).contains(':') {
+                    authority.into()
+                } else {
+                    format!("{authority}:443").into()
+                })
+            })
+            .collect::<Result<Vec<Arc<str>>, Error>>()?;
+        if all.is_empty() {
+            return Err(Error::Config("no server is named".to_owned()));
+        }
+        Ok(all)
+    }
+
+    /// From the preferred one on.
+    fn in_order(&self) -> Vec<Arc<str>> {
+        let (before, after) = self.all.split_at(self.preferred);
+        after.iter().chain(before).cloned().collect()
+    }
+
+    fn prefer(&mut self, server: &Arc<str>) {
+        if let Some(at) = self.all.iter().position(|known| known == server) {
+            self.preferred = at;
+        }
+    }
+
+    /// Another one first, if this one was.
+    fn avoid(&mut self, server: &Arc<str>) {
+        if self.all[self.preferred] == *server {
+            self.preferred = (self.preferred + 1) % self.all.len();
+        }
+    }
 }
 
 impl Https {
     pub(crate) fn new(config: &ClientConfig) -> Result<Self, Error> {
-        let servers = config
-            .servers
-            .iter()
-            .map(|server| {
-                let authority = server.strip_prefix("https://").ok_or_else(|| {
-                    Error::Config(format!("server {server:?} is no https:// URL"))
-                })?;
-                let authority = authority.trim_end_matches('/');
-                let authority = if authority.rsplit(']').next().unwrap_or(authority).contains(':') {
-                    authority.to_owned()
-                } else {
-                    format!("{authority}:443")
-                };
-                Ok(Server { authority })
-            })
-            .collect::<Result<Vec<_>, Error>>()?;
-        if servers.is_empty() {
-            return Err(Error::Config("no server is named".to_owned()));
-        }
+        let all = Servers::parse(&config.servers)?;
         let connector = Connector { tls: tls(config)? };
         let pool = legacy::Client::builder(TokioExecutor::new())
             .pool_idle_timeout(Duration::from_secs(60))
             .build(connector.clone());
         Ok(Self {
-            servers,
-            preferred: AtomicUsize::new(0),
+            servers: Mutex::new(Servers { all, preferred: 0 }),
             token: config.token.clone(),
             pool,
             connector,
         })
     }
 
-    fn prepare<B>(&self, request: &mut Request<B>, server: &Server) -> Result<(), Error> {
+    fn servers(&self) -> MutexGuard<'_, Servers> {
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// URLs of the servers that are known.
+    pub(crate) fn known_servers(&self) -> Vec<String> {
+        self.servers().all.iter().map(|server| format!("https://{server}")).collect()
+    }
+
+    /// Other servers from now on. The one that answered last stays the first to be asked, if it is among them.
+    pub(crate) fn set_servers(&self, urls: &[String]) -> Result<(), Error> {
+        let all = Servers::parse(urls)?;
+        let mut servers = self.servers();
+        let last = servers.all[servers.preferred].clone();
+        *servers = Servers { all, preferred: 0 };
+        servers.prefer(&last);
+        Ok(())
+    }
+
+    fn prepare<B>(&self, request: &mut Request<B>, server: &str) -> Result<(), Error> {
         let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
-        let uri = format!("https://{}{path}", server.authority);
+        let uri = format!("https://{server}{path}");
         *request.uri_mut() =
             uri.parse().map_err(|error| Error::Config(format!("URL {uri}: {error}")))?;
         if let Some(token) = &self.token {
@@ -113,7 +170,8 @@ impl Https {
         headers: HeaderMap,
     ) -> Result<Upgraded, Error> {
         let mut last = None;
-        for server in self.in_order() {
+        let order = self.servers().in_order();
+        for server in &order {
             let mut request = Request::new(Full::new(Bytes::new()));
             *request.method_mut() = method.clone();
             *request.uri_mut() =
@@ -122,12 +180,12 @@ impl Https {
             self.prepare(&mut request, server)?;
             request.headers_mut().insert(
                 header::HOST,
-                server.authority.parse().map_err(|_| Error::Config("server name".to_owned()))?,
+                server.parse().map_err(|_| Error::Config("server name".to_owned()))?,
             );
             // An upgrade is for HTTP/1.1, whose requests carry the path only.
             *request.uri_mut() =
                 path.parse().map_err(|error| Error::Config(format!("path {path}: {error}")))?;
-            let stream = match self.connector.connect(&server.authority).await {
+            let stream = match self.connector.connect(server).await {
                 Ok(stream) => stream,
                 Err(error) => {
                     last = Some(error);
@@ -161,48 +219,69 @@ impl Https {
         }
         Err(last.map_or_else(
             || Error::Config("no server is named".to_owned()),
-            |error| Error::transport(self.unreachable(), error),
+            |error| Error::transport(unreachable(&order), error),
         ))
     }
+}
 
-    fn in_order(&self) -> impl Iterator<Item = &Server> {
-        let first = self.preferred.load(Ordering::Relaxed);
-        (0..self.servers.len())
-            .map(move |offset| &self.servers[(first + offset) % self.servers.len()])
-    }
+/// A request to one server. A server that did not serve it, or not before the caller's patience ended, is not the first to
+/// be asked the next time.
+struct Asked<'a> {
+    https: &'a Https,
+    server: &'a Arc<str>,
+    served: bool,
+}
 
-    fn unreachable(&self) -> String {
-        let names: Vec<&str> =
-            self.servers.iter().map(|server| server.authority.as_str()).collect();
-        format!("the API server at {} cannot be reached", names.join(", "))
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        let mut servers = self.https.servers();
+        if self.served { servers.prefer(self.server) } else { servers.avoid(self.server) }
     }
+}
+
+fn unreachable(servers: &[Arc<str>]) -> String {
+    format!("the API server at {} cannot be reached", servers.join(", "))
 }
 
 #[async_trait]
 impl Transport for Https {
     async fn send(&self, request: Request<Bytes>) -> Result<Response<Body>, Error> {
         let (parts, bytes) = request.into_parts();
-        let first = self.preferred.load(Ordering::Relaxed);
+        let reads = matches!(parts.method, Method::GET | Method::HEAD);
+        let order = self.servers().in_order();
         let mut last = None;
-        for offset in 0..self.servers.len() {
-            let index = (first + offset) % self.servers.len();
+        for (left, server) in order.iter().enumerate().map(|(at, one)| (order.len() - 1 - at, one))
+        {
             let mut request = Request::from_parts(parts.clone(), Full::new(bytes.clone()));
-            self.prepare(&mut request, &self.servers[index])?;
-            match self.pool.request(request).await {
+            self.prepare(&mut request, server)?;
+            let mut asked = Asked { https: self, server, served: false };
+            let answer = tokio::time::timeout(ANSWER_LIMIT, self.pool.request(request)).await;
+            let Ok(answer) = answer else {
+                let limit = format!("no answer within {} s", ANSWER_LIMIT.as_secs());
+                return Err(Error::transport(limit, server.as_ref()));
+            };
+            match answer {
                 Ok(response) => {
-                    self.preferred.store(index, Ordering::Relaxed);
+                    asked.served = response.status() != StatusCode::SERVICE_UNAVAILABLE;
+                    let harmless = reads || response.headers().contains_key(NOT_DONE);
+                    if !asked.served && harmless && left > 0 {
+                        continue;
+                    }
                     return Ok(response.map(|body| body.map_err(Into::into).boxed_unsync()));
                 }
-                // Only a connection that was never made may be tried elsewhere: the request was not carried out.
                 Err(error) if error.is_connect() => last = Some(error),
                 Err(error) => {
-                    return Err(Error::transport("the connection to the API server broke", error));
+                    if !(reads && left > 0) {
+                        let context = "the connection to the API server broke";
+                        return Err(Error::transport(context, error));
+                    }
+                    last = Some(error);
                 }
             }
         }
         Err(last.map_or_else(
             || Error::Config("no server is named".to_owned()),
-            |error| Error::transport(self.unreachable(), error),
+            |error| Error::transport(unreachable(&order), error),
         ))
     }
 }
@@ -242,6 +321,17 @@ fn tls(config: &ClientConfig) -> Result<Arc<rustls::ClientConfig>, Error> {
     Ok(Arc::new(tls))
 }
 
+/// Makes the kernel break a connection whose peer is gone: one that was cut off sends no word of it.
+fn notice_silence(tcp: &TcpStream) -> std::io::Result<()> {
+    use nix::sys::socket::{setsockopt, sockopt};
+    setsockopt(tcp, sockopt::KeepAlive, &true)?;
+    setsockopt(tcp, sockopt::TcpKeepIdle, &PROBE_SECS.0)?;
+    setsockopt(tcp, sockopt::TcpKeepInterval, &PROBE_SECS.1)?;
+    let limit = u32::try_from(SILENCE_LIMIT.as_millis()).unwrap_or(u32::MAX);
+    setsockopt(tcp, sockopt::TcpUserTimeout, &limit)?;
+    Ok(())
+}
+
 #[derive(Clone)]
 struct Connector {
     tls: Arc<rustls::ClientConfig>,
@@ -252,6 +342,7 @@ impl Connector {
         let work = async {
             let tcp = TcpStream::connect(authority).await?;
             tcp.set_nodelay(true)?;
+            notice_silence(&tcp)?;
             let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
             let host = host.trim_start_matches('[').trim_end_matches(']');
             let name = ServerName::try_from(host.to_owned()).map_err(std::io::Error::other)?;

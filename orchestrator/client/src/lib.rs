@@ -7,6 +7,7 @@
 mod api;
 mod client;
 mod error;
+mod fence;
 mod https;
 mod kubeconfig;
 mod transport;
@@ -15,6 +16,8 @@ mod watch;
 pub use api::{Api, DeleteParams, Kind, ListParams, ObjectList, Patch, collection_path};
 pub use client::Client;
 pub use error::Error;
-pub use https::{ClientConfig, Upgraded};
+pub use fence::Fence;
+pub use https::{ClientConfig, NOT_DONE, Upgraded};
+pub use kubeconfig::{read_servers, write_servers};
 pub use transport::{Body, Transport, empty_body, full_body};
 pub use watch::{WatchEvent, lines};

@@ -57,8 +57,9 @@ pub async fn run(client: Client, options: Options, cancel: CancellationToken) ->
     };
     while !cancel.is_cancelled() {
         let election = Election::new("kube-system", LEASE, &identity);
-        let outcome = lead(client.clone(), election, cancel.clone(), |leading| {
-            work(client.clone(), options.clone(), leading)
+        let election = if options.fast_election { election.fast() } else { election };
+        let outcome = lead(client.clone(), election, cancel.clone(), |client, leading| {
+            work(client, options.clone(), leading)
         });
         if let Some(outcome) = outcome.await {
             return outcome;

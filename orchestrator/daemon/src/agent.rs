@@ -10,10 +10,13 @@ use orch_config::Paths;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
+use crate::members;
 use crate::parts::Parts;
 
 /// After this time the start is over: caches are full, the overlay stands.
 const START: Duration = Duration::from_secs(60);
+/// File below the node's folder of state that keeps where etcd is.
+const ETCD_MEMBERS: &str = "etcd-members";
 
 /// Flags of `orchestrator agent`.
 #[derive(clap::Args)]
@@ -79,6 +82,14 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
     };
     let client = orch_client::Client::from_kubeconfig(&pki.join("kubelet.conf"))
         .with_context(|| format!("read {}", pki.join("kubelet.conf").display()))?;
+    let etcd_file = paths.lib().join(ETCD_MEMBERS);
+    let etcd_known = members::known_etcd(&etcd_file, &flags.etcd);
+    let (etcd, etcd_members) = tokio::sync::watch::channel(etcd_known.clone());
+    let follower = members::Follower {
+        client: client.clone(),
+        kubeconfig: pki.join("kubelet.conf"),
+        etcd: Some((etcd, etcd_file)),
+    };
     let domain = orch_config::CLUSTER_DOMAIN.to_owned();
     let pause_image = format!("orch/pause:{}", orch_config::VERSION);
 
@@ -86,10 +97,11 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
         node_name: flags.node_name.clone(),
         node_ip: flags.node_ip,
         etcd: orch_netagent::EtcdConfig {
-            endpoints: flags.etcd,
+            endpoints: etcd_known,
             ca_pem: Some(read("etcd-ca.crt")?),
             cert_pem: Some(read("etcd-client.crt")?),
             key_pem: Some(read("etcd-client.key")?),
+            members: Some(etcd_members),
         },
         interface: orch_netagent::overlay::interface::Choice {
             names: flags.iface,
@@ -130,6 +142,11 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
     info!(node = flags.node_name, ip = %flags.node_ip, "agent starts");
     let mut parts = Parts::new(stop.clone());
     parts.spawn("network agent", orch_netagent::run(network, stop.clone()));
+    let follow = follower.run(stop.clone());
+    parts.spawn("watch on the cluster's members", async {
+        follow.await;
+        anyhow::Ok(())
+    });
     parts.spawn("kubelet", orch_kubelet::run(kubelet, stop.clone()));
     let (outcome, ()) = tokio::join!(parts.join(), forget_the_start(stop));
     outcome

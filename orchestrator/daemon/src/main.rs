@@ -4,6 +4,7 @@
 //! This crate only reads flags and puts the parts together; each part is a crate of its own.
 
 mod agent;
+mod members;
 mod parts;
 mod server;
 

@@ -112,10 +112,25 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
     let mut parts = Parts::new(stop.clone());
     parts.spawn("controllers", orch_controllers::run(controller_client, controllers, stop.clone()));
     if flags.elect {
-        parts.spawn("scheduler", elected_scheduler(scheduler_client, identity, stop.clone()));
+        let scheduler =
+            elected_scheduler(scheduler_client, identity, flags.fast_failover, stop.clone());
+        parts.spawn("scheduler", scheduler);
     } else {
         let scheduler = orch_scheduler::Options::default();
         parts.spawn("scheduler", orch_scheduler::run(scheduler_client, scheduler, stop.clone()));
+    }
+    // For whoever uses it on this host: orchctl goes on at another server while this one is down.
+    let follower = crate::members::Follower {
+        client: server.client("system:apiserver", &["system:masters"]),
+        kubeconfig: pki.path("admin.conf"),
+        etcd: None,
+    };
+    if follower.kubeconfig.exists() {
+        let follow = follower.run(stop.clone());
+        parts.spawn("watch on the cluster's servers", async {
+            follow.await;
+            anyhow::Ok(())
+        });
     }
     parts.spawn("API server", server.serve(stop));
     parts.join().await
@@ -125,13 +140,16 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
 async fn elected_scheduler(
     client: orch_client::Client,
     identity: String,
+    fast: bool,
     stop: CancellationToken,
 ) -> Result<(), orch_scheduler::Error> {
     while !stop.is_cancelled() {
         let election = orch_reconcile::Election::new("kube-system", SCHEDULER_LEASE, &identity);
-        let outcome = orch_reconcile::lead(client.clone(), election, stop.clone(), |leading| {
-            orch_scheduler::run(client.clone(), orch_scheduler::Options::default(), leading)
-        });
+        let election = if fast { election.fast() } else { election };
+        let outcome =
+            orch_reconcile::lead(client.clone(), election, stop.clone(), |client, leading| {
+                orch_scheduler::run(client, orch_scheduler::Options::default(), leading)
+            });
         if let Some(outcome) = outcome.await {
             return outcome;
         }

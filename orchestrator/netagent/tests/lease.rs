@@ -119,6 +119,23 @@ async fn eight_nodes_that_start_at_once_hold_eight_subnets_and_know_each_other()
 }
 
 #[tokio::test]
+async fn an_agent_whose_etcd_is_gone_for_good_finds_the_members_that_came_later() {
+    let etcd = Etcd::start();
+    // Nobody listens on the discard port.
+    let gone = "http://127.0.0.1:9".to_owned();
+    let (members, known) = watch::channel(vec![gone.clone()]);
+    let config =
+        EtcdConfig { endpoints: vec![gone], members: Some(known), ..EtcdConfig::default() };
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let mut node = Node::start_with(1, config, "10.244.0.0/16", &folder);
+    let away = node.health.wait_for(|health| matches!(health, EtcdHealth::Away(_)));
+    tokio::time::timeout(LIMIT, away).await.expect("in time").expect("the keeper runs");
+    members.send_replace(vec![etcd.url.clone()]);
+    node.subnet().await;
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn a_restart_gets_the_same_subnet_on_the_same_etcd_lease() {
     let etcd = Etcd::start();
     let folder = tempfile::tempdir().expect("temporary folder");
@@ -274,6 +291,7 @@ async fn etcd_over_tls_takes_the_agents_certificate_and_no_other() {
         ca_pem: Some(agent.etcd_ca.clone()),
         cert_pem: Some(agent.etcd_certificate.clone()),
         key_pem: Some(agent.etcd_key.clone()),
+        members: None,
     };
     let node = Node::start_with(1, config.clone(), "10.244.0.0/16", &folder);
     let subnet = node.subnet().await;

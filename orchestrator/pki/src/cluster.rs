@@ -12,6 +12,9 @@ pub const ETCD_ROOT_USER: &str = "kube-apiserver";
 /// Common name by which etcd knows the network agents: they may read and write the network's keys only.
 pub const ETCD_NETWORK_USER: &str = "netagent";
 
+/// What all control planes of a cluster have in common: the authorities, and the key for ServiceAccount tokens.
+pub const SHARED_FILES: [&str; 5] = ["ca.crt", "ca.key", "etcd-ca.crt", "etcd-ca.key", "sa.key"];
+
 /// How a server is reached: what its certificates have to name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerNames {

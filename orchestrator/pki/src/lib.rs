@@ -13,6 +13,8 @@ mod request;
 
 pub use authority::{Authority, Error, Identity, Usage, public_key_pem};
 pub use certificate::{Certificate, Unreadable};
-pub use cluster::{AgentCredentials, ClusterPki, ETCD_NETWORK_USER, ETCD_ROOT_USER, ServerNames};
+pub use cluster::{
+    AgentCredentials, ClusterPki, ETCD_NETWORK_USER, ETCD_ROOT_USER, SHARED_FILES, ServerNames,
+};
 pub use kubeconfig::kubeconfig;
 pub use request::{Asked, Request, read_request};

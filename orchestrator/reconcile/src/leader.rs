@@ -1,7 +1,11 @@
 //! Leader election by a Lease (coordination.k8s.io/v1): of several processes one works, the others wait.
 //!
 //! Clocks of different hosts are never compared: a Lease has ended when *we* saw it unchanged for as long as its
-//! holder said. A leader that could not renew in time stops before another one can begin.
+//! holder said. A leader that could not renew in time stops before another one can begin: its time runs from before the
+//! renewal was sent, everybody else's from after it was seen. And because a process may stand still when that time ends
+//! (SIGSTOP, a paused machine), its client is behind a [`Fence`]: what it sends when it wakes up is refused, whether it
+//! knows already or not. What is left is a change that was on its way when the process stopped; writes are
+//! compare-and-swap, so it can only be a new object, and every reconciler lives with those.
 
 use std::future::Future;
 use std::time::Duration;
@@ -9,10 +13,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 use orch_api::k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use orch_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
-use orch_client::{Api, Client, Error};
+use orch_client::{Api, Client, Error, Fence};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
+
+/// Until a leader looks again after somebody else wrote its Lease.
+const RACED_PAUSE: Duration = Duration::from_millis(100);
 
 /// Who wants to lead what.
 #[derive(Debug, Clone)]
@@ -41,6 +48,17 @@ impl Election {
             lease_duration: Duration::from_secs(15),
             renew_deadline: Duration::from_secs(10),
             retry_period: Duration::from_secs(2),
+        }
+    }
+
+    /// Short times, for a cluster in which failures are acted upon in seconds.
+    #[must_use]
+    pub fn fast(self) -> Self {
+        Self {
+            lease_duration: Duration::from_secs(6),
+            renew_deadline: Duration::from_secs(4),
+            retry_period: Duration::from_secs(1),
+            ..self
         }
     }
 }
@@ -100,6 +118,17 @@ fn written(lease: Option<Lease>, election: &Election, takes_over: bool, now: Tim
     lease
 }
 
+/// How a try ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tried {
+    /// The Lease is ours.
+    Held,
+    /// It is another one's.
+    Others,
+    /// It changed while we tried: whose it is shows the next look.
+    Raced,
+}
+
 struct Candidate {
     api: Api<Lease>,
     election: Election,
@@ -107,8 +136,7 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// True if the Lease is ours now.
-    async fn try_once(&mut self) -> Result<bool, Error> {
+    async fn try_once(&mut self) -> Result<Tried, Error> {
         let lease = self.api.get_opt(&self.election.name).await?;
         let now = Instant::now();
         let version = lease.as_ref().and_then(|lease| lease.metadata.resource_version.clone());
@@ -118,7 +146,7 @@ impl Candidate {
         };
         self.seen = Some(Seen { version, since });
         let outcome = match plan(lease.as_ref(), &self.election, now - since) {
-            Step::Wait => return Ok(false),
+            Step::Wait => return Ok(Tried::Others),
             Step::Create => {
                 self.api.create(&written(None, &self.election, true, Timestamp::now())).await
             }
@@ -128,9 +156,8 @@ impl Candidate {
             }
         };
         match outcome {
-            Ok(_) => Ok(true),
-            // Another one was quicker.
-            Err(error) if error.is_conflict() || error.is_already_exists() => Ok(false),
+            Ok(_) => Ok(Tried::Held),
+            Err(error) if error.is_conflict() || error.is_already_exists() => Ok(Tried::Raced),
             Err(error) => Err(error),
         }
     }
@@ -152,28 +179,30 @@ impl Candidate {
 
 /// Waits until this candidate leads, then runs `work` until it ends, the Lease is lost, or `cancel`.
 ///
-/// `work` gets a token that is cancelled in the last two cases, and has to end soon then. Returns `None` if the
-/// candidate never led, or lost the Lease while it worked.
+/// `work` gets a token that is cancelled in the last two cases, and has to end soon then; and the client through which it
+/// has to make its changes, which sends none once the Lease is lost. Returns `None` if the candidate never led, or lost the
+/// Lease while it worked.
 pub async fn lead<F, T>(
     client: Client,
     election: Election,
     cancel: CancellationToken,
-    work: impl FnOnce(CancellationToken) -> F,
+    work: impl FnOnce(Client, CancellationToken) -> F,
 ) -> Option<T>
 where
     F: Future<Output = T>,
 {
-    let api = Api::namespaced(client, &election.namespace);
+    let api = Api::namespaced(client.clone(), &election.namespace);
     let mut candidate = Candidate { api, election, seen: None };
     let (lease, retry) = (candidate.election.name.clone(), candidate.election.retry_period);
-    loop {
+    let mut renewed = loop {
+        let sent = Instant::now();
         let tried = tokio::select! {
             () = cancel.cancelled() => return None,
             tried = tokio::time::timeout(candidate.election.renew_deadline, candidate.try_once()) => tried,
         };
         match tried {
-            Ok(Ok(true)) => break,
-            Ok(Ok(false)) => {}
+            Ok(Ok(Tried::Held)) => break sent,
+            Ok(Ok(Tried::Others | Tried::Raced)) => {}
             Ok(Err(error)) => debug!(lease, %error, "the lease is not taken yet"),
             Err(_) => debug!(lease, "the lease is not taken yet: no answer in time"),
         }
@@ -181,16 +210,19 @@ where
             () = cancel.cancelled() => return None,
             () = tokio::time::sleep(retry) => {}
         }
-    }
+    };
     info!(lease, identity = candidate.election.identity, "leading");
     let leading = cancel.child_token();
-    let mut work = std::pin::pin!(work(leading.clone()));
-    let mut renewed = Instant::now();
+    let limit = candidate.election.renew_deadline;
+    let fence = Fence::new(renewed + limit);
+    let mut work = std::pin::pin!(work(client.behind(fence.clone()), leading.clone()));
+    let mut pause = retry;
     let lost = loop {
-        let until = renewed + candidate.election.renew_deadline;
+        let until = renewed + limit;
         let renewal = async {
-            tokio::time::sleep(retry).await;
-            candidate.try_once().await
+            tokio::time::sleep(std::mem::replace(&mut pause, retry)).await;
+            let sent = Instant::now();
+            candidate.try_once().await.map(|tried| (tried, sent))
         };
         tokio::select! {
             outcome = &mut work => {
@@ -198,14 +230,21 @@ where
                 return Some(outcome);
             }
             renewal = tokio::time::timeout_at(until, renewal) => match renewal {
-                Ok(Ok(true)) => renewed = Instant::now(),
-                Ok(Ok(false)) => break true,
+                Ok(Ok((Tried::Held, sent))) => {
+                    renewed = sent;
+                    fence.set(sent + limit);
+                }
+                Ok(Ok((Tried::Others, _))) => break true,
+                Ok(Ok((Tried::Raced, _))) => pause = RACED_PAUSE,
                 Ok(Err(error)) => debug!(lease, %error, "the lease is not renewed"),
                 Err(_) => break true,
             },
             () = cancel.cancelled() => break false,
         }
     };
+    if lost {
+        fence.set(Instant::now());
+    }
     leading.cancel();
     if lost {
         warn!(lease, "the lease is lost");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use orch_api::k8s_openapi::api::core::v1::{Event, ObjectReference, Pod};
 use orch_client::ListParams;
 use orch_reconcile::fake::FakeServer;
-use orch_reconcile::{Change, Election, EventRecorder, Informer, Informers, lead};
+use orch_reconcile::{Change, EventRecorder, Informer, Informers};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -166,34 +166,4 @@ async fn the_same_event_counts_up() {
     assert_eq!((&back_off["count"], &back_off["source"]["host"]), (&json!(3), &json!("node-1")));
     let typed: Event = serde_json::from_value(back_off).expect("a core/v1 Event");
     assert_eq!(typed.involved_object.name.as_deref(), Some("web"));
-}
-
-#[tokio::test(start_paused = true)]
-async fn one_leads_and_the_next_takes_over() {
-    let server = FakeServer::new();
-    let candidate =
-        |identity: &str, cancel: &CancellationToken| {
-            let election = Election::new("kube-system", "scheduler", identity);
-            let (client, cancel) = (server.client(), cancel.clone());
-            tokio::spawn(lead(client, election, cancel, |leading| async move {
-                leading.cancelled().await
-            }))
-        };
-    let lease = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/scheduler";
-    let holder = || {
-        let lease = server.get(lease);
-        lease.and_then(|lease| lease["spec"]["holderIdentity"].as_str().map(str::to_owned))
-    };
-    let (first, second) = (CancellationToken::new(), CancellationToken::new());
-    let a = candidate("a", &first);
-    eventually("a leads", || holder().as_deref() == Some("a")).await;
-    let b = candidate("b", &second);
-    tokio::time::sleep(Duration::from_secs(60)).await;
-    assert_eq!(holder().as_deref(), Some("a"), "renewed for a minute");
-    first.cancel();
-    a.await.expect("a ended");
-    eventually("b leads", || holder().as_deref() == Some("b")).await;
-    // Another one steals the Lease: b notices and stops.
-    server.change(lease, |lease| lease["spec"]["holderIdentity"] = json!("c"));
-    assert_eq!(b.await.expect("b ended"), None);
 }

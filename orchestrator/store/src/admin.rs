@@ -53,6 +53,29 @@ pub enum AdminError {
     },
 }
 
+impl AdminError {
+    /// What etcd waits for, if it is going to be ready for the same request by itself.
+    #[must_use]
+    pub fn waits_for(&self) -> Option<&'static str> {
+        let Self::Etcd { why, .. } = self else { return None };
+        // etcd's own words (server/etcdserver/errors), and those of a connection.
+        const PASSING: [(&str, &str); 10] = [
+            // Members count as healthy when they have been connected for 5 s.
+            ("unhealthy cluster", "all members of etcd to have been connected for some seconds"),
+            ("too many learner", "a member that joins right now to get its vote"),
+            ("in sync with leader", "the new member to catch up"),
+            ("not enough started members", "the members that were added before to start"),
+            ("leader", "etcd to elect a leader"),
+            ("timed out", "etcd to answer"),
+            ("Timeout expired", "etcd to answer"),
+            ("deadline", "etcd to answer"),
+            ("transport error", "etcd to answer"),
+            ("tcp connect error", "etcd to answer"),
+        ];
+        PASSING.iter().find(|(words, _)| why.contains(words)).map(|(_, what)| *what)
+    }
+}
+
 /// A member of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Member {
@@ -370,6 +393,23 @@ pub fn verify(path: &Path) -> Result<u64, AdminError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_passes_is_told_from_what_does_not() {
+        let error = |why: &str| AdminError::Etcd { step: "add".to_owned(), why: why.to_owned() };
+        for why in [
+            "etcdserver: unhealthy cluster",
+            "etcdserver: too many learner members in cluster",
+            "etcdserver: can only promote a learner member which is in sync with leader",
+            "etcdserver: no leader",
+            "Timeout expired",
+        ] {
+            assert!(error(why).waits_for().is_some(), "{why}");
+        }
+        for why in ["etcdserver: permission denied", "etcdserver: Peer URLs already exists"] {
+            assert_eq!(error(why).waits_for(), None, "{why}");
+        }
+    }
 
     #[test]
     fn a_snapshot_that_was_cut_or_changed_is_found_out() {

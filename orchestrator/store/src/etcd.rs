@@ -16,7 +16,7 @@ use etcd_client::{
 };
 use futures::stream::BoxStream;
 
-use crate::store::{KeyValue, Page, Revision, Store, StoreError, WatchBatch, prefix_end};
+use crate::store::{Guard, KeyValue, Page, Revision, Store, StoreError, WatchBatch, prefix_end};
 
 /// Keys in one range request. 500 pods are about 1.3 MB.
 const PAGE: usize = 500;
@@ -93,10 +93,21 @@ impl EtcdStore {
         expected: Revision,
         change: TxnOp,
     ) -> Result<Result<Revision, Option<KeyValue>>, StoreError> {
-        let txn = Txn::new()
-            .when([Compare::mod_revision(key, CompareOp::Equal, expected)])
-            .and_then([change])
-            .or_else([TxnOp::get(key, None)]);
+        self.swap_all(&[(key, expected)], vec![change]).await
+    }
+
+    /// Runs the changes if all keys are at their revisions (0 = absent); otherwise returns what the first one is.
+    async fn swap_all(
+        &self,
+        keys: &[(&str, Revision)],
+        changes: Vec<TxnOp>,
+    ) -> Result<Result<Revision, Option<KeyValue>>, StoreError> {
+        let compares: Vec<_> = keys
+            .iter()
+            .map(|(key, at)| Compare::mod_revision(*key, CompareOp::Equal, *at))
+            .collect();
+        let first: Vec<_> = keys.iter().take(1).map(|(key, _)| TxnOp::get(*key, None)).collect();
+        let txn = Txn::new().when(compares).and_then(changes).or_else(first);
         let reply = retry(Harm::Twice, || {
             let (mut kv, txn) = (self.kv.clone(), txn.clone());
             async move { kv.txn(txn).await }
@@ -203,6 +214,25 @@ impl Store for EtcdStore {
         }
         let put = self.put_op(key, value, ttl).await?;
         self.swap(key, expected, put).await?.map_err(|current| StoreError::Conflict { current })
+    }
+
+    async fn write_guarded(
+        &self,
+        key: &str,
+        value: Bytes,
+        expected: Revision,
+        guard: &Guard,
+    ) -> Result<Revision, StoreError> {
+        let changes =
+            vec![TxnOp::put(key, value, None), TxnOp::put(guard.key.as_str(), Vec::new(), None)];
+        let keys = [(key, expected), (guard.key.as_str(), guard.revision)];
+        self.swap_all(&keys, changes).await?.map_err(|current| {
+            match current.as_ref().map_or(0, |found| found.mod_revision) {
+                found if found == expected => StoreError::Overtaken,
+                _ if expected == 0 => StoreError::AlreadyExists,
+                _ => StoreError::Conflict { current },
+            }
+        })
     }
 
     async fn delete(&self, key: &str, expected: Revision) -> Result<Revision, StoreError> {

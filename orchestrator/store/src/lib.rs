@@ -21,4 +21,6 @@ mod store;
 
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use resource_version::splice_resource_version;
-pub use store::{KeyValue, Page, Revision, Store, StoreError, StoreEvent, WatchBatch, prefix_end};
+pub use store::{
+    Guard, KeyValue, Page, Revision, Store, StoreError, StoreEvent, WatchBatch, prefix_end,
+};

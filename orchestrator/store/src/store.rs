@@ -51,6 +51,16 @@ pub struct StoreEvent {
     pub created: bool,
 }
 
+/// A key without meaning of its own, which writers renew with every decision that must not cross another one's: of two
+/// that decided from the same state, the second one is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guard {
+    /// Its full key.
+    pub key: String,
+    /// Revision at which it was read, before the decision; 0 = it is absent.
+    pub revision: Revision,
+}
+
 /// What a watch delivers at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WatchBatch {
@@ -72,6 +82,10 @@ pub enum StoreError {
         /// What is there instead.
         current: Option<KeyValue>,
     },
+    /// [`Store::write_guarded`]: another writer renewed the guard meanwhile. What was decided before has to be decided
+    /// again.
+    #[error("another server decided meanwhile")]
+    Overtaken,
     /// The history asked for is gone.
     #[error("the revision has been compacted; history starts at {oldest}")]
     Compacted {
@@ -139,6 +153,20 @@ pub trait Store: Send + Sync + 'static {
         value: Bytes,
         expected: Revision,
         ttl: Option<Duration>,
+    ) -> Result<Revision, StoreError>;
+
+    /// Writes a key that must be at revision `expected` (0 = absent), and renews `guard` in the same transaction if nobody
+    /// has done so since it was read.
+    ///
+    /// # Errors
+    /// [`StoreError::AlreadyExists`] and [`StoreError::Conflict`] as for [`Store::create`] and [`Store::update`];
+    /// [`StoreError::Overtaken`] if only the guard differs.
+    async fn write_guarded(
+        &self,
+        key: &str,
+        value: Bytes,
+        expected: Revision,
+        guard: &Guard,
     ) -> Result<Revision, StoreError>;
 
     /// Deletes a key that must be at revision `expected`; returns the revision of the deletion.

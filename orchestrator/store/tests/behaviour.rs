@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
-use orch_store::{EtcdStore, Store, StoreError, StoreEvent};
+use orch_store::{EtcdStore, Guard, Store, StoreError, StoreEvent};
 use support::{Etcd, within};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -17,6 +17,7 @@ async fn etcd_is_a_store() {
 
 async fn suite<S: Store>(store: S) {
     writes_compare_and_swap(&store).await;
+    of_two_decisions_from_one_state_the_second_is_refused(&store).await;
     lists_come_in_pages_of_one_revision(&store).await;
     prefixes_keep_apart(&store).await;
     a_watch_tells_all_in_order(&store).await;
@@ -75,6 +76,30 @@ async fn writes_compare_and_swap(store: &dyn Store) {
     let again = store.create(key, value("5"), None).await.expect("create again");
     assert_eq!(store.get(key).await.expect("get").0.expect("there").create_revision, again);
     assert!(store.revision().await.expect("revision") >= again);
+}
+
+async fn of_two_decisions_from_one_state_the_second_is_refused(store: &dyn Store) {
+    let at = |revision| Guard { key: "/guarded/.guard".to_owned(), revision };
+    let first = store.write_guarded("/guarded/a", value("1"), 0, &at(0)).await.expect("the first");
+    let (guard, _) = store.get("/guarded/.guard").await.expect("get");
+    assert_eq!(guard.expect("renewed").mod_revision, first, "in the same transaction");
+
+    // Decided before the first one was known.
+    let second = store.write_guarded("/guarded/b", value("1"), 0, &at(0)).await;
+    assert!(matches!(second, Err(StoreError::Overtaken)), "{second:?}");
+    assert_eq!(store.get("/guarded/b").await.expect("get").0, None, "nothing is written");
+
+    let again = store.write_guarded("/guarded/b", value("1"), 0, &at(first)).await.expect("again");
+    let exists = store.write_guarded("/guarded/b", value("2"), 0, &at(again)).await;
+    assert!(matches!(exists, Err(StoreError::AlreadyExists)), "{exists:?}");
+    let stale = store.write_guarded("/guarded/a", value("2"), again, &at(again)).await;
+    match stale {
+        Err(StoreError::Conflict { current: Some(current) }) => {
+            assert_eq!(current.mod_revision, first);
+        }
+        other => panic!("{other:?}"),
+    }
+    store.write_guarded("/guarded/a", value("2"), first, &at(again)).await.expect("an update");
 }
 
 async fn lists_come_in_pages_of_one_revision(store: &dyn Store) {

@@ -38,26 +38,39 @@ impl TestLab {
     /// # Errors
     /// The programs are not built or the lab does not come up.
     pub fn up() -> anyhow::Result<Self> {
+        let lab = Self::start(find_client(), &[])?;
+        lab.build_tools()?;
+        Ok(lab)
+    }
+
+    /// Starts a lab with three control planes and three nodes. Its client is ours, which knows all servers: a kubeconfig
+    /// names only one to kubectl.
+    ///
+    /// # Errors
+    /// As [`TestLab::up`].
+    pub fn up_with_peers() -> anyhow::Result<Self> {
+        Self::start(Client::Orchctl, &["--control-planes", "3"])
+    }
+
+    fn start(client: Client, flags: &[&str]) -> anyhow::Result<Self> {
         let programs = programs()?;
         let lab = Self {
             // Short: socket paths below it must fit into 108 bytes.
             dir: lab_dir(),
             programs,
-            client: find_client(),
+            client,
             home: tempfile::tempdir().context("make a home folder")?,
         };
         // What a run that was killed left behind.
         lab.orchctl(&["lab", "down"], Duration::from_secs(120))?.ok()?;
         let underlay = std::env::var("ORCH_E2E_UNDERLAY").unwrap_or_else(|_| UNDERLAY.to_owned());
-        let up = lab.orchctl(
-            &["lab", "up", "--nodes", "3", "--underlay", &underlay],
-            Duration::from_secs(300),
-        )?;
+        let mut words = vec!["lab", "up", "--nodes", "3", "--underlay", &underlay];
+        words.extend(flags);
+        let up = lab.orchctl(&words, Duration::from_secs(300))?;
         if let Err(error) = up.ok() {
             eprintln!("{}", lab.logs());
             return Err(error);
         }
-        lab.build_tools()?;
         Ok(lab)
     }
 
@@ -221,7 +234,7 @@ impl TestLab {
     /// # Errors
     /// There is none.
     pub fn pid(&self, host: &str) -> anyhow::Result<i32> {
-        let name = if host == "server" { "server" } else { "agent" };
+        let name = if host.starts_with("server") { "server" } else { "agent" };
         let path = self.dir.join(host).join("run/orch").join(format!("{name}.pid"));
         let text =
             std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;

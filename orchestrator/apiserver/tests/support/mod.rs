@@ -72,12 +72,11 @@ impl Cluster {
         cluster
     }
 
-    /// Starts the server again after [`stop_server`](Self::stop_server).
-    pub async fn start_server(&mut self) {
+    async fn options(&self) -> Options {
         let store = self.store().await;
         let read = |name: &str| self.pki.read(name).expect("a file of the PKI");
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let options = Options {
+        Options {
             store: Arc::new(store),
             listen: SocketAddr::new(loopback, self.port),
             // Endpoints may not be on loopback; nobody connects to this one (RFC 5737).
@@ -92,13 +91,33 @@ impl Cluster {
             service_cidr: "10.96.0.0/12".parse().expect("a network"),
             node_port_range: 30000..=32767,
             dns_ip: Ipv4Addr::new(10, 96, 0, 10),
-        };
-        let stop = CancellationToken::new();
-        let server = ApiServer::start(options, stop.clone()).await.expect("the server starts");
-        let token = stop.clone();
-        let task =
-            tokio::spawn(async move { server.serve(token).await.expect("the server serves") });
-        self.server = Some((stop, task));
+        }
+    }
+
+    /// Starts the server again after [`stop_server`](Self::stop_server).
+    pub async fn start_server(&mut self) {
+        self.server = Some(serve(self.options().await).await);
+    }
+
+    /// A further server on the same etcd; `change` makes it differ. Others reach it at `192.0.2.number`.
+    pub async fn peer(&self, number: u8, change: impl FnOnce(&mut Options)) -> Peer {
+        let mut options = self.options().await;
+        let port = free_port();
+        options.listen.set_port(port);
+        options.advertise = IpAddr::V4(Ipv4Addr::new(192, 0, 2, number));
+        change(&mut options);
+        let (stop, task) = serve(options).await;
+        let url = format!("https://127.0.0.1:{port}");
+        let client = self.client_at(vec![url.clone()]);
+        eventually("the peer is ready", async || client.get_text("/readyz").await.is_ok()).await;
+        Peer { url, client, stop, task }
+    }
+
+    /// A client over HTTPS at these servers, as the administrator.
+    pub fn client_at(&self, servers: Vec<String>) -> Client {
+        let client = Client::from_kubeconfig(&self.kubeconfig()).expect("a client");
+        client.set_servers(&servers).expect("URLs");
+        client
     }
 
     /// Stops the server as SIGTERM does.
@@ -204,6 +223,36 @@ impl Drop for Cluster {
             eprintln!("etcd's log:\n{log}");
         }
         managed::stop(&self.etcd.data_dir, GRACE).expect("stop etcd");
+    }
+}
+
+async fn serve(options: Options) -> (CancellationToken, JoinHandle<()>) {
+    let stop = CancellationToken::new();
+    let server = ApiServer::start(options, stop.clone()).await.expect("the server starts");
+    let token = stop.clone();
+    let task = tokio::spawn(async move { server.serve(token).await.expect("the server serves") });
+    (stop, task)
+}
+
+/// A further server.
+pub struct Peer {
+    pub url: String,
+    pub client: Client,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Peer {
+    /// Ends it as SIGTERM does.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        tokio::time::timeout(LIMIT, self.task).await.expect("the server ends").expect("no panic");
+    }
+
+    /// Ends it as SIGKILL does: it says goodbye to nobody.
+    pub async fn kill(self) {
+        self.task.abort();
+        let _ = self.task.await;
     }
 }
 

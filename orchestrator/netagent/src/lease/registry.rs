@@ -31,6 +31,15 @@ pub struct EtcdConfig {
     pub cert_pem: Option<String>,
     /// Its key, as PEM.
     pub key_pem: Option<String>,
+    /// Where it is by now, if somebody follows that: looked at for each new connection, instead of `endpoints`.
+    pub members: Option<tokio::sync::watch::Receiver<Vec<String>>>,
+}
+
+impl EtcdConfig {
+    fn current_endpoints(&self) -> Vec<String> {
+        let members = self.members.as_ref().map(|members| members.borrow().clone());
+        members.filter(|members| !members.is_empty()).unwrap_or_else(|| self.endpoints.clone())
+    }
 }
 
 impl std::fmt::Debug for EtcdConfig {
@@ -132,16 +141,12 @@ impl Registry {
             }
             connect = connect.with_tls(tls);
         }
-        let client =
-            Client::connect(&options.endpoints, Some(connect)).await.map_err(|source| {
-                RegistryError::Call {
-                    verb: "connect",
-                    endpoints: options.endpoints.join(","),
-                    source,
-                }
-            })?;
+        let endpoints = options.current_endpoints();
+        let client = Client::connect(&endpoints, Some(connect)).await.map_err(|source| {
+            RegistryError::Call { verb: "connect", endpoints: endpoints.join(","), source }
+        })?;
         let prefix = prefix.trim_end_matches('/').to_owned();
-        Ok(Self { client, endpoints: options.endpoints.clone(), prefix })
+        Ok(Self { client, endpoints, prefix })
     }
 
     async fn call<T>(

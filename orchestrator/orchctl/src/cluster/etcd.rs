@@ -416,12 +416,19 @@ async fn restore(file: &Path, root: &Path, yes: bool) -> anyhow::Result<()> {
     config.write(&path)?;
     let pki = init::open_pki(&host, &config)?;
     init::ensure(&host, &config, Part::Server)?;
-    let client = Client::from_kubeconfig(&pki.ensure_admin_kubeconfig(&config.own_url()?)?)?;
+    let admin_conf = pki.ensure_admin_kubeconfig(&config.own_url()?)?;
+    // The others are out of it: whatever they still answer is not this cluster.
+    orch_client::write_servers(&admin_conf, &[config.own_url()?])?;
+    let client = Client::from_kubeconfig(&admin_conf)?;
     init::wait_server(&host, &config, &client).await?;
     // What the snapshot says of other control planes is no longer true.
-    let known = json!({ "servers": config.own_url()?, "etcd": config.own_etcd()?,
-                        "etcd-ca.crt": pki.etcd_ca().certificate_pem() });
-    init::put_config_map(&client, init::CLUSTER, &known).await?;
+    let (own_url, own_etcd) = (config.own_url()?, config.own_etcd()?);
+    init::change_cluster(&client, |known| {
+        known.servers = vec![own_url.clone()];
+        known.etcd = vec![own_etcd.clone()];
+        known.etcd_ca = pki.etcd_ca().certificate_pem().to_owned();
+    })
+    .await?;
     eprintln!("restored; further control planes: `orchctl reset`, then join again");
     Ok(())
 }

@@ -7,6 +7,7 @@ use anyhow::{Context as _, bail};
 use base64::Engine as _;
 use jiff::Timestamp;
 use orch_client::Client;
+use orch_pki::SHARED_FILES;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use serde_json::{Value, json};
 
@@ -17,8 +18,6 @@ use crate::output;
 const SECRETS: &str = "/api/v1/namespaces/kube-system/secrets";
 /// The Secret; the bearer of a bootstrap token may read it, and can do nothing with it without the key.
 const NAME: &str = "orch-certs";
-/// What is handed over.
-const FILES: [&str; 5] = ["ca.crt", "ca.key", "etcd-ca.crt", "etcd-ca.key", "sa.key"];
 /// How long it lies there.
 const LIFETIME_SECS: i64 = 2 * 3600;
 
@@ -73,7 +72,7 @@ fn unseal(key: &[u8], name: &str, sealed: &[u8]) -> anyhow::Result<Vec<u8>> {
 pub(super) async fn upload(client: &Client, host: &Host) -> anyhow::Result<String> {
     let key: [u8; 32] = random()?;
     let mut data = json!({});
-    for name in FILES {
+    for name in SHARED_FILES {
         let path = host.paths.pki().join(name);
         let text = std::fs::read(&path).map_err(|error| {
             output::hinted(
@@ -120,7 +119,7 @@ fn opened(secret: &Value, key: &[u8], now: Timestamp) -> anyhow::Result<Vec<(Str
     if until.parse::<Timestamp>().is_ok_and(|until| until < now) {
         bail!("the handed-over keys are too old: run `orchctl token create --control-plane` again");
     }
-    FILES
+    SHARED_FILES
         .iter()
         .map(|name| {
             let sealed = secret["data"][*name]

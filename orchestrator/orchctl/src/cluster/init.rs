@@ -19,6 +19,8 @@ use crate::{output, progress};
 /// etcd's first start fsyncs a lot on slow disks.
 const SERVER_LIMIT: Duration = Duration::from_secs(90);
 const NODE_LIMIT: Duration = Duration::from_secs(90);
+/// How often a change of the ConfigMap is tried: so many hosts may join at a time.
+const CHANGE_TRIES: usize = 32;
 /// How long the token of the printed join command is good for.
 const TOKEN_TTL: Duration = Duration::from_secs(24 * 3600);
 /// What the cluster tells hosts that joined.
@@ -274,24 +276,53 @@ pub(super) async fn publish(
         )
         .await?;
     }
-    let known = read_cluster(client).await?;
-    let join = |known: Vec<String>, own: &[String]| {
-        let mut all = known;
-        for url in own {
-            if !all.contains(url) {
-                all.push(url.clone());
-            }
+    change_cluster(client, |known| {
+        for (list, own) in [(&mut known.servers, servers), (&mut known.etcd, etcd)] {
+            let new: Vec<String> = own.iter().filter(|url| !list.contains(url)).cloned().collect();
+            list.extend(new);
         }
-        all
-    };
-    let (servers, etcd) = (join(known.servers, servers), join(known.etcd, etcd));
-    put_config_map(
-        client,
-        CLUSTER,
-        &json!({ "servers": servers.join(","), "etcd": etcd.join(","),
-                 "etcd-ca.crt": pki.etcd_ca().certificate_pem() }),
-    )
+        known.etcd_ca = pki.etcd_ca().certificate_pem().to_owned();
+    })
     .await
+}
+
+/// Changes what the cluster tells its hosts. Hosts that join or leave at the same time do not undo each other's change.
+pub(super) async fn change_cluster(
+    client: &Client,
+    change: impl Fn(&mut Known),
+) -> anyhow::Result<()> {
+    let (collection, name) = CLUSTER.rsplit_once('/').context("path of a ConfigMap")?;
+    for _ in 0..CHANGE_TRIES {
+        let found =
+            wire::get_opt(client, CLUSTER).await.context("read kube-system/orch-cluster")?;
+        let mut known = found.as_ref().map(Known::of).unwrap_or_default();
+        change(&mut known);
+        let mut object = json!({ "data": known.data() });
+        let sent = match &found {
+            Some(found) => {
+                object["metadata"] =
+                    json!({ "resourceVersion": found["metadata"]["resourceVersion"] });
+                wire::send(client, http::Method::PATCH, CLUSTER, wire::MERGE_PATCH, &object).await
+            }
+            None => {
+                object["apiVersion"] = json!("v1");
+                object["kind"] = json!("ConfigMap");
+                object["metadata"] = json!({ "name": name });
+                wire::send(client, http::Method::POST, collection, wire::JSON, &object).await
+            }
+        };
+        let error = match sent {
+            Ok(_) => return Ok(()),
+            Err(error) => error,
+        };
+        let again = error
+            .downcast_ref::<orch_client::Error>()
+            .is_some_and(|error| error.is_conflict() || error.is_already_exists());
+        if !again {
+            return Err(error).with_context(|| format!("write the ConfigMap {name}"));
+        }
+    }
+    bail!("other hosts change the ConfigMap {name} all the time: run this again")
 }
 
 /// What the cluster tells hosts that joined.
@@ -302,18 +333,28 @@ pub(super) struct Known {
     pub(super) etcd_ca: String,
 }
 
+impl Known {
+    fn of(config_map: &Value) -> Self {
+        let text = |key: &str| config_map["data"][key].as_str().unwrap_or_default();
+        let list = |key: &str| -> Vec<String> {
+            text(key).split(',').filter(|url| !url.is_empty()).map(str::to_owned).collect()
+        };
+        Self {
+            servers: list("servers"),
+            etcd: list("etcd"),
+            etcd_ca: text("etcd-ca.crt").to_owned(),
+        }
+    }
+
+    fn data(&self) -> Value {
+        json!({ "servers": self.servers.join(","), "etcd": self.etcd.join(","),
+                "etcd-ca.crt": self.etcd_ca })
+    }
+}
+
 pub(super) async fn read_cluster(client: &Client) -> anyhow::Result<Known> {
     let found = wire::get_opt(client, CLUSTER).await.context("read kube-system/orch-cluster")?;
-    let data = found.map_or(Value::Null, |found| found["data"].clone());
-    let list = |key: &str| -> Vec<String> {
-        let text = data[key].as_str().unwrap_or_default();
-        text.split(',').filter(|url| !url.is_empty()).map(str::to_owned).collect()
-    };
-    Ok(Known {
-        servers: list("servers"),
-        etcd: list("etcd"),
-        etcd_ca: data["etcd-ca.crt"].as_str().unwrap_or_default().to_owned(),
-    })
+    Ok(found.as_ref().map(Known::of).unwrap_or_default())
 }
 
 /// Creates or replaces the data of the ConfigMap at `path`.

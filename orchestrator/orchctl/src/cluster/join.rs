@@ -6,11 +6,11 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use orch_client::{Client, ClientConfig};
 use orch_pki::{AgentCredentials, ETCD_NETWORK_USER, Identity, Usage};
 use orch_store::EtcdConfig;
-use orch_store::admin::Admin;
+use orch_store::admin::{Admin, Member};
 
 use super::config::{Config, Role};
 use super::csr::{self, Signer};
@@ -19,8 +19,14 @@ use super::init::{self, Known};
 use super::{HostFlags, config, discovery, handover};
 use crate::{output, progress};
 
+/// How long etcd may take to be ready for a new member: others may be joining.
+const ADD_LIMIT: Duration = Duration::from_secs(120);
 /// How long a new member of etcd may take to catch up.
 const PROMOTE_LIMIT: Duration = Duration::from_secs(120);
+/// One try. etcd forgets a change of its members when its leader changes at the same moment, and would never answer.
+const TRY_LIMIT: Duration = Duration::from_secs(5);
+/// Between two tries.
+const RETRY: Duration = Duration::from_millis(500);
 
 #[derive(clap::Args)]
 #[command(
@@ -270,7 +276,8 @@ async fn control_plane(
     let peer = format!("https://{}:{}", config.address()?, orch_config::ETCD_PEER_PORT);
     let mut admin = Admin::connect(&etcd).await?;
     if !host.paths.etcd_data().exists() || config.control_plane.etcd_members.is_empty() {
-        let members = admin.add_learner(&peer).await?;
+        let has_data = host.paths.etcd_data().exists();
+        let members = add_member(&mut admin, &peer, has_data).await?;
         config.control_plane.etcd_joins = true;
         config.control_plane.etcd_members = members
             .iter()
@@ -293,10 +300,13 @@ async fn control_plane(
         config.cluster.etcd.insert(0, own_etcd.clone());
     }
     config.write(&config::path(&host.paths))?;
-    pki.ensure_admin_kubeconfig(&config.own_url()?)?;
+    let admin_conf = pki.ensure_admin_kubeconfig(&config.own_url()?)?;
+    orch_client::write_servers(&admin_conf, &servers)?;
     init::ensure(host, &config, Part::Server)?;
     promote(host, &config, &mut admin, &peer).await?;
-    let client = Client::from_kubeconfig(&pki_dir.join("admin.conf"))?;
+    let client = Client::from_kubeconfig(&admin_conf)?;
+    // Its own server, not one of the others.
+    client.set_servers(&[config.own_url()?])?;
     init::wait_server(host, &config, &client).await?;
     init::publish(&client, &config, &pki, &servers, &[own_etcd]).await?;
     if config.node.agent {
@@ -305,9 +315,50 @@ async fn control_plane(
     }
     eprintln!(
         "\nThis host is a control plane of the cluster. Use it:\n  export KUBECONFIG={}",
-        pki_dir.join("admin.conf").display()
+        admin_conf.display()
     );
     Ok(())
+}
+
+/// Adds this host to etcd's members as soon as etcd is ready for it. A member that this host once was, and whose data it
+/// has no more, is removed first: it must not come back as one that remembers.
+async fn add_member(admin: &mut Admin, peer: &str, has_data: bool) -> anyhow::Result<Vec<Member>> {
+    let mut step = progress::Step::new("member of etcd");
+    let deadline = tokio::time::Instant::now() + ADD_LIMIT;
+    loop {
+        let added = async {
+            let members = admin.members().await?;
+            let own = members.iter().find(|member| member.peer_urls.iter().any(|url| url == peer));
+            if let Some(own) = own.filter(|own| !has_data && !own.name.is_empty()) {
+                admin.remove(own).await?;
+            }
+            admin.add_learner(peer).await
+        };
+        let (error, waits_for) = match tokio::time::timeout(TRY_LIMIT, added).await {
+            Ok(Ok(members)) => {
+                step.done("added as a learner");
+                return Ok(members);
+            }
+            Ok(Err(error)) => (error.to_string(), error.waits_for()),
+            Err(_) => ("add this host".to_owned(), Some("etcd to answer")),
+        };
+        match waits_for {
+            Some(what) if tokio::time::Instant::now() < deadline => step.waiting(what),
+            Some(what) => {
+                step.failed();
+                return Err(output::hinted(
+                    "`orchctl etcd status` on a control plane shows which member is down; `orchctl etcd remove` takes out one \
+                     whose host is gone for good",
+                    format!("{error}: waited {} s for {what}", ADD_LIMIT.as_secs()),
+                ));
+            }
+            None => {
+                step.failed();
+                bail!("{error}");
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
 }
 
 /// Waits until the own etcd has caught up, and gives it its vote.
@@ -320,20 +371,28 @@ async fn promote(
     let mut step = progress::Step::new("etcd");
     let deadline = tokio::time::Instant::now() + PROMOTE_LIMIT;
     loop {
-        let members = admin.members().await.context("ask the other members")?;
-        let Some(own) =
-            members.iter().find(|member| member.peer_urls.iter().any(|url| url == peer))
-        else {
-            step.failed();
-            bail!("this host was removed from etcd's members: run `orchctl reset` and join again");
+        let tried = match admin.members().await {
+            Ok(members) => {
+                let Some(own) =
+                    members.iter().find(|member| member.peer_urls.iter().any(|url| url == peer))
+                else {
+                    step.failed();
+                    bail!(
+                        "this host was removed from etcd's members: run `orchctl reset` and join again"
+                    );
+                };
+                if !own.learner {
+                    step.done(&format!("{} members", members.len()));
+                    return Ok(());
+                }
+                tokio::time::timeout(TRY_LIMIT, admin.promote(own)).await
+            }
+            Err(error) => Ok(Err(error)),
         };
-        if !own.learner {
-            step.done(&format!("{} members", members.len()));
-            return Ok(());
-        }
-        let why = match admin.promote(own).await {
-            Ok(()) => continue,
-            Err(error) => error.to_string(),
+        let why = match tried {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => error.waits_for().map_or_else(|| error.to_string(), str::to_owned),
+            Err(_) => "etcd to answer".to_owned(),
         };
         if host.pid(Part::Server, config).is_none() {
             step.failed();
@@ -347,6 +406,6 @@ async fn promote(
             );
         }
         step.waiting(&why);
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(RETRY).await;
     }
 }

@@ -15,6 +15,7 @@ mod handover;
 mod host;
 mod init;
 mod join;
+mod leave;
 mod nodes;
 mod preflight;
 mod reset;
@@ -22,7 +23,7 @@ mod token;
 
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use orch_client::Client;
@@ -204,7 +205,7 @@ pub(crate) async fn run(
         Command::Init(flags) => init::run(*flags).await.map(done),
         Command::Join(flags) => join::run(*flags).await.map(done),
         Command::Reset(flags) => reset::run(flags).await.map(done),
-        Command::Token(command) => token::run(command, &connect()?, Path::new("/")).await.map(done),
+        Command::Token(command) => token::run(command, connect).await.map(done),
         Command::Etcd(command) => etcd::run(command).await,
         Command::Cert(command) => cert::run(command).await,
         Command::Cordon(flags) => nodes::cordon(&connect()?, &flags, true).await.map(done),

@@ -8,18 +8,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use cni_netlink::Netlink;
-use orch_client::Client;
-use orch_store::EtcdConfig;
-use orch_store::admin::Admin;
 
 use super::config::{self, Config};
 use super::host::{Host, Part};
-use crate::kube::wire;
+use super::leave;
 use crate::lab::engine;
 use crate::{image, output, progress};
 
-/// How long the cluster may take to let this host go.
-const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 const CONFLIST: &str = "10-orch.conflist";
 const BPF: &str = "/sys/fs/bpf/orch";
 
@@ -33,6 +28,13 @@ pub(crate) struct Flags {
     /// Do not ask
     #[arg(short, long)]
     yes: bool,
+    /// How long to wait for the other control planes to let this one go
+    #[arg(long, default_value = "60s", value_parser = crate::kube::parse_duration)]
+    timeout: Duration,
+    /// Go on although the other control planes cannot be told: they count this host's vote in etcd until
+    /// `orchctl etcd remove` there
+    #[arg(long)]
+    force: bool,
 }
 
 /// What went wrong on the way to the end.
@@ -56,13 +58,7 @@ pub(crate) async fn run(flags: Flags) -> anyhow::Result<()> {
     confirm(&config, flags.yes)?;
     let mut troubles = Troubles::default();
 
-    let leave = progress::Step::new("leave the cluster");
-    match tokio::time::timeout(LEAVE_LIMIT, leave_cluster(&host, &config)).await {
-        Ok(Ok(said)) => leave.done(&said),
-        // A cluster that is gone keeps nobody.
-        Ok(Err(error)) => leave.done(&format!("not told: {error:#}")),
-        Err(_) => leave.done("not told: the cluster does not answer"),
-    }
+    leave::run(&host, &config, flags.timeout, flags.force).await?;
     let stop = progress::Step::new("stop daemons");
     for part in [Part::Agent, Part::Server] {
         troubles.note(host.stop(part, &config));
@@ -116,45 +112,6 @@ fn confirm(config: &Config, yes: bool) -> anyhow::Result<()> {
     } else {
         Err(output::usage("not confirmed"))
     }
-}
-
-/// Removes what the cluster knows of this host.
-async fn leave_cluster(host: &Host, config: &Config) -> anyhow::Result<String> {
-    let pki = host.paths.pki();
-    if !config.is_control_plane() {
-        return Ok(format!("on a control plane, run: orchctl delete node {}", config.node.name));
-    }
-    let client = Client::from_kubeconfig(&pki.join("admin.conf"))?;
-    let read =
-        |name: &str| fs::read_to_string(pki.join(name)).with_context(|| format!("read {name}"));
-    let mut admin = Admin::connect(&EtcdConfig {
-        endpoints: vec![config.own_etcd()?],
-        ca_pem: Some(read("etcd-ca.crt")?),
-        cert_pem: Some(read("etcd-client.crt")?),
-        key_pem: Some(read("etcd-client.key")?),
-    })
-    .await?;
-    let members = admin.members().await?;
-    if members.len() < 2 {
-        return Ok("it ends with this host".to_owned());
-    }
-    // The objects go through the server here, which needs its member.
-    let path = format!("/api/v1/nodes/{}", config.node.name);
-    if wire::get_opt(&client, &path).await?.is_some() {
-        wire::send(&client, http::Method::DELETE, &path, wire::JSON, &serde_json::json!({}))
-            .await?;
-    }
-    let known = super::init::read_cluster(&client).await?;
-    let others = |urls: Vec<String>, own: &str| {
-        urls.into_iter().filter(|url| url != own).collect::<Vec<_>>().join(",")
-    };
-    let data = serde_json::json!({ "servers": others(known.servers, &config.own_url()?),
-                                   "etcd": others(known.etcd, &config.own_etcd()?) });
-    super::init::put_config_map(&client, super::init::CLUSTER, &data).await?;
-    if let Some(own) = members.iter().find(|member| member.name == config.node.name) {
-        admin.remove(own).await?;
-    }
-    Ok(format!("{} members of etcd are left", members.len() - 1))
 }
 
 async fn remove_containers(config: &Config) -> anyhow::Result<()> {

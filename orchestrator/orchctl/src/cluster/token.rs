@@ -2,6 +2,7 @@
 //! Tokens"). They are Secrets in `kube-system`, so kubeadm's and ours know each other.
 
 use std::io::Read as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -10,6 +11,7 @@ use jiff::Timestamp;
 use orch_client::Client;
 use serde_json::{Value, json};
 
+use super::host::Host;
 use crate::kube::wire;
 use crate::output;
 
@@ -21,7 +23,9 @@ pub(crate) const CLUSTER_INFO: &str = "/api/v1/namespaces/kube-public/configmaps
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
     /// Make a token and print the command with which a host joins
-    #[command(after_help = "Example: orchctl token create --ttl 2h")]
+    #[command(
+        after_help = "Example: orchctl token create --ttl 2h\n         orchctl token create --control-plane"
+    )]
     Create {
         /// How long it is good for: 30m, 24h, 7d; 0 = for ever
         #[arg(long, default_value = "24h", value_parser = parse_ttl)]
@@ -32,6 +36,9 @@ pub(crate) enum Command {
         /// For further control planes: also hand over the authorities' keys, encrypted
         #[arg(long)]
         control_plane: bool,
+        /// Prefix of every path, as given to init: whose authorities are handed over and whose kubeconfig is used
+        #[arg(long, value_name = "DIR")]
+        root: Option<PathBuf>,
         #[command(flatten)]
         format: super::Format,
     },
@@ -185,11 +192,17 @@ pub(crate) fn join_command(server: &str, token: &str, pin: &str) -> String {
 
 pub(crate) async fn run(
     command: Command,
-    client: &Client,
-    root: &std::path::Path,
+    connect: impl Fn() -> anyhow::Result<Client>,
 ) -> anyhow::Result<()> {
     match command {
-        Command::Create { ttl, description, control_plane, format } => {
+        Command::Create { ttl, description, control_plane, root, format } => {
+            let host = Host::new(root.as_deref().unwrap_or(Path::new("/")))?;
+            let own = host.paths.pki().join("admin.conf");
+            let client = &if root.is_some() && own.exists() {
+                Client::from_kubeconfig(&own)?
+            } else {
+                connect()?
+            };
             for old in all(client).await?.iter().filter(|token| token["left"] == "expired") {
                 if let Some(id) = old["id"].as_str() {
                     delete(client, id).await.context("remove an expired token")?;
@@ -197,7 +210,6 @@ pub(crate) async fn run(
             }
             let (server, pin) = pin(client).await?;
             let key = if control_plane {
-                let host = super::host::Host::new(root)?;
                 Some(super::handover::upload(client, &host).await?)
             } else {
                 None
@@ -214,7 +226,7 @@ pub(crate) async fn run(
             )
         }
         Command::List { format } => {
-            let tokens = all(client).await?;
+            let tokens = all(&connect()?).await?;
             format.print(&json!(tokens), || {
                 let text = |token: &Value, key: &str| token[key].as_str().unwrap_or("").to_owned();
                 output::table(
@@ -226,6 +238,7 @@ pub(crate) async fn run(
             })
         }
         Command::Delete { tokens } => {
+            let client = &connect()?;
             for token in tokens {
                 let id = token.split('.').next().unwrap_or_default();
                 if id.len() != 6 {

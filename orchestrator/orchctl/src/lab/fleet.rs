@@ -30,7 +30,7 @@ pub(crate) const CNI_PLUGINS: [&str; 6] =
 /// The daemon of a host: `server` on the server, `agent` on a node.
 pub(crate) fn daemon(lab: &Lab, host: &str) -> Daemon {
     let paths = lab.paths(host);
-    Daemon::new(if host == SERVER { "server" } else { "agent" }, &paths.run(), &paths.log())
+    Daemon::new(if lab.is_server(host) { "server" } else { "agent" }, &paths.run(), &paths.log())
 }
 
 /// Starts the lab, or what of it does not run.
@@ -61,9 +61,14 @@ async fn start(lab: &Lab, programs: &Programs) -> anyhow::Result<Client> {
     })
     .await?;
     let pki = pki(lab)?;
-    ensure_server(lab, programs)?;
+    // All of them before any is waited for: etcd serves when most of its members run.
+    for server in lab.server_names() {
+        ensure_server(lab, programs, &server)?;
+    }
+    for server in lab.server_names() {
+        wait_server(lab, &server).await?;
+    }
     let client = client(lab)?;
-    wait_server(lab, &client).await?;
     for node in lab.node_names() {
         progress::step(&format!("start {node}"), async {
             ensure_node(lab, programs, &pki, &docker, &node).await?;
@@ -75,8 +80,34 @@ async fn start(lab: &Lab, programs: &Programs) -> anyhow::Result<Client> {
     Ok(client)
 }
 
+/// Authorities and certificates of all servers, and the administrator's kubeconfig; returns the first server's.
 fn pki(lab: &Lab) -> anyhow::Result<ClusterPki> {
-    let address = lab.address(SERVER)?;
+    let pki = pki_of(lab, SERVER)?;
+    for server in lab.server_names().iter().skip(1) {
+        let folder = lab.paths(server).pki();
+        std::fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        for name in orch_pki::SHARED_FILES {
+            let (from, to) = (pki.path(name), folder.join(name));
+            // The mode is copied with the file.
+            if !to.exists() {
+                std::fs::copy(&from, &to).with_context(|| format!("write {}", to.display()))?;
+            }
+        }
+        pki_of(lab, server)?;
+    }
+    let urls = lab.api_urls()?;
+    let admin = pki.ensure_admin_kubeconfig(urls.first().context("a lab has a server")?)?;
+    let kubeconfig = lab.kubeconfig();
+    std::fs::copy(&admin, &kubeconfig)
+        .with_context(|| format!("write {}", kubeconfig.display()))?;
+    if lab.has_peers() {
+        orch_client::write_servers(&kubeconfig, &urls)?;
+    }
+    Ok(pki)
+}
+
+fn pki_of(lab: &Lab, server: &str) -> anyhow::Result<ClusterPki> {
+    let address = lab.address(server)?;
     let service_cidr = orch_config::SERVICE_CIDR.parse().context("service CIDR")?;
     let names = orch_pki::ServerNames::new(
         IpAddr::V4(address),
@@ -84,11 +115,7 @@ fn pki(lab: &Lab) -> anyhow::Result<ClusterPki> {
         orch_config::CLUSTER_DOMAIN,
         &[],
     );
-    let pki = ClusterPki::ensure(&lab.paths(SERVER).pki(), &names.addresses, &names.names)?;
-    let admin = pki.ensure_admin_kubeconfig(&lab.api_url()?)?;
-    std::fs::copy(&admin, lab.kubeconfig())
-        .with_context(|| format!("write {}", lab.kubeconfig().display()))?;
-    Ok(pki)
+    Ok(ClusterPki::ensure(&lab.paths(server).pki(), &names.addresses, &names.names)?)
 }
 
 /// A client with the administrator's credentials.
@@ -99,35 +126,49 @@ pub(crate) fn client(lab: &Lab) -> anyhow::Result<Client> {
     Client::from_kubeconfig(&lab.kubeconfig()).context("read the lab's kubeconfig")
 }
 
-fn ensure_server(lab: &Lab, programs: &Programs) -> anyhow::Result<()> {
-    net::ensure_plain_host(lab, SERVER)?;
-    let server = daemon(lab, SERVER);
+fn ensure_server(lab: &Lab, programs: &Programs, name: &str) -> anyhow::Result<()> {
+    net::ensure_plain_host(lab, name)?;
+    let server = daemon(lab, name);
     if server.pid().is_some() {
         return Ok(());
     }
     let mut args = vec![
         "server".to_owned(),
         "--root".to_owned(),
-        lab.paths(SERVER).root().to_string_lossy().into_owned(),
+        lab.paths(name).root().to_string_lossy().into_owned(),
         "--advertise-address".to_owned(),
-        lab.address(SERVER)?.to_string(),
+        lab.address(name)?.to_string(),
     ];
+    if lab.has_peers() {
+        let peers: Vec<String> = lab
+            .server_names()
+            .iter()
+            .map(|peer| Ok(format!("{peer}={}", lab.url(peer, orch_config::ETCD_PEER_PORT)?)))
+            .collect::<anyhow::Result<_>>()?;
+        args.extend(["--etcd-member", name, "--etcd-peers", &peers.join(",")].map(str::to_owned));
+        args.push("--elect".to_owned());
+    }
     if lab.config.fast {
         args.push("--fast-failover".to_owned());
     }
-    server.start(&programs.orchestrator, &args, Some(&lab.netns(SERVER)))
+    server.start(&programs.orchestrator, &args, Some(&lab.netns(name)))
 }
 
-async fn wait_server(lab: &Lab, client: &Client) -> anyhow::Result<()> {
-    let server = daemon(lab, SERVER);
-    progress::wait("control plane", SERVER_LIMIT, || async {
+async fn wait_server(lab: &Lab, name: &str) -> anyhow::Result<()> {
+    let (server, client) = (&daemon(lab, name), &client(lab)?);
+    let url = &lab.url(name, orch_config::API_SERVER_PORT)?;
+    // This one, not one of the others.
+    client.set_servers(std::slice::from_ref(url))?;
+    let label =
+        if lab.has_peers() { format!("control plane {name}") } else { "control plane".into() };
+    progress::wait(&label, SERVER_LIMIT, || async move {
         if server.pid().is_none() {
             bail!("the server does not stay up{}", server.log_tail());
         }
         Ok(match tokio::time::timeout(Duration::from_secs(2), client.get_text("/readyz")).await {
-            Ok(Ok(_)) => Ok(lab.api_url()?),
+            Ok(Ok(_)) => Ok(url.clone()),
             Ok(Err(error)) => Err(format!("{:#}", anyhow::Error::from(error))),
-            Err(_) => Err(format!("{}/readyz", lab.api_url()?)),
+            Err(_) => Err(format!("{url}/readyz")),
         })
     })
     .await
@@ -149,7 +190,7 @@ async fn ensure_node(
     let paths = lab.paths(node);
     if !paths.pki().join("kubelet.conf").exists() {
         let address = IpAddr::V4(lab.address(node)?);
-        pki.agent_credentials(node, &[address], &[lab.api_url()?])?.write(&paths.pki())?;
+        pki.agent_credentials(node, &[address], &lab.api_urls()?)?.write(&paths.pki())?;
     }
     install_plugins(&programs.cni_plugins, &paths.cni_bin_dir())?;
     let mut args: Vec<String> = vec!["agent".to_owned()];
@@ -158,7 +199,7 @@ async fn ensure_node(
         ("--node-name", node.to_owned()),
         ("--node-ip", lab.address(node)?.to_string()),
         ("--engine", lab.engine_socket().to_string_lossy().into_owned()),
-        ("--etcd", lab.etcd_url()?),
+        ("--etcd", lab.etcd_urls()?.join(",")),
         ("--pause-binary", programs.pause.to_string_lossy().into_owned()),
         ("--anchor-container", lab.anchor(node)),
     ] {
@@ -243,7 +284,9 @@ pub(crate) async fn down(dir: &Path) -> anyhow::Result<()> {
     for thread in stopping {
         errors.note(thread.join().unwrap_or_else(|_| bail!("a stopping thread panicked")));
     }
-    errors.note(stop_etcd(&lab));
+    for server in lab.server_names() {
+        errors.note(stop_etcd(&lab, &server));
+    }
     stop.done("");
 
     errors.note(remove_containers(&lab).await);
@@ -297,25 +340,48 @@ async fn remove_containers(lab: &Lab) -> anyhow::Result<()> {
 }
 
 /// etcd outlives the server on purpose; the end of the lab is its end too.
-fn stop_etcd(lab: &Lab) -> anyhow::Result<()> {
-    orch_store::managed::stop(&lab.paths(SERVER).etcd_data(), STOP_GRACE).context("stop etcd")
+fn stop_etcd(lab: &Lab, server: &str) -> anyhow::Result<()> {
+    orch_store::managed::stop(&lab.paths(server).etcd_data(), STOP_GRACE).context("stop etcd")
+}
+
+fn etcd_pid(lab: &Lab, server: &str) -> Option<i32> {
+    let pid = orch_store::managed::pid(&lab.paths(server).etcd_data())?;
+    i32::try_from(pid).ok()
+}
+
+/// SIGKILL.
+fn kill_etcd(lab: &Lab, server: &str) -> anyhow::Result<()> {
+    let pid = etcd_pid(lab, server).context("etcd does not run")?;
+    let pid = nix::unistd::Pid::from_raw(pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).context("kill etcd")
+}
+
+/// A crash of one of several control planes: server, etcd and link end at once.
+fn kill_server(lab: &Lab, server: &str) -> anyhow::Result<String> {
+    let process = daemon(lab, server);
+    if process.pid().is_none() && etcd_pid(lab, server).is_none() {
+        bail!("{server} is down already; `orchctl lab restart {server}` starts it");
+    }
+    // First the cable, so that nothing says goodbye to the others.
+    net::remove_host(lab, server)?;
+    if process.pid().is_some() {
+        process.crash()?;
+    }
+    if etcd_pid(lab, server).is_some() {
+        kill_etcd(lab, server)?;
+    }
+    Ok(format!("{server} is down: server and etcd killed, network namespace removed"))
 }
 
 /// A crash: of a whole node (agent, containers, namespace), or of the server, of etcd, of the engine.
 pub(crate) async fn kill(lab: &Lab, host: &str) -> anyhow::Result<String> {
     match host {
+        server if lab.has_peers() && lab.is_server(server) => kill_server(lab, server),
         SERVER => daemon(lab, SERVER)
             .crash()
             .map(|()| "killed the server process; etcd and all nodes go on".to_owned()),
         "etcd" => {
-            let pid = orch_store::managed::pid(&lab.paths(SERVER).etcd_data())
-                .context("etcd does not run")?;
-            let pid = i32::try_from(pid).context("PID")?;
-            nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(pid),
-                nix::sys::signal::Signal::SIGKILL,
-            )
-            .context("kill etcd")?;
+            kill_etcd(lab, SERVER)?;
             Ok("killed etcd; the server starts it again".to_owned())
         }
         "engine" => engine::daemon(lab).crash().map(|()| {
@@ -370,11 +436,12 @@ pub(crate) async fn restart(lab: &Lab, host: &str) -> anyhow::Result<String> {
     let programs = Programs::find()?;
     let pki = pki(lab)?;
     match host {
-        SERVER => {
-            daemon(lab, SERVER).stop(STOP_GRACE)?;
-            ensure_server(lab, &programs)?;
-            wait_server(lab, &client(lab)?).await?;
-            Ok("the server answers again".to_owned())
+        server if lab.is_server(server) => {
+            daemon(lab, server).stop(STOP_GRACE)?;
+            net::ensure_underlay(lab)?;
+            ensure_server(lab, &programs, server)?;
+            wait_server(lab, server).await?;
+            Ok(format!("{server} answers again"))
         }
         "engine" => {
             engine::daemon(lab).stop(STOP_GRACE)?;
@@ -388,7 +455,7 @@ pub(crate) async fn restart(lab: &Lab, host: &str) -> anyhow::Result<String> {
             net::ensure_underlay(lab)?;
             ensure_node(lab, &programs, &pki, &docker, node).await?;
             // While the server is down the node cannot become Ready, and that is no failure of the restart.
-            if daemon(lab, SERVER).pid().is_some() {
+            if lab.server_names().iter().any(|server| daemon(lab, server).pid().is_some()) {
                 wait_nodes(lab, &client(lab)?, &[node.to_owned()]).await?;
             }
             Ok(format!("{node} runs again"))
@@ -412,16 +479,12 @@ pub(crate) fn daemons(lab: &Lab) -> Vec<Running> {
     };
     let mut all: Vec<Running> =
         lab.host_names().iter().map(|host| running(host, daemon(lab, host))).collect();
-    let etcd = orch_store::managed::pid(&lab.paths(SERVER).etcd_data())
-        .and_then(|pid| i32::try_from(pid).ok());
-    all.insert(
-        1,
-        Running {
-            name: "etcd".to_owned(),
-            pid: etcd,
-            log: lab.paths(SERVER).log().join("etcd.log"),
-        },
-    );
+    for (at, server) in lab.server_names().iter().enumerate() {
+        let name = if lab.has_peers() { format!("{server}/etcd") } else { "etcd".to_owned() };
+        let log = lab.paths(server).log().join("etcd.log");
+        // Behind its server.
+        all.insert(2 * at + 1, Running { name, pid: etcd_pid(lab, server), log });
+    }
     all.push(running("engine", engine::daemon(lab)));
     all.push(running("containerd", engine::containerd(lab)));
     all

@@ -20,8 +20,10 @@ pub(crate) const DEFAULT_UNDERLAY: &str = "172.30.0.0/24";
 const MAX_DIR_BYTES: usize = 70;
 /// File that makes a folder a lab.
 const RECORD: &str = "lab.json";
-/// Name of the host that runs the control plane.
+/// Name of the host that runs the control plane; further ones are `server-2`, `server-3`, ….
 pub(crate) const SERVER: &str = "server";
+/// More members make etcd slower and no safer.
+const MAX_CONTROL_PLANES: u8 = 5;
 /// A bridge has 1,023 ports and the underlay is a /24; Docker is slow long before that.
 const MAX_NODES: u8 = 100;
 
@@ -29,14 +31,22 @@ const MAX_NODES: u8 = 100;
 const HOST_OFFSET: u32 = 1;
 const SERVER_OFFSET: u32 = 10;
 const NODE_OFFSET: u32 = 10;
+const FURTHER_SERVER_OFFSET: u32 = 200;
 
 /// What `lab up` was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Config {
+    #[serde(default = "one")]
+    pub(crate) control_planes: u8,
     pub(crate) nodes: u8,
     pub(crate) underlay: Ipv4Network,
     /// Short failure timers, so that a killed node is noticed in seconds.
     pub(crate) fast: bool,
+}
+
+/// Labs of older versions have one control plane and do not say so.
+fn one() -> u8 {
+    1
 }
 
 impl Config {
@@ -45,6 +55,12 @@ impl Config {
     pub(crate) fn check(&self) -> anyhow::Result<()> {
         if self.nodes == 0 || self.nodes > MAX_NODES {
             bail!("--nodes {} is out of range: a lab has 1 to {MAX_NODES} nodes", self.nodes);
+        }
+        if self.control_planes == 0 || self.control_planes > MAX_CONTROL_PLANES {
+            bail!(
+                "--control-planes {} is out of range: a lab has 1 to {MAX_CONTROL_PLANES}, and 3 outlast the loss of one",
+                self.control_planes
+            );
         }
         if self.underlay.prefix() > 24 {
             bail!("--underlay {} is too small: use a /24 or larger", self.underlay);
@@ -72,6 +88,10 @@ impl Config {
         if self.fast != wanted.fast {
             let timers = |fast| if fast { "the lab's short timers" } else { "upstream's timers" };
             return Err(format!("{}, not {}", timers(self.fast), timers(wanted.fast)));
+        }
+        if self.control_planes != wanted.control_planes {
+            let (found, wanted) = (self.control_planes, wanted.control_planes);
+            return Err(format!("{found} control planes, not {wanted}"));
         }
         if self.nodes > wanted.nodes {
             return Err(format!("{} nodes, not {}", self.nodes, wanted.nodes));
@@ -126,7 +146,15 @@ impl Lab {
             return Ok(Some(lab));
         }
         let underlay = DEFAULT_UNDERLAY.parse().context("a constant")?;
-        Ok(Some(Self { dir, config: Config { nodes: MAX_NODES, underlay, fast: true } }))
+        Ok(Some(Self {
+            dir,
+            config: Config {
+                control_planes: MAX_CONTROL_PLANES,
+                nodes: MAX_NODES,
+                underlay,
+                fast: true,
+            },
+        }))
     }
 
     /// The lab in `dir`, or an error that says how to make one.
@@ -185,9 +213,24 @@ impl Lab {
         (1..=self.config.nodes).map(|number| format!("node-{number}")).collect()
     }
 
-    /// The server and all nodes.
+    /// The hosts with a server and an etcd.
+    pub(crate) fn server_names(&self) -> Vec<String> {
+        let further = (2..=self.config.control_planes).map(|number| format!("{SERVER}-{number}"));
+        std::iter::once(SERVER.to_owned()).chain(further).collect()
+    }
+
+    /// Whether the control plane outlasts the loss of a host.
+    pub(crate) fn has_peers(&self) -> bool {
+        self.config.control_planes > 1
+    }
+
+    pub(crate) fn is_server(&self, host: &str) -> bool {
+        self.server_names().iter().any(|name| name == host)
+    }
+
+    /// The servers and all nodes.
     pub(crate) fn host_names(&self) -> Vec<String> {
-        std::iter::once(SERVER.to_owned()).chain(self.node_names()).collect()
+        self.server_names().into_iter().chain(self.node_names()).collect()
     }
 
     /// Address of a host in the underlay.
@@ -195,14 +238,19 @@ impl Lab {
     /// # Errors
     /// The lab has no such host.
     pub(crate) fn address(&self, host: &str) -> anyhow::Result<Ipv4Addr> {
+        let numbered = |prefix: &str, first: u8, last: u8| {
+            host.strip_prefix(prefix)
+                .and_then(|number| number.parse::<u8>().ok())
+                .filter(|number| (first..=last).contains(number))
+                .map(u32::from)
+        };
         let offset = match host {
             "host" => HOST_OFFSET,
             SERVER => SERVER_OFFSET,
-            _ => host
-                .strip_prefix("node-")
-                .and_then(|number| number.parse::<u32>().ok())
-                .filter(|number| (1..=u32::from(self.config.nodes)).contains(number))
+            _ => numbered("node-", 1, self.config.nodes)
                 .map(|number| NODE_OFFSET + number)
+                .or(numbered("server-", 2, self.config.control_planes)
+                    .map(|number| FURTHER_SERVER_OFFSET + number))
                 .with_context(|| {
                     format!(
                         "the lab has no host {host:?}; its hosts are {}",
@@ -264,14 +312,23 @@ impl Lab {
         self.dir.join("kubeconfig")
     }
 
-    /// URL of the API server.
-    pub(crate) fn api_url(&self) -> anyhow::Result<String> {
-        Ok(format!("https://{}:{}", self.address(SERVER)?, orch_config::API_SERVER_PORT))
+    /// URL of something that every server's host has at `port`.
+    pub(crate) fn url(&self, server: &str, port: u16) -> anyhow::Result<String> {
+        Ok(format!("https://{}:{port}", self.address(server)?))
     }
 
-    /// URL of the etcd that the server runs.
-    pub(crate) fn etcd_url(&self) -> anyhow::Result<String> {
-        Ok(format!("https://{}:{}", self.address(SERVER)?, orch_config::ETCD_CLIENT_PORT))
+    fn urls(&self, port: u16) -> anyhow::Result<Vec<String>> {
+        self.server_names().iter().map(|server| self.url(server, port)).collect()
+    }
+
+    /// URLs of the API servers.
+    pub(crate) fn api_urls(&self) -> anyhow::Result<Vec<String>> {
+        self.urls(orch_config::API_SERVER_PORT)
+    }
+
+    /// URLs of the etcds that the servers run.
+    pub(crate) fn etcd_urls(&self) -> anyhow::Result<Vec<String>> {
+        self.urls(orch_config::ETCD_CLIENT_PORT)
     }
 }
 
@@ -281,12 +338,14 @@ mod tests {
 
     fn lab(nodes: u8) -> Lab {
         let underlay = DEFAULT_UNDERLAY.parse().expect("a constant");
-        Lab { dir: PathBuf::from("/lab"), config: Config { nodes, underlay, fast: true } }
+        let config = Config { control_planes: 1, nodes, underlay, fast: true };
+        Lab { dir: PathBuf::from("/lab"), config }
     }
 
     #[test]
     fn hosts_have_distinct_addresses_inside_the_underlay() {
-        let lab = lab(MAX_NODES);
+        let mut lab = lab(MAX_NODES);
+        lab.config.control_planes = MAX_CONTROL_PLANES;
         let mut seen = std::collections::BTreeSet::new();
         for host in lab.host_names().iter().chain([&"host".to_owned()]) {
             let address = lab.address(host).expect("an address");
@@ -302,8 +361,23 @@ mod tests {
     }
 
     #[test]
+    fn a_lab_of_an_older_version_has_one_control_plane() {
+        let text = r#"{ "nodes": 3, "underlay": "172.30.0.0/24", "fast": true }"#;
+        let mut lab = lab(3);
+        lab.config = serde_json::from_str(text).expect("its record");
+        assert_eq!(lab.server_names(), [SERVER]);
+        lab.config.control_planes = 3;
+        assert_eq!(lab.server_names(), ["server", "server-2", "server-3"]);
+        assert!(
+            lab.is_server("server-3") && !lab.is_server("server-4") && !lab.is_server("node-1")
+        );
+        assert_eq!(lab.etcd_urls().expect("URLs")[2], "https://172.30.0.203:2379");
+    }
+
+    #[test]
     fn zero_nodes_and_overlapping_networks_are_refused() {
         assert!(lab(0).config.check().is_err());
+        assert!(Config { control_planes: 0, ..lab(1).config }.check().is_err());
         assert!(lab(3).config.check().is_ok());
         let mut config = lab(1).config;
         for taken in ["10.244.7.0/24", "10.0.0.0/8", "10.100.0.0/16"] {

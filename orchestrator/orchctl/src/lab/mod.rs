@@ -32,6 +32,9 @@ pub(crate) enum Command {
         /// Number of nodes
         #[arg(long, default_value_t = 3)]
         nodes: u8,
+        /// Number of control planes, each with a server and a member of etcd; 3 outlast the loss of one
+        #[arg(long, default_value_t = 1)]
+        control_planes: u8,
         /// Network that joins the nodes; two labs on one machine need different ones
         #[arg(long, value_name = "CIDR", env = "ORCH_LAB_UNDERLAY", default_value = layout::DEFAULT_UNDERLAY)]
         underlay: Ipv4Network,
@@ -49,7 +52,8 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: Format,
     },
-    /// Crash a host: a node with all its containers, `server`, `etcd` or `engine`
+    /// Crash a host: a node with all its containers, `server`, `etcd` or `engine`; one of several control planes with
+    /// its etcd
     #[command(after_help = "Example: orchctl lab kill node-3")]
     Kill {
         host: String,
@@ -57,10 +61,10 @@ pub(crate) enum Command {
         #[arg(long)]
         agent_only: bool,
     },
-    /// Start a host again (a running daemon is stopped first): a node, `server` or `engine`
+    /// Start a host again (a running daemon is stopped first): a node, a server or `engine`
     #[command(after_help = "Example: orchctl lab restart node-3")]
     Restart { host: String },
-    /// Cut a node (or `server`) off from the network that joins the hosts
+    /// Cut a node or a server off from the network that joins the hosts
     #[command(after_help = "Example: orchctl lab partition node-2")]
     Partition { host: String },
     /// Undo `partition`
@@ -91,9 +95,10 @@ pub(crate) enum Command {
 /// Runs one command; returns the exit code.
 pub(crate) async fn run(command: Command, dir: &Path) -> anyhow::Result<u8> {
     match command {
-        Command::Up { nodes, underlay, default_timings } => {
+        Command::Up { nodes, control_planes, underlay, default_timings } => {
             need_root("makes network namespaces and starts a Docker engine")?;
-            let lab = Lab::new(dir, layout::Config { nodes, underlay, fast: !default_timings })?;
+            let fast = !default_timings;
+            let lab = Lab::new(dir, layout::Config { control_planes, nodes, underlay, fast })?;
             fleet::up(&lab).await?;
         }
         Command::Down => {

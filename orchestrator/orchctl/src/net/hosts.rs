@@ -122,7 +122,7 @@ impl Hosts {
     /// It is not known.
     pub(super) fn etcd(&self) -> anyhow::Result<(Vec<String>, PathBuf)> {
         let (urls, pki) = match &self.lab {
-            Some(lab) => (vec![lab.etcd_url()?], lab.paths("server").pki()),
+            Some(lab) => (lab.etcd_urls()?, lab.paths("server").pki()),
             None => {
                 (agent_process().map(|agent| agent.etcd).unwrap_or_default(), Paths::new("/").pki())
             }

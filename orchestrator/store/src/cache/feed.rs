@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use parking_lot::RwLock;
 use tokio::sync::{Mutex, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
@@ -23,6 +24,11 @@ const FENCE_AFTER: Duration = Duration::from_millis(50);
 const FENCE_KEY: &str = ".fence";
 /// Waits between two tries to watch.
 const WATCH_RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// A watch that is broken for this long is lost: what the caches hold may be old. Longer than a restart of etcd takes and than
+/// its elections.
+const LOST_AFTER: Duration = Duration::from_secs(10);
+/// A new watch that lives for this long works.
+const STEADY: Duration = Duration::from_secs(3);
 /// Batches taken at once when they come faster than we work: one wake of the watchers for all of them.
 const CHUNK: usize = 64;
 
@@ -52,6 +58,8 @@ pub struct Feed {
     caches: RwLock<BTreeMap<String, Arc<Cache>>>,
     /// The watch is complete from here on; a list that is older than this cannot be continued by it.
     gap_end: AtomicI64,
+    /// Whether the watch is broken for longer than [`LOST_AFTER`].
+    lost: watch::Sender<bool>,
     cancel: CancellationToken,
     tasks: TaskTracker,
     /// Callers of [`Self::fresh`] so far.
@@ -82,6 +90,7 @@ impl Feed {
             applied: watch::Sender::new(0),
             caches: RwLock::default(),
             gap_end: AtomicI64::new(0),
+            lost: watch::Sender::new(false),
             cancel,
             tasks: TaskTracker::new(),
             arrivals: AtomicU64::new(0),
@@ -106,6 +115,12 @@ impl Feed {
     /// The revision that all caches have reached; 0 before the store was seen.
     pub fn revision(&self) -> Revision {
         *self.applied.borrow()
+    }
+
+    /// Whether the caches stand still because the store cannot be watched, for longer than a restart of it takes. Whoever
+    /// reads from here may then read old things for ever, and does better somewhere else.
+    pub fn lost(&self) -> watch::Receiver<bool> {
+        self.lost.subscribe()
     }
 
     /// Waits until all caches are at least as new as the store is now.
@@ -214,12 +229,27 @@ impl Feed {
     async fn run(&self) {
         let mut position = self.rebase(0).await;
         let mut pause = WATCH_RETRY.0;
+        let mut broken = None;
         loop {
             let error = match self.store.watch(&self.root, position + 1).await {
                 Ok(stream) => {
                     let mut chunks = stream.ready_chunks(CHUNK);
                     loop {
-                        let Some(chunk) = chunks.next().await else {
+                        // A member without leader takes a watch and ends it at once: only time or an event tells.
+                        let next = match broken {
+                            Some(_) => tokio::time::timeout(STEADY, chunks.next()).await,
+                            None => Ok(chunks.next().await),
+                        };
+                        let works = match &next {
+                            Ok(Some(chunk)) => chunk.iter().any(Result::is_ok),
+                            Ok(None) => false,
+                            Err(_) => true,
+                        };
+                        if works && broken.take().is_some() {
+                            self.lost.send_replace(false);
+                        }
+                        let Ok(next) = next else { continue };
+                        let Some(chunk) = next else {
                             break StoreError::Unavailable("the watch has ended".to_owned());
                         };
                         let (batches, error) = split(chunk);
@@ -238,6 +268,10 @@ impl Feed {
                 warn!(position, oldest, "history is gone, all caches are listed again");
                 position = self.rebase(position).await;
                 continue;
+            }
+            let since = *broken.get_or_insert_with(Instant::now);
+            if since.elapsed() >= LOST_AFTER && !self.lost.send_replace(true) {
+                warn!(position, %error, "the store is lost: watches on the caches end");
             }
             info!(position, %error, "the watch on the store broke, it goes on where it was");
             tokio::time::sleep(pause).await;

@@ -14,7 +14,9 @@ use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use orch_store::cache::{Cache, CacheConfig, EventKind, Feed, Index, Meta, WatchItem, Watcher};
 use orch_store::managed::{self, Managed, Options};
-use orch_store::{EtcdConfig, EtcdStore, KeyValue, Page, Revision, Store, StoreError, WatchBatch};
+use orch_store::{
+    EtcdConfig, EtcdStore, Guard, KeyValue, Page, Revision, Store, StoreError, WatchBatch,
+};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
@@ -143,6 +145,16 @@ impl Store for Cuttable {
         ttl: Option<Duration>,
     ) -> Result<Revision, StoreError> {
         self.inner.update(key, value, expected, ttl).await
+    }
+
+    async fn write_guarded(
+        &self,
+        key: &str,
+        value: Bytes,
+        expected: Revision,
+        guard: &Guard,
+    ) -> Result<Revision, StoreError> {
+        self.inner.write_guarded(key, value, expected, guard).await
     }
 
     async fn delete(&self, key: &str, expected: Revision) -> Result<Revision, StoreError> {
