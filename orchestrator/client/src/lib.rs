@@ -10,6 +10,7 @@ mod error;
 mod https;
 mod kubeconfig;
 mod transport;
+mod unverified;
 mod watch;
 
 pub use api::{Api, DeleteParams, Kind, ListParams, ObjectList, Patch, collection_path};
@@ -17,4 +18,5 @@ pub use client::Client;
 pub use error::Error;
 pub use https::{ClientConfig, Upgraded};
 pub use transport::{Body, Transport, empty_body, full_body};
+pub use unverified::unverified_tls;
 pub use watch::{WatchEvent, lines};
