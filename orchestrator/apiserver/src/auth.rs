@@ -114,6 +114,11 @@ impl Authenticator {
         &self.issuer
     }
 
+    /// Whether a token for these audiences is one for this server. Bootstrap tokens name none.
+    pub(crate) fn is_audience(&self, audiences: &[String]) -> bool {
+        audiences.is_empty() || audiences.contains(&self.issuer)
+    }
+
     pub(crate) fn issue(
         &self,
         namespace: &str,

@@ -18,6 +18,7 @@ mod discovery;
 mod events;
 mod health;
 mod managed;
+mod oidc;
 mod printers;
 mod proxy;
 mod read;

@@ -294,9 +294,30 @@ pub(crate) fn review(
         "SelfSubjectReview" => json!({ "userInfo": info(user) }),
         "SelfSubjectRulesReview" => auth::rules(user),
         "TokenReview" => {
+            let issuer = shared.authenticator.issuer();
+            let mut wanted: Vec<&str> = object["spec"]["audiences"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str)
+                .collect();
+            if wanted.is_empty() {
+                wanted.push(issuer);
+            }
             match user_of_token(shared, object["spec"]["token"].as_str().unwrap_or_default()) {
                 Some((found, audiences)) => {
-                    json!({ "authenticated": true, "user": info(&found), "audiences": audiences })
+                    let common = wanted.iter().filter(|one| {
+                        audiences.is_empty() || audiences.iter().any(|own| own == *one)
+                    });
+                    let common: Vec<&&str> = common.collect();
+                    if common.is_empty() {
+                        let why = format!(
+                            "token audiences {audiences:?} is invalid for the target audiences {wanted:?}"
+                        );
+                        json!({ "authenticated": false, "error": why })
+                    } else {
+                        json!({ "authenticated": true, "user": info(&found), "audiences": common })
+                    }
                 }
                 None => json!({ "authenticated": false, "error": "the token is not valid" }),
             }

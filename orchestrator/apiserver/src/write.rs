@@ -311,6 +311,13 @@ impl Call<'_> {
                 return Err(self.invalid(self.name, &errors).into());
             }
         }
+        if part == Part::Ephemeral {
+            defaults::apply(resource.group, resource.kind, &mut object);
+            let errors = validate::ephemeral_containers(&object, &current.object);
+            if !errors.is_empty() {
+                return Err(self.invalid(self.name, &errors).into());
+            }
+        }
         strategy::drop_nulls(&mut object);
         let owners = match owners {
             Owners::Given(owners) => Some(owners),

@@ -26,6 +26,7 @@ use tokio_rustls::client::TlsStream;
 use crate::{Body, Error, Transport};
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+const AGENT: &str = concat!("orch/", env!("CARGO_PKG_VERSION"));
 
 /// Where the API server is and who we are.
 #[derive(Debug, Clone, Default)]
@@ -96,6 +97,9 @@ impl Https {
         let uri = format!("https://{}{path}", server.authority);
         *request.uri_mut() =
             uri.parse().map_err(|error| Error::Config(format!("URL {uri}: {error}")))?;
+        // Whoever names no manager for what it writes is known by this.
+        let agent = header::HeaderValue::from_static(AGENT);
+        request.headers_mut().entry(header::USER_AGENT).or_insert(agent);
         if let Some(token) = &self.token {
             let value = format!("Bearer {token}").parse().map_err(|_| {
                 Error::Config("the token has characters that no header can hold".to_owned())
