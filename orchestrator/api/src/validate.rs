@@ -26,6 +26,17 @@ pub fn create(group: &str, kind: &str, object: &Value) -> Vec<FieldError> {
     let mut errors = Vec::new();
     metadata(group, kind, &object["metadata"], &mut errors);
     kind_rules(group, kind, object, &Value::Null, &mut errors);
+    if (group, kind) == ("", "Pod") && items(&object["spec"]["ephemeralContainers"]).count() > 0 {
+        errors.push(FieldError::forbidden("spec.ephemeralContainers", "cannot be set on create"));
+    }
+    errors
+}
+
+/// What is wrong with a change of a pod by its subresource `ephemeralContainers`.
+#[must_use]
+pub fn ephemeral_containers(new: &Value, old: &Value) -> Vec<FieldError> {
+    let mut errors = Vec::new();
+    pod::ephemeral_containers(new, old, &mut errors);
     errors
 }
 
@@ -34,6 +45,7 @@ pub fn create(group: &str, kind: &str, object: &Value) -> Vec<FieldError> {
 pub fn update(group: &str, kind: &str, new: &Value, old: &Value) -> Vec<FieldError> {
     let mut errors = Vec::new();
     metadata(group, kind, &new["metadata"], &mut errors);
+    no_new_finalizers(&new["metadata"], &old["metadata"], &mut errors);
     match (group, kind) {
         // Few fields may change, and those are checked there; old pods need not follow new rules.
         ("", "Pod") => {
@@ -141,6 +153,25 @@ fn metadata(group: &str, kind: &str, meta: &Value, errors: &mut Vec<FieldError>)
                 why,
             ));
         }
+    }
+}
+
+/// Who deletes an object has to see its end: nobody may hold it who did not hold it before.
+fn no_new_finalizers(new: &Value, old: &Value, errors: &mut Vec<FieldError>) {
+    if !old["deletionTimestamp"].is_string() {
+        return;
+    }
+    let has = |wanted: &Value| items(&old["finalizers"]).any(|(_, found)| found == wanted);
+    let added: Vec<String> = items(&new["finalizers"])
+        .filter(|(_, finalizer)| !has(finalizer))
+        .map(|(_, finalizer)| finalizer.to_string())
+        .collect();
+    if !added.is_empty() {
+        let detail = format!(
+            "no new finalizers can be added if the object is being deleted, found new finalizers []string{{{}}}",
+            added.join(", ")
+        );
+        errors.push(FieldError::forbidden("metadata.finalizers", detail));
     }
 }
 

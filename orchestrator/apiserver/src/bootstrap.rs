@@ -14,6 +14,12 @@ use crate::authz;
 /// Waits between two attempts.
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
 
+/// What `kubectl describe` says of the cluster's DNS, whose endpoint is no pod.
+const DNS_NOTE: (&str, &str) = (
+    "kubernetes.io/description",
+    "Every node answers at this address itself; there are no DNS pods.",
+);
+
 /// What the objects are made from.
 pub(crate) struct Wanted {
     pub(crate) port: u16,
@@ -52,13 +58,21 @@ async fn services(client: &Client, wanted: &Wanted) -> Result<(), Error> {
                   "ports": [{ "name": "https", "port": 443, "protocol": "TCP", "targetPort": wanted.port }] },
     }))
     .await?;
-    // Answered by the DNS of each node; without selector, so no endpoints are made for it.
+    // Answered by the DNS of each node, at this very address: it is the endpoint too.
     create::<Service>(Api::namespaced(client.clone(), "kube-system"), &json!({
-        "metadata": { "name": "kube-dns", "labels": { "k8s-app": "kube-dns", "kubernetes.io/cluster-service": "true",
-                                                      "kubernetes.io/name": "CoreDNS" } },
+        "metadata": { "name": "kube-dns", "annotations": { (DNS_NOTE.0): DNS_NOTE.1 },
+                      "labels": { "k8s-app": "kube-dns", "kubernetes.io/cluster-service": "true",
+                                  "kubernetes.io/name": "CoreDNS" } },
         "spec": { "type": "ClusterIP", "clusterIP": wanted.dns_ip,
                   "ports": [{ "name": "dns", "port": 53, "protocol": "UDP", "targetPort": 53 },
                             { "name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": 53 }] },
+    }))
+    .await?;
+    create::<k8s_openapi::api::core::v1::Endpoints>(Api::namespaced(client.clone(), "kube-system"), &json!({
+        "metadata": { "name": "kube-dns", "labels": { "k8s-app": "kube-dns" }, "annotations": { (DNS_NOTE.0): DNS_NOTE.1 } },
+        "subsets": [{ "addresses": [{ "ip": wanted.dns_ip }],
+                      "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" },
+                                { "name": "dns-tcp", "port": 53, "protocol": "TCP" }] }],
     }))
     .await
 }

@@ -12,8 +12,7 @@ use crate::state::Shared;
 /// How long etcd may take to answer a check.
 const ETCD_LIMIT: Duration = Duration::from_secs(2);
 
-/// One line per check with `verbose`, `ok` or the failures otherwise.
-pub(crate) async fn check(shared: &Shared, path: &str, verbose: bool) -> Response<Body> {
+async fn checks(shared: &Shared, path: &str) -> Vec<(String, bool)> {
     let mut checks = vec![("ping".to_owned(), true)];
     if path == "/readyz" {
         let answers = tokio::time::timeout(ETCD_LIMIT, shared.store.healthy()).await;
@@ -25,6 +24,23 @@ pub(crate) async fn check(shared: &Shared, path: &str, verbose: bool) -> Respons
         checks.push(("default-roles".to_owned(), roles));
         checks.push(("not-shutting-down".to_owned(), !shared.stop.is_cancelled()));
     }
+    checks
+}
+
+/// One check by its name: `/readyz/etcd`. None: there is no such check.
+pub(crate) async fn one(shared: &Shared, path: &str) -> Option<Response<Body>> {
+    let (base, name) = path.rsplit_once('/')?;
+    let (_, good) = checks(shared, base).await.into_iter().find(|(known, _)| known == name)?;
+    Some(if good {
+        respond::text(StatusCode::OK, "ok")
+    } else {
+        respond::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{name} check failed\n"))
+    })
+}
+
+/// One line per check with `verbose`, `ok` or the failures otherwise.
+pub(crate) async fn check(shared: &Shared, path: &str, verbose: bool) -> Response<Body> {
+    let checks = checks(shared, path).await;
     let good = checks.iter().all(|(_, good)| *good);
     if good && !verbose {
         return respond::text(StatusCode::OK, "ok");

@@ -21,6 +21,7 @@ mod health;
 mod impersonate;
 mod kubernetes_endpoints;
 mod managed;
+mod oidc;
 mod printers;
 mod proxy;
 mod read;

@@ -116,7 +116,11 @@ impl Writer<'_> {
     }
 
     fn subresource(&self) -> Option<String> {
-        (self.part == Part::Status).then(|| "status".to_owned())
+        match self.part {
+            Part::Status => Some("status".to_owned()),
+            Part::Ephemeral => Some("ephemeralcontainers".to_owned()),
+            Part::Main | Part::All => None,
+        }
     }
 
     fn is_own(&self, entry: &Entry, applies: bool) -> bool {
@@ -136,7 +140,7 @@ impl Writer<'_> {
         match self.part {
             Part::Status => set.retain("f:status"),
             Part::Main if self.resource.status => set.remove(&["f:status"]),
-            Part::Main | Part::All => {}
+            Part::Main | Part::Ephemeral | Part::All => {}
         }
         set
     }

@@ -1,8 +1,10 @@
 //! Logs, exec, attach and port-forward: handed to the agent of the pod's node, byte for byte, whatever protocol the
 //! two ends agree on (WebSocket or SPDY/3.1).
 
+pub(crate) mod http;
+
+use ::http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use orch_api::ApiError;
@@ -107,7 +109,7 @@ fn locate(call: &Call<'_>, pod: &Value) -> Result<Place, ApiError> {
 }
 
 fn container_name(call: &Call<'_>, pod: &Value) -> Result<String, ApiError> {
-    let containers: Vec<&str> = ["containers", "initContainers"]
+    let containers: Vec<&str> = ["containers", "initContainers", "ephemeralContainers"]
         .iter()
         .flat_map(|list| pod["spec"][*list].as_array().into_iter().flatten())
         .filter_map(|container| container["name"].as_str())
@@ -197,7 +199,9 @@ fn agent_path(verb: &str, call: &Call<'_>, place: &Place) -> String {
 fn unreachable(node: &str, error: &orch_client::Error) -> ApiError {
     match error {
         orch_client::Error::Api { code, message, .. } => {
-            let mut answer = ApiError::bad_request(message.clone());
+            // The agent speaks plain text; the code is said by the answer itself.
+            let said = message.strip_suffix(&format!(" ({code})")).unwrap_or(message);
+            let mut answer = ApiError::bad_request(said.to_owned());
             answer.code = *code;
             if *code >= 500 {
                 answer.reason = "InternalError";
@@ -291,7 +295,7 @@ fn pass(headers: &HeaderMap) -> HeaderMap {
     let mut passed = HeaderMap::new();
     for name in UPGRADE_HEADERS {
         for value in headers.get_all(name) {
-            if let Ok(name) = http::HeaderName::from_bytes(name.as_bytes()) {
+            if let Ok(name) = ::http::HeaderName::from_bytes(name.as_bytes()) {
                 passed.append(name, value.clone());
             }
         }

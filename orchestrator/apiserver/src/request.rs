@@ -177,7 +177,8 @@ pub(crate) fn parse(method: &Method, path: &str, query: &Query) -> Option<Reques
         info.name.clone_from(name);
     }
     if rest.len() > 2 {
-        info.subresource = rest[2..].join("/");
+        // What follows `proxy` is for what is behind it.
+        info.subresource = if rest[2] == "proxy" { rest[2].clone() } else { rest[2..].join("/") };
     }
     if core_namespaces && info.resource == "namespaces" {
         info.namespace.clone_from(&info.name);

@@ -22,6 +22,8 @@ pub(crate) struct Resource {
     pub(crate) subresources: &'static [Subresource],
     /// Whether `metadata.generation` counts changes of the spec.
     pub(crate) generation: bool,
+    /// Whether a deletion that is done is answered with the object that was, not with a `Status`.
+    pub(crate) answers_deleted: bool,
     /// Fields that a field selector may name, besides `metadata.name` and `metadata.namespace`, as JSON pointers.
     pub(crate) fields: &'static [(&'static str, &'static str)],
 }
@@ -60,6 +62,7 @@ impl Resource {
             scale: false,
             subresources: &[],
             generation: false,
+            answers_deleted: false,
             fields: &[],
         }
     }
@@ -145,6 +148,11 @@ const EVENT_FIELDS: &[(&str, &str)] = &[
 const CREATE: &[&str] = &["create"];
 const GET: &[&str] = &["get"];
 const STREAM: &[&str] = &["create", "get"];
+const PROXY: &[&str] = &["create", "delete", "get", "patch", "update"];
+
+const fn proxied(kind: &'static str) -> Subresource {
+    Subresource { name: "proxy", group: "", version: "v1", kind, verbs: PROXY }
+}
 
 const POD_SUBRESOURCES: &[Subresource] = &[
     Subresource {
@@ -155,6 +163,13 @@ const POD_SUBRESOURCES: &[Subresource] = &[
         verbs: STREAM,
     },
     Subresource { name: "binding", group: "", version: "v1", kind: "Binding", verbs: CREATE },
+    Subresource {
+        name: "ephemeralcontainers",
+        group: "",
+        version: "v1",
+        kind: "Pod",
+        verbs: &["get", "patch", "update"],
+    },
     Subresource {
         name: "eviction",
         group: "policy",
@@ -171,7 +186,10 @@ const POD_SUBRESOURCES: &[Subresource] = &[
         kind: "PodPortForwardOptions",
         verbs: STREAM,
     },
+    proxied("PodProxyOptions"),
 ];
+const NODE_SUBRESOURCES: &[Subresource] = &[proxied("NodeProxyOptions")];
+const SERVICE_SUBRESOURCES: &[Subresource] = &[proxied("ServiceProxyOptions")];
 
 /// Group of roles and their bindings.
 pub(crate) const RBAC: &str = "rbac.authorization.k8s.io";
@@ -205,6 +223,7 @@ pub(crate) static RESOURCES: &[Resource] = &[
         short_names: &["no"],
         namespaced: false,
         status: true,
+        subresources: NODE_SUBRESOURCES,
         fields: &[("spec.unschedulable", "/spec/unschedulable")],
         ..Resource::new("", "nodes", "node", "Node")
     },
@@ -214,12 +233,14 @@ pub(crate) static RESOURCES: &[Resource] = &[
         status: true,
         subresources: POD_SUBRESOURCES,
         generation: true,
+        answers_deleted: true,
         fields: POD_FIELDS,
         ..Resource::new("", "pods", "pod", "Pod")
     },
     Resource { fields: &[("type", "/type")], ..Resource::new("", "secrets", "secret", "Secret") },
     Resource {
         short_names: &["sa"],
+        answers_deleted: true,
         subresources: &[Subresource {
             name: "token",
             group: "authentication.k8s.io",
@@ -233,6 +254,8 @@ pub(crate) static RESOURCES: &[Resource] = &[
         short_names: &["svc"],
         categories: &["all"],
         status: true,
+        subresources: SERVICE_SUBRESOURCES,
+        answers_deleted: true,
         fields: &[("spec.clusterIP", "/spec/clusterIP"), ("spec.type", "/spec/type")],
         ..Resource::new("", "services", "service", "Service")
     },

@@ -39,7 +39,7 @@ use crate::state::{Shared, roles, start_caches};
 use crate::strategy::Part;
 use crate::write::Call;
 use crate::{
-    certificates, discovery, events, impersonate, read, respond, reviews, subresources, watch,
+    certificates, discovery, events, impersonate, oidc, read, respond, reviews, subresources, watch,
 };
 
 /// Upper bound of a request body, upstream's.
@@ -414,6 +414,12 @@ async fn route(
                 Err(ApiError::method_not_allowed())
             };
         }
+        if info.subresource == proxy::http::NAME
+            && info.group.is_empty()
+            && matches!(info.resource.as_str(), "nodes" | "pods" | "services")
+        {
+            return proxy::http::forward(shared, &info, &parts, &body).await;
+        }
         if (info.group.as_str(), info.resource.as_str()) == (events::GROUP, "events") {
             let new = events::request(&info, &parts.headers, &query, &body)?;
             let answer = resource(
@@ -494,9 +500,17 @@ async fn plain(
         "/healthz" | "/livez" | "/readyz" => {
             return Some(health::check(shared, trimmed, query.has("verbose")).await);
         }
+        check
+            if ["/healthz/", "/livez/", "/readyz/"].iter().any(|base| check.starts_with(base)) =>
+        {
+            return health::one(shared, check).await;
+        }
+        oidc::CONFIGURATION => return oidc::configuration(shared, &address),
+        oidc::KEYS => return oidc::keys(shared),
         "/metrics" => return Some(health::metrics(shared)),
         "" => {
             let paths = [
+                oidc::CONFIGURATION,
                 "/api",
                 "/apis",
                 "/healthz",
@@ -504,6 +518,7 @@ async fn plain(
                 "/metrics",
                 "/openapi/v2",
                 "/openapi/v3",
+                oidc::KEYS,
                 "/readyz",
                 "/version",
             ];
@@ -623,6 +638,12 @@ async fn subresource(
         }
         ("approval", Verb::Update) => call.update(Part::Status).await,
         ("approval", Verb::Patch) => call.patch(Part::Status).await,
+        ("ephemeralcontainers", Verb::Get) => {
+            let form = respond::negotiate(call.headers)?;
+            read::get(call.shared, call.stored, call.namespace, call.name, call.query, form).await
+        }
+        ("ephemeralcontainers", Verb::Update) => call.update(Part::Ephemeral).await,
+        ("ephemeralcontainers", Verb::Patch) => call.patch(Part::Ephemeral).await,
         ("binding", Verb::Create) => subresources::bind(call).await,
         ("eviction", Verb::Create) => subresources::evict(call).await,
         ("token", Verb::Create) => subresources::token(call).await,
@@ -646,7 +667,12 @@ struct InProcess {
 
 #[async_trait]
 impl Transport for InProcess {
-    async fn send(&self, request: Request<Bytes>) -> Result<Response<Body>, ClientError> {
+    async fn send(&self, mut request: Request<Bytes>) -> Result<Response<Body>, ClientError> {
+        // As managers of fields they are known by their names: kube-controller-manager, kube-scheduler.
+        let name = self.user.name.strip_prefix("system:").unwrap_or(&self.user.name);
+        if let Ok(agent) = http::HeaderValue::from_str(name) {
+            request.headers_mut().entry(header::USER_AGENT).or_insert(agent);
+        }
         Ok(handle(&self.shared, &self.user, request, None).await)
     }
 }

@@ -137,6 +137,8 @@ pub(crate) enum Part {
     Main,
     /// Only the status.
     Status,
+    /// Only a pod's containers for debugging.
+    Ephemeral,
     /// The server's own change (binding, finalize): all as given.
     All,
 }
@@ -149,13 +151,27 @@ pub(crate) fn prepare_update(resource: &Resource, part: Part, old: &Value, new: 
         let requested = new["metadata"].take();
         *new = old.clone();
         new["status"] = status;
-        // Agents label their nodes with what they find, through the status too.
-        if resource.plural == "nodes" {
-            for key in ["labels", "annotations"] {
-                if requested[key].is_object() {
-                    new["metadata"][key] = requested[key].clone();
+        // Who writes a status may note something beside it; only a Deployment's labels are none of its business.
+        for key in ["labels", "annotations"] {
+            if (resource.plural, key) == ("deployments", "labels") {
+                continue;
+            }
+            match requested.get(key).filter(|map| map.is_object()) {
+                Some(map) => new["metadata"][key] = map.clone(),
+                None => {
+                    metadata(new).shift_remove(key);
                 }
             }
+        }
+        return;
+    }
+    if part == Part::Ephemeral {
+        let containers = new["spec"]["ephemeralContainers"].take();
+        *new = old.clone();
+        new["spec"]["ephemeralContainers"] = containers;
+        if new["spec"]["ephemeralContainers"] != old["spec"]["ephemeralContainers"] {
+            let generation = old["metadata"]["generation"].as_i64().unwrap_or(1) + 1;
+            new["metadata"]["generation"] = json!(generation);
         }
         return;
     }
@@ -184,6 +200,7 @@ pub(crate) fn prepare_update(resource: &Resource, part: Part, old: &Value, new: 
         // What was asked for, and by whom, stays what was approved.
         ("certificates.k8s.io", _) => new["spec"] = old["spec"].clone(),
         ("", "secrets") => encode_string_data(new),
+        ("", "services") => drop_type_fields(&old["spec"], &mut new["spec"]),
         _ => {}
     }
     if resource.generation && part == Part::Main {
@@ -195,6 +212,37 @@ pub(crate) fn prepare_update(resource: &Resource, part: Part, old: &Value, new: 
         if changed {
             let generation = old["metadata"]["generation"].as_i64().unwrap_or(1) + 1;
             new["metadata"]["generation"] = json!(generation);
+        }
+    }
+}
+
+/// Takes away what belongs to the type that a Service had, where a client changed the type alone.
+fn drop_type_fields(old: &Value, new: &mut Value) {
+    let kind = |spec: &Value| spec["type"].as_str().unwrap_or("ClusterIP").to_owned();
+    let (before, after) = (kind(old), kind(new));
+    if before == after {
+        return;
+    }
+    let outside = |kind: &str| matches!(kind, "NodePort" | "LoadBalancer");
+    let mut gone = Vec::new();
+    if outside(&before) && !outside(&after) {
+        gone.extend(["externalTrafficPolicy", "healthCheckNodePort"]);
+        for port in new["ports"].as_array_mut().into_iter().flatten() {
+            remove(port, "nodePort");
+        }
+    }
+    if before == "LoadBalancer" {
+        gone.extend(["allocateLoadBalancerNodePorts", "loadBalancerClass"]);
+    }
+    if after == "ExternalName" {
+        gone.push("internalTrafficPolicy");
+    }
+    if before == "ExternalName" {
+        gone.push("externalName");
+    }
+    for field in gone {
+        if new[field] == old[field] {
+            remove(new, field);
         }
     }
 }
@@ -231,7 +279,9 @@ pub(crate) fn grace_seconds(resource: &Resource, object: &Value, asked: Option<i
     if !scheduled || ended {
         return 0;
     }
-    asked.or(object["spec"]["terminationGracePeriodSeconds"].as_i64()).unwrap_or(30).max(0)
+    let wanted = asked.or(object["spec"]["terminationGracePeriodSeconds"].as_i64()).unwrap_or(30);
+    // A negative number means "quickly", which is not "by force".
+    if wanted < 0 { 1 } else { wanted }
 }
 
 #[cfg(test)]
@@ -276,11 +326,46 @@ mod tests {
     }
 
     #[test]
+    fn a_status_may_come_with_notes_beside_it() {
+        let services = find("", "v1", "services").expect("services");
+        let old = json!({ "metadata": { "name": "a", "labels": { "l": "1" } }, "spec": { "type": "ClusterIP" } });
+        let mut new = json!({ "metadata": { "name": "b", "annotations": { "x": "y" } }, "spec": {}, "status": { "s": 1 } });
+        prepare_update(services, Part::Status, &old, &mut new);
+        let expected = json!({ "metadata": { "name": "a", "annotations": { "x": "y" } },
+                               "spec": { "type": "ClusterIP" }, "status": { "s": 1 } });
+        assert_eq!(new, expected);
+        let deployments = find("apps", "v1", "deployments").expect("deployments");
+        let mut new = json!({ "metadata": { "labels": { "l": "2" } }, "status": {} });
+        prepare_update(deployments, Part::Status, &old, &mut new);
+        assert_eq!(new["metadata"]["labels"], json!({ "l": "1" }));
+    }
+
+    #[test]
+    fn a_service_of_another_type_loses_what_belonged_to_the_old_one() {
+        let services = find("", "v1", "services").expect("services");
+        let old = json!({ "metadata": {}, "spec": { "type": "NodePort", "externalTrafficPolicy": "Cluster",
+            "internalTrafficPolicy": "Cluster", "ports": [{ "port": 80, "nodePort": 30080 }] } });
+        let mut new = old.clone();
+        new["spec"]["type"] = json!("ExternalName");
+        new["spec"]["externalName"] = json!("a.b");
+        let mut named = new.clone();
+        prepare_update(services, Part::Main, &old, &mut named);
+        let expected =
+            json!({ "type": "ExternalName", "externalName": "a.b", "ports": [{ "port": 80 }] });
+        assert_eq!(named["spec"], expected);
+        let mut back = named.clone();
+        back["spec"]["type"] = json!("ClusterIP");
+        prepare_update(services, Part::Main, &named, &mut back);
+        assert_eq!(back["spec"], json!({ "type": "ClusterIP", "ports": [{ "port": 80 }] }));
+    }
+
+    #[test]
     fn grace_is_for_running_pods_only() {
         let pods = find("", "v1", "pods").expect("pods");
         let pod = json!({ "spec": { "nodeName": "a", "terminationGracePeriodSeconds": 7 }, "status": { "phase": "Running" } });
         assert_eq!(grace_seconds(pods, &pod, None), 7);
         assert_eq!(grace_seconds(pods, &pod, Some(0)), 0);
+        assert_eq!(grace_seconds(pods, &pod, Some(-1)), 1, "negative is quick, not by force");
         assert_eq!(grace_seconds(pods, &json!({ "spec": {} }), None), 0);
     }
 }

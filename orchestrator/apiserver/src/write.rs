@@ -357,6 +357,13 @@ impl Call<'_> {
                 return Err(self.invalid(self.name, &errors).into());
             }
         }
+        if part == Part::Ephemeral {
+            defaults::apply(resource.group, resource.kind, &mut object);
+            let errors = validate::ephemeral_containers(&object, &current.object);
+            if !errors.is_empty() {
+                return Err(self.invalid(self.name, &errors).into());
+            }
+        }
         strategy::drop_nulls(&mut object);
         self.guarded(self.name).update(part, &current.object, &object).await?;
         let owners = match owners {

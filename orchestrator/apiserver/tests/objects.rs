@@ -421,3 +421,58 @@ async fn finalizers_and_namespaces_keep_what_is_not_cleaned_up() {
     assert_eq!(code, 200);
     assert_eq!(get(client, "/api/v1/namespaces/shop").await.0, 404);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_takes_containers_for_debugging_and_its_deletion_is_answered_with_it() {
+    let cluster = Cluster::start().await;
+    let client = &cluster.client();
+    let account = json!({ "metadata": { "name": "default" } });
+    post(client, "/api/v1/namespaces/default/serviceaccounts", &account).await;
+    let pod = json!({ "metadata": { "name": "p" }, "spec": { "containers": [{ "name": "a", "image": "x:1" }] } });
+    let (code, made) = post(client, PODS, &pod).await;
+    assert_eq!((code, &made["spec"]["priority"]), (201, &json!(0)));
+    let path = format!("{PODS}/p/ephemeralcontainers");
+    let patch = json!({ "spec": { "ephemeralContainers": [
+        { "name": "debug", "image": "busybox:1", "targetContainerName": "a" }] } });
+    let strategic = "application/strategic-merge-patch+json";
+    let (code, changed) = call(client, "PATCH", &path, strategic, patch.to_string()).await;
+    assert_eq!((code, &changed["metadata"]["generation"]), (200, &json!(2)));
+    let debug = &changed["spec"]["ephemeralContainers"][0];
+    assert_eq!(
+        (&debug["name"], &debug["imagePullPolicy"]),
+        (&json!("debug"), &json!("IfNotPresent"))
+    );
+    assert_eq!(get(client, &path).await.1["spec"]["ephemeralContainers"][0]["name"], "debug");
+    let mut less = changed.clone();
+    less["spec"]["ephemeralContainers"] = json!([]);
+    assert_eq!(put(client, &path, &less).await.0, 422, "they stay");
+    let (code, gone) = delete(client, &format!("{PODS}/p"), &json!({})).await;
+    assert_eq!((code, &gone["kind"], &gone["metadata"]["name"]), (200, &json!("Pod"), &json!("p")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_issuer_of_tokens_and_single_checks_are_published() {
+    let cluster = Cluster::start().await;
+    let client = &cluster.client();
+    let (_, issuer) = get(client, "/.well-known/openid-configuration").await;
+    assert_eq!(issuer["issuer"], "https://kubernetes.default.svc.cluster.local");
+    assert!(issuer["jwks_uri"].as_str().is_some_and(|uri| uri.ends_with("/openid/v1/jwks")));
+    assert_eq!(get(client, "/openid/v1/jwks").await.1["keys"][0]["kty"], "EC");
+    assert_eq!(client.get_text("/livez/ping").await.expect("an answer"), "ok");
+    assert_eq!(client.get_text("/readyz/etcd").await.expect("an answer"), "ok");
+    assert_eq!(get(client, "/readyz/nonsense").await.0, 404);
+
+    // A token for somebody else opens nothing here, and is one for whoever it names.
+    let accounts = "/api/v1/namespaces/default/serviceaccounts";
+    post(client, accounts, &json!({ "metadata": { "name": "bot" } })).await;
+    let request = json!({ "spec": { "audiences": ["vault"], "expirationSeconds": 600 } });
+    let (_, made) = post(client, &format!("{accounts}/bot/token"), &request).await;
+    let review = async |audiences: Value| {
+        let spec = json!({ "spec": { "token": made["status"]["token"], "audiences": audiences } });
+        let path = "/apis/authentication.k8s.io/v1/tokenreviews";
+        post(client, path, &spec).await.1["status"]["authenticated"].clone()
+    };
+    // Tokens are looked up in the cache, which follows.
+    support::eventually("it is vault's", async || review(json!(["vault"])).await == true).await;
+    assert_eq!(review(json!([])).await, false, "it is not the API server's");
+}

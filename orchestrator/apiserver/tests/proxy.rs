@@ -118,6 +118,15 @@ async fn answer(request: Request<Incoming>, lines: Lines) -> Result<Response<Bod
             headers.insert("sec-websocket-accept", accept);
             response
         }
+        "/podProxy/default/p/http/8080/a%2Fb" if query == "x=1" => {
+            assert!(!request.headers().contains_key("authorization"));
+            text(StatusCode::IM_A_TEAPOT, format!("{} tea", request.method()))
+        }
+        "/podProxy/default/p/http/9/" => {
+            let mut response = text(StatusCode::SERVICE_UNAVAILABLE, "nobody listens".to_owned());
+            response.headers_mut().insert("x-orch-unreached", "true".parse().expect("a header"));
+            response
+        }
         other => text(StatusCode::BAD_REQUEST, format!("unexpected {other}?{query}")),
     })
 }
@@ -194,6 +203,50 @@ async fn exec_joins_both_connections() {
     assert_eq!(get(&client, &path).await.0, 400, "without an upgrade");
     let path = format!("{PODS}/p/exec?stdin=true");
     assert!(client.upgrade(Method::GET, &path, headers).await.is_err(), "no command");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_go_on_to_pods_and_to_what_is_behind_services() {
+    let cluster = Cluster::start().await;
+    let agent = Agent::start(&cluster).await;
+    let client = pod_on_node(&cluster, agent.port).await;
+    let service = json!({ "metadata": { "name": "s" }, "spec": { "ports": [{ "name": "web", "port": 80 }] } });
+    assert_eq!(post(&client, "/api/v1/namespaces/default/services", &service).await.0, 201);
+    let endpoints = json!({ "metadata": { "name": "s" }, "subsets": [{
+        "addresses": [{ "ip": "10.244.1.5", "targetRef": { "kind": "Pod", "name": "p" } }],
+        "ports": [{ "name": "web", "port": 8080 }] }] });
+    assert_eq!(post(&client, "/api/v1/namespaces/default/endpoints", &endpoints).await.0, 201);
+    let services = "/api/v1/namespaces/default/services";
+    let send = async |method: &str, path: &str| {
+        let request = Request::builder().method(method).uri(path).body(Bytes::new());
+        let answer = client.stream(request.expect("a request")).await.expect("an answer");
+        let (head, body) = answer.into_parts();
+        let body = body.collect().await.expect("a body").to_bytes();
+        (head.status.as_u16(), head.headers, String::from_utf8_lossy(&body).into_owned())
+    };
+    for (method, path) in [
+        ("GET", format!("{PODS}/p:8080/proxy/a%2Fb?x=1")),
+        ("POST", format!("{PODS}/http:p:8080/proxy/a%2Fb?x=1")),
+        ("GET", format!("{services}/s/proxy/a%2Fb?x=1")),
+        ("PUT", format!("{services}/s:80/proxy/a%2Fb?x=1")),
+        ("DELETE", format!("{services}/http:s:web/proxy/a%2Fb?x=1")),
+    ] {
+        let (code, _, said) = send(method, &path).await;
+        assert_eq!((code, said), (418, format!("{method} tea")), "{path}");
+    }
+    let (code, headers, _) = send("GET", &format!("{PODS}/p:8080/proxy?x=1")).await;
+    assert_eq!(code, 301);
+    assert_eq!(headers["location"], format!("{PODS}/p:8080/proxy/?x=1"));
+    for (path, code, expected) in [
+        (format!("{PODS}/p:9/proxy/"), 503, "error trying to reach service: nobody listens"),
+        (format!("{services}/s:other/proxy/"), 503, "no service port"),
+        (format!("{services}/none/proxy/"), 404, "not found"),
+        (format!("{PODS}/ftp:p:1/proxy/"), 400, "invalid pods request"),
+    ] {
+        let (found, status) = get(&client, &path).await;
+        let message = status["message"].as_str().unwrap_or_default();
+        assert!(found == code && message.contains(expected), "{path}: {found} {message}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -39,6 +39,7 @@ const PROBE_SECS: (u32, u32) = (3, 1);
 
 /// Header of a 503 by which a server says that it did nothing at all, so that another one may be asked the same.
 pub const NOT_DONE: &str = "orch-not-done";
+const AGENT: &str = concat!("orch/", env!("CARGO_PKG_VERSION"));
 
 /// Where the API server is and who we are.
 #[derive(Debug, Clone, Default)]
@@ -153,6 +154,9 @@ impl Https {
         let uri = format!("https://{server}{path}");
         *request.uri_mut() =
             uri.parse().map_err(|error| Error::Config(format!("URL {uri}: {error}")))?;
+        // Whoever names no manager for what it writes is known by this.
+        let agent = header::HeaderValue::from_static(AGENT);
+        request.headers_mut().entry(header::USER_AGENT).or_insert(agent);
         if let Some(token) = &self.token {
             let value = format!("Bearer {token}").parse().map_err(|_| {
                 Error::Config("the token has characters that no header can hold".to_owned())

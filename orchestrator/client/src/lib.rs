@@ -11,6 +11,7 @@ mod fence;
 mod https;
 mod kubeconfig;
 mod transport;
+mod unverified;
 mod watch;
 
 pub use api::{Api, DeleteParams, Kind, ListParams, ObjectList, Patch, collection_path};
@@ -20,4 +21,5 @@ pub use fence::Fence;
 pub use https::{ClientConfig, NOT_DONE, Upgraded};
 pub use kubeconfig::{read_servers, write_servers};
 pub use transport::{Body, Transport, empty_body, full_body};
+pub use unverified::unverified_tls;
 pub use watch::{WatchEvent, lines};

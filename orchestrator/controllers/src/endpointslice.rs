@@ -1,7 +1,9 @@
 //! Services to endpoints: the pods that a Service selects, as EndpointSlices (discovery.k8s.io/v1) and, for older
-//! clients, as one Endpoints object of the Service's name.
+//! clients, as one Endpoints object of the Service's name. Where a Service selects nothing and somebody writes its
+//! Endpoints by hand, those become slices ([`mirror`]).
 
 mod endpoints;
+mod mirror;
 mod plan;
 mod slices;
 #[cfg(test)]
@@ -54,7 +56,11 @@ impl EndpointSlices {
         });
         let changed = queue.clone();
         cx.slices.on_change(move |change| {
-            for slice in [&change.old, &change.new].into_iter().flatten().filter(|s| is_ours(s)) {
+            for slice in [&change.old, &change.new]
+                .into_iter()
+                .flatten()
+                .filter(|s| is_ours(s) || mirror::is_mirror(s))
+            {
                 if let Some(service) = label(slice, SERVICE_NAME) {
                     changed.add(format!("{}/{service}", namespace(&slice.metadata)));
                 }
@@ -72,6 +78,16 @@ impl EndpointSlices {
     fn own_slices(&self, ns: &str, service: &str) -> Vec<Arc<EndpointSlice>> {
         let all = self.cx.slices.list_in(ns).into_iter();
         all.filter(|slice| is_ours(slice) && label(slice, SERVICE_NAME) == Some(service)).collect()
+    }
+
+    /// Slices of Endpoints that somebody else wrote; `wanted`: the Service has no selector.
+    async fn write_mirrors(&self, ns: &str, service: &str, wanted: bool) -> Result<(), Failure> {
+        let all = self.cx.slices.list_in(ns).into_iter();
+        let current: Vec<_> = all
+            .filter(|slice| mirror::is_mirror(slice) && label(slice, SERVICE_NAME) == Some(service))
+            .collect();
+        let endpoints = self.cx.endpoints.get(ns, service).filter(|_| wanted);
+        self.carry_out(ns, mirror::plan(endpoints.as_deref(), &current)).await
     }
 
     /// The Service is gone, or selects nothing any more.
@@ -106,8 +122,13 @@ impl EndpointSlices {
 
     async fn write_slices(&self, service: &Service, pods: &[plan::Backend]) -> Result<(), Failure> {
         let (ns, service_name) = (namespace(&service.metadata), name(&service.metadata));
+        let steps = slices::plan(service, pods, &self.own_slices(ns, service_name));
+        self.carry_out(ns, steps).await
+    }
+
+    async fn carry_out(&self, ns: &str, steps: Vec<slices::Step>) -> Result<(), Failure> {
         let api = self.cx.api::<EndpointSlice>(ns);
-        for step in slices::plan(service, pods, &self.own_slices(ns, service_name)) {
+        for step in steps {
             match step {
                 slices::Step::Create(slice) => {
                     match api.create(&slice).await {
@@ -156,13 +177,17 @@ impl Reconciler for EndpointSlices {
         let (ns, service_name) = meta::split_key(key);
         let Some(service) = self.cx.services.get(ns, service_name) else {
             self.remove(ns, service_name, true).await?;
+            self.write_mirrors(ns, service_name, false).await?;
             return Ok(Action::done());
         };
         if selector(&service).is_none() {
             // Its owner writes the endpoints; only slices of an earlier selector are ours.
             self.remove(ns, service_name, false).await?;
+            let wanted = service.metadata.deletion_timestamp.is_none();
+            self.write_mirrors(ns, service_name, wanted).await?;
             return Ok(Action::done());
         }
+        self.write_mirrors(ns, service_name, false).await?;
         if service.metadata.deletion_timestamp.is_some() {
             return Ok(Action::done());
         }

@@ -36,6 +36,13 @@ impl Collector {
             {
                 changed.add(kinds::key(kind, new));
             }
+            if let (Some(old), Some(new)) = (old, new) {
+                for owner in plan::unblocked(old, new) {
+                    if let Some((kind, found)) = all.find(owner, namespace(new)) {
+                        changed.add(kinds::key(kind, &found));
+                    }
+                }
+            }
             let Some(old) = old.filter(|_| new.is_none()) else { return };
             // Its dependents may have to go, and an owner may have waited for it.
             for (kind, dependent) in all.owned_by(uid(old)) {
@@ -152,8 +159,18 @@ impl Reconciler for Collector {
 impl Collector {
     async fn collect(&self, kind: usize, meta: &ObjectMeta) -> Result<(), Failure> {
         let owners = self.owners(meta).await?;
-        let has_dependents = !self.kinds.owned_by(uid(meta)).is_empty();
-        match plan::plan(meta, &owners, has_dependents) {
+        let dependents = self.kinds.owned_by(uid(meta));
+        let mut version = meta.resource_version.clone();
+        let step = plan::plan(meta, &owners, !dependents.is_empty());
+        if step == Step::Delete("Foreground") && plan::may_be_a_circle(&dependents) {
+            let patch = json!({ "metadata": { "uid": uid(meta), "resourceVersion": version,
+                                              "ownerReferences": plan::unblocking(meta) } });
+            gone_is_fine(self.kinds.patch(kind, meta, patch))
+                .await
+                .step(|| format!("break the circle of owners at {}", name(meta)))?;
+            version = None;
+        }
+        match step {
             Step::Keep => Ok(()),
             Step::DropOwners(gone) => self.drop_owners(kind, meta, &gone).await,
             Step::Delete(propagation) => {
@@ -161,7 +178,7 @@ impl Collector {
                     propagation: Some(propagation),
                     precondition_uid: meta.uid.clone(),
                     // Somebody may just have given it another owner.
-                    precondition_resource_version: meta.resource_version.clone(),
+                    precondition_resource_version: version,
                     ..DeleteParams::default()
                 };
                 let request = self.kinds.delete(kind, meta, &params);

@@ -103,6 +103,14 @@ async fn work(client: Client, options: Options, cancel: CancellationToken) -> Re
     loops.spawn(deployments, q2, 5);
     loops.spawn(replica_sets, q3, 5);
     loops.spawn(slices, q4, 5);
+    let (pauses, stop) = (nodes.clone(), cancel.clone());
+    loops.tasks.spawn(async move {
+        tokio::select! {
+            () = pauses.listen_for_pauses() => {}
+            () = stop.cancelled() => {}
+        }
+        "pulse"
+    });
     loops.spawn(nodes, q5, 4);
     loops.spawn(pod_gc, q6, 1);
     loops.spawn(collector, q7, 20);

@@ -5,11 +5,16 @@
 //! and drive the others out when their tolerations end. Times are those at which *we* saw something change: the clocks
 //! of nodes are not compared with ours.
 //!
+//! Time in which this process saw nothing at all (it was stopped, or the store was) does not count against a node
+//! ([`pulse`]), and when all nodes are lost at once, nothing is evicted until the first is back and the others had
+//! their time to follow it ([`evict::Zone`]).
+//!
 //! Upstream leaves pods of a lost node in the API until the node is back or its object deleted, for it cannot know
 //! whether they still run. With [`crate::Options::force_delete_lost_pods`] they are removed, and replaced at once.
 
 mod evict;
 mod health;
+mod pulse;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +36,7 @@ use tracing::{info, warn};
 
 use crate::context::{Context, name, namespace, reference};
 use crate::error::{Failure, Step as _, gone_is_fine};
+use health::Driving;
 
 /// A margin, so that a look at a deadline comes after it.
 const MARGIN: Duration = Duration::from_millis(20);
@@ -43,12 +49,18 @@ struct Seen {
     at: Instant,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Heartbeats {
     by_node: Mutex<HashMap<String, Seen>>,
+    /// When the store last answered us.
+    pulse: Mutex<Instant>,
 }
 
 impl Heartbeats {
+    fn new() -> Self {
+        Self { by_node: Mutex::default(), pulse: Mutex::new(Instant::now()) }
+    }
+
     fn note(&self, node: &str, change: impl FnOnce(&mut Seen) -> bool) {
         let mut by_node = self.by_node.lock();
         let now = Instant::now();
@@ -84,18 +96,71 @@ impl Heartbeats {
     fn forget(&self, node: &str) {
         self.by_node.lock().remove(node);
     }
+
+    /// The store has answered. Time in which it did not, and nothing could be heard of any node, is given back.
+    fn pulse(&self) {
+        let now = Instant::now();
+        let mut last = self.pulse.lock();
+        if let Some(lost) = pulse::pause(now - *last) {
+            warn!(?lost, "nothing was seen for a while; that does not count against the nodes");
+            for seen in self.by_node.lock().values_mut() {
+                seen.at = (seen.at + lost).min(now);
+            }
+        }
+        *last = now;
+    }
+
+    /// Whether the silence of a node would mean anything: we could have heard it.
+    fn can_hear(&self) -> bool {
+        pulse::pause(self.pulse.lock().elapsed()).is_none()
+    }
 }
 
 pub(crate) struct Nodes {
     cx: Arc<Context>,
     heartbeats: Arc<Heartbeats>,
     events: EventRecorder,
+    disruption: Mutex<Disruption>,
+}
+
+/// What is remembered of the time when no node was alive.
+#[derive(Debug, Default)]
+struct Disruption {
+    full: bool,
+    /// Until then no node begins to lose its pods: all had to have their time to come back.
+    calm_until: Option<Instant>,
+}
+
+impl Disruption {
+    /// What may be done to lost nodes now, and when that may be another thing.
+    fn see(
+        &mut self,
+        zone: evict::Zone,
+        now: Instant,
+        grace: Duration,
+    ) -> (Driving, Option<Duration>) {
+        if zone == evict::Zone::Full {
+            if !std::mem::replace(&mut self.full, true) {
+                warn!("no node is alive: nothing is evicted until one is");
+            }
+            return (Driving::Stop, None);
+        }
+        if std::mem::replace(&mut self.full, false) {
+            info!(?grace, "a node is alive again; the others have this long to follow it");
+            self.calm_until = Some(now + grace);
+        }
+        match self.calm_until.map(|until| until.saturating_duration_since(now)) {
+            Some(left) if !left.is_zero() => (Driving::Continue, Some(left)),
+            _ if zone == evict::Zone::Partial => (Driving::Continue, None),
+            _ => (Driving::Begin, None),
+        }
+    }
 }
 
 impl Nodes {
     pub(crate) fn new(cx: Arc<Context>) -> (Arc<Self>, Arc<Queue<String>>) {
         let queue: Arc<Queue<String>> = Arc::new(Queue::new());
-        let heartbeats = Arc::new(Heartbeats::default());
+        let heartbeats = Arc::new(Heartbeats::new());
         let (changed, seen, nodes) = (queue.clone(), heartbeats.clone(), cx.nodes.clone());
         cx.nodes.on_change(move |change| {
             let Some(node) = change.object() else { return };
@@ -132,11 +197,28 @@ impl Nodes {
             }
         });
         let events = cx.recorder("node-controller");
-        (Arc::new(Self { cx, heartbeats, events }), queue)
+        let disruption = Mutex::default();
+        (Arc::new(Self { cx, heartbeats, events, disruption }), queue)
     }
 
-    /// Writes conditions and taints; the node as it is then.
-    async fn write(&self, node: &Node, silent: bool) -> Result<Node, Failure> {
+    /// Looks after pauses of this process and of the store, until dropped.
+    pub(crate) async fn listen_for_pauses(self: Arc<Self>) {
+        pulse::run(&self.cx, || self.heartbeats.pulse()).await;
+    }
+
+    /// How long a node may be silent.
+    fn grace(&self, node: &Node) -> Duration {
+        let options = &self.cx.options;
+        if node::condition(node, "Ready").is_some() {
+            options.node_grace
+        } else {
+            options.node_startup_grace
+        }
+    }
+
+    /// Writes conditions and taints; the node as it is then, and when the taints may have to be others without a change of
+    /// the node.
+    async fn write(&self, node: &Node, silent: bool) -> Result<(Node, Option<Duration>), Failure> {
         let api = self.cx.api::<Node>("");
         let node_name = name(&node.metadata);
         let now = Timestamp::now();
@@ -151,7 +233,18 @@ impl Nodes {
             let message = format!("Node {node_name} status is now: NodeNotReady");
             self.events.event(&reference(node), "Normal", "NodeNotReady", &message);
         }
-        if let Some(taints) = health::desired_taints(&current, now) {
+        // The change above is not in the cache yet.
+        let mut all = self.cx.nodes.list();
+        if let Some(own) = all.iter_mut().find(|own| name(&own.metadata) == node_name) {
+            *own = Arc::new(current.clone());
+        }
+        let grace = self.cx.options.node_grace;
+        let zone = evict::zone(&all, |other| {
+            let last = self.heartbeats.last(name(&other.metadata));
+            last.is_some_and(|last| last.elapsed() >= self.grace(other))
+        });
+        let (driving, other_in) = self.disruption.lock().see(zone, Instant::now(), grace);
+        if let Some(taints) = health::desired_taints(&current, driving, now) {
             let patch = json!({ "metadata": { "resourceVersion": current.metadata.resource_version },
                                 "spec": { "taints": taints } });
             current = api
@@ -161,7 +254,7 @@ impl Nodes {
             let keys: Vec<_> = taints.iter().map(|taint| taint.key.as_str()).collect();
             info!(node = node_name, taints = keys.join(","), "taints changed");
         }
-        Ok(current)
+        Ok((current, other_in))
     }
 
     /// Pods of a silent node are not ready, whatever they said last.
@@ -209,15 +302,17 @@ impl Reconciler for Nodes {
         let options = &self.cx.options;
         // A node that was there before us has its whole time from our start on.
         let last = self.heartbeats.last(key).unwrap_or_else(Instant::now);
-        let grace = if node::condition(&node, "Ready").is_some() {
-            options.node_grace
-        } else {
-            options.node_startup_grace
-        };
+        let grace = self.grace(&node);
         let silent_for = last.elapsed();
         let silent = silent_for >= grace;
-        let node = self.write(&node, silent).await?;
+        if silent && !self.heartbeats.can_hear() {
+            return Ok(Action::requeue(pulse::PERIOD));
+        }
+        let (node, other_in) = self.write(&node, silent).await?;
         let mut next = (!silent).then(|| grace - silent_for + MARGIN);
+        if let Some(wait) = other_in.filter(|_| !node::is_ready(&node)) {
+            next = Some(next.map_or(wait + MARGIN, |next| next.min(wait + MARGIN)));
+        }
         if !evict::drives_out(&node) && !health::is_unknown(&node) {
             return Ok(next.map_or(Action::done(), Action::requeue));
         }
@@ -226,11 +321,6 @@ impl Reconciler for Nodes {
         let unknown = health::is_unknown(&node);
         if unknown {
             self.mark_not_ready(&pods).await?;
-        }
-        if evict::is_disrupted(&self.cx.nodes.list()) {
-            // Rather our view of the nodes is broken than so many nodes: see `is_disrupted`. A node that comes back
-            // wakes us.
-            return Ok(next.map_or(Action::done(), Action::requeue));
         }
         let now = Timestamp::now();
         for pod in &pods {

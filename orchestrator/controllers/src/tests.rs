@@ -128,7 +128,8 @@ async fn nodes(server: FakeServer, cancel: CancellationToken) {
                 beat(&server, node);
             }
         }
-        for pod in server.list("/api/v1/pods") {
+        let pods = if alive.is_empty() { Vec::new() } else { server.list("/api/v1/pods") };
+        for pod in pods {
             let text = |pointer: &str| {
                 pod.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
             };
@@ -301,6 +302,27 @@ async fn a_foreground_deletion_ends_with_the_owner() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn objects_that_own_each_other_in_a_circle_can_be_deleted_in_the_foreground() {
+    let cluster = Cluster::start().await;
+    let path = |n: usize| format!("/api/v1/namespaces/shop/configmaps/c{n}");
+    for n in 0..3 {
+        cluster.server.put(&path(n), json!({ "metadata": { "name": format!("c{n}") } }));
+    }
+    let uid = |n: usize| cluster.server.get(&path(n)).expect("there")["metadata"]["uid"].clone();
+    for n in 0..3 {
+        let owner = (n + 2) % 3;
+        let reference = json!([{ "apiVersion": "v1", "kind": "ConfigMap", "name": format!("c{owner}"),
+                                 "uid": uid(owner), "blockOwnerDeletion": true, "controller": true }]);
+        cluster.server.change(&path(n), |map| map["metadata"]["ownerReferences"] = reference);
+    }
+    let api =
+        Api::<k8s_openapi::api::core::v1::ConfigMap>::namespaced(cluster.server.client(), "shop");
+    let params = DeleteParams { propagation: Some("Foreground"), ..DeleteParams::default() };
+    api.delete("c0", &params).await.expect("accepted");
+    eventually("all are gone", || (0..3).all(|n| cluster.server.get(&path(n)).is_none())).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_orphaning_deletion_leaves_the_pods_alone() {
     let cluster = Cluster::start().await;
     cluster.deploy(2).await;
@@ -387,6 +409,71 @@ async fn pods_of_a_lost_node_run_elsewhere_and_get_no_traffic() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn when_the_store_stood_still_no_node_is_lost_and_no_pod_moves() {
+    let cluster = Cluster::start().await;
+    cluster.deploy(4).await;
+    cluster.rolled_out(4).await;
+    let before = names(&cluster.pods());
+    let all = |dead: Value| {
+        for node in ["n1", "n2"] {
+            cluster
+                .server
+                .change(&node_path(node), |node| node["metadata"]["labels"] = dead.clone());
+        }
+    };
+    // Nodes cannot renew, we cannot read: for longer than a node's grace period.
+    all(json!({ "dead": "yes" }));
+    cluster.server.fail_next(usize::MAX);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    cluster.server.fail_next(0);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    all(json!({}));
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!(names(&cluster.pods()), before);
+    let seen = cluster.server.requests();
+    let wrote = |path: &str| {
+        seen.iter().any(|(method, asked)| *method != Method::GET && asked.starts_with(path))
+    };
+    assert!(!wrote("/api/v1/nodes/"), "no node was taken for lost");
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_no_node_is_alive_pods_stay_until_one_is_back_and_the_others_had_their_time() {
+    let cluster = Cluster::start().await;
+    cluster.deploy(4).await;
+    cluster.rolled_out(4).await;
+    let before = names(&cluster.pods());
+    let set = |node: &str, labels: Value| {
+        cluster.server.change(&node_path(node), |node| node["metadata"]["labels"] = labels);
+    };
+    for node in ["n1", "n2"] {
+        set(node, json!({ "dead": "yes" }));
+    }
+    let unknown = |node: &str| {
+        let node = cluster.server.get(&node_path(node)).unwrap_or_default();
+        node["status"]["conditions"][0]["status"] == "Unknown"
+    };
+    eventually("both are lost", || unknown("n1") && unknown("n2")).await;
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert_eq!(names(&cluster.pods()), before);
+    let back = |name: &str| {
+        set(name, json!({}));
+        cluster.server.change(&node_path(name), |node| {
+            node["status"]["conditions"] = json!([{ "type": "Ready", "status": "True" }]);
+        });
+        cluster.beat(name);
+    };
+    back("n1");
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(names(&cluster.pods()), before, "the other one may be about to follow");
+    eventually("it did not, so its pods move", || {
+        let pods = cluster.pods();
+        pods.len() == 4 && pods.iter().all(|pod| pod["spec"]["nodeName"] == "n1")
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn pods_of_a_deleted_node_are_removed() {
     let cluster = Cluster::start().await;
     cluster.deploy(4).await;
@@ -421,4 +508,25 @@ async fn endpoints_follow_pods_and_go_with_their_service() {
         cluster.server.list(SLICES).is_empty() && cluster.server.get(endpoints).is_none()
     })
     .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn endpoints_written_by_hand_become_slices_and_take_them_along() {
+    let cluster = Cluster::start().await;
+    cluster.create::<Service>("shop", json!({
+        "metadata": { "name": "db" }, "spec": { "clusterIP": "10.96.0.9", "ports": [{ "port": 5432 }] },
+    }))
+    .await;
+    let endpoints = "/api/v1/namespaces/shop/endpoints/db";
+    let subsets = |ip: &str| json!([{ "addresses": [{ "ip": ip }], "ports": [{ "port": 5432, "protocol": "TCP" }] }]);
+    cluster.server.put(endpoints, json!({ "subsets": subsets("192.0.2.7") }));
+    let address = || {
+        let slices = cluster.server.list(SLICES);
+        slices.first().map(|slice| slice["endpoints"][0]["addresses"][0].clone())
+    };
+    eventually("a slice", || address() == Some(json!("192.0.2.7"))).await;
+    cluster.server.change(endpoints, |endpoints| endpoints["subsets"] = subsets("192.0.2.8"));
+    eventually("it follows", || address() == Some(json!("192.0.2.8"))).await;
+    cluster.server.remove(endpoints);
+    eventually("it goes", || address().is_none()).await;
 }

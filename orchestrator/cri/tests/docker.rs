@@ -4,11 +4,9 @@ mod engine;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::StreamExt as _;
 use orch_cri::{
     Container, ContainerSpec, DockerRuntime, EventKind, ExecSpec, LogQuery, Mount, NetworkMode,
@@ -16,23 +14,9 @@ use orch_cri::{
 };
 use tokio::io::AsyncWriteExt as _;
 
-use crate::engine::Engine;
+use crate::engine::{Engine, tool};
 
 const IMAGE: &str = "orch-test/tool:cri";
-
-fn tool() -> Bytes {
-    let folder = tempfile::tempdir().expect("a folder");
-    let program = folder.path().join("tool");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tool/program.rs");
-    let built = Command::new(std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned()))
-        .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"])
-        .arg(&program)
-        .arg(&source)
-        .status()
-        .expect("rustc runs");
-    assert!(built.success());
-    std::fs::read(program).expect("a program").into()
-}
 
 struct Bench {
     docker: DockerRuntime,

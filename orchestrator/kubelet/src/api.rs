@@ -47,11 +47,57 @@ pub(crate) fn all_containers(pod: &Pod) -> impl Iterator<Item = &Container> {
     init_containers(pod).chain(app_containers(pod))
 }
 
+/// Containers that were added to look into a running pod. They never restart, and the pod's life is none of theirs.
+pub(crate) fn ephemeral_containers(pod: &Pod) -> impl Iterator<Item = Container> {
+    let all = pod.spec.iter().flat_map(|spec| spec.ephemeral_containers.iter().flatten());
+    all.map(|found| {
+        // Their type has the same fields and one of its own.
+        let found = found.clone();
+        Container {
+            args: found.args,
+            command: found.command,
+            env: found.env,
+            env_from: found.env_from,
+            image: found.image,
+            image_pull_policy: found.image_pull_policy,
+            name: found.name,
+            security_context: found.security_context,
+            stdin: found.stdin,
+            stdin_once: found.stdin_once,
+            termination_message_path: found.termination_message_path,
+            termination_message_policy: found.termination_message_policy,
+            tty: found.tty,
+            volume_devices: found.volume_devices,
+            volume_mounts: found.volume_mounts,
+            working_dir: found.working_dir,
+            restart_policy: Some("Never".to_owned()),
+            ..Container::default()
+        }
+    })
+}
+
+/// The container of an ephemeral one's `targetContainerName`.
+pub(crate) fn ephemeral_target<'a>(pod: &'a Pod, name: &str) -> Option<&'a str> {
+    let mut all = pod.spec.iter().flat_map(|spec| spec.ephemeral_containers.iter().flatten());
+    all.find(|found| found.name == name)?
+        .target_container_name
+        .as_deref()
+        .filter(|target| !target.is_empty())
+}
+
+/// A container of the pod, of whichever kind.
+pub(crate) fn find_container(pod: &Pod, name: &str) -> Option<Container> {
+    let named = all_containers(pod).find(|container| container.name == name).cloned();
+    named.or_else(|| ephemeral_containers(pod).find(|container| container.name == name))
+}
+
 /// What the API server was told last about a container.
 pub(crate) fn container_status<'a>(pod: &'a Pod, name: &str) -> Option<&'a ContainerStatus> {
     let status = pod.status.as_ref()?;
     let init = status.init_container_statuses.iter().flatten();
-    init.chain(status.container_statuses.iter().flatten()).find(|status| status.name == name)
+    let apps = status.container_statuses.iter().flatten();
+    let debug = status.ephemeral_container_statuses.iter().flatten();
+    init.chain(apps).chain(debug).find(|status| status.name == name)
 }
 
 /// An init container that keeps running beside the others (Kubernetes, "Sidecar Containers").

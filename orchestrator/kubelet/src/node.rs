@@ -13,6 +13,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use orch_api::k8s_openapi::api::core::v1::Node;
 use orch_client::{Api, Error, Patch};
+use orch_cri::{EngineInfo, Image};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
@@ -29,6 +30,7 @@ const MAX_IMAGES: usize = 50;
 /// A request that is dropped may or may not have reached the server; the next run looks again.
 pub(crate) async fn run(cx: Arc<Context>) {
     let mut reported: Option<(Instant, bool)> = None;
+    let mut engine = None;
     let mut failing = false;
     let mut check = tokio::time::interval(cx.options.status_check);
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -42,7 +44,7 @@ pub(crate) async fn run(cx: Arc<Context>) {
             _ = eager.tick(), if !ready => {}
         }
         let overdue = reported.is_none_or(|(at, _)| at.elapsed() >= cx.options.status_report);
-        match sync(&cx, overdue).await {
+        match sync(&cx, &mut engine, overdue).await {
             Ok(written) => {
                 failing = false;
                 reported = written.map(|ready| (Instant::now(), ready)).or(reported);
@@ -58,13 +60,19 @@ pub(crate) async fn run(cx: Arc<Context>) {
 }
 
 const EAGER: Duration = Duration::from_millis(500);
+/// How long an engine may be away before the node says that it is not ready (kubelet's baseRuntimeSyncThreshold).
+const ENGINE_PATIENCE: Duration = Duration::from_secs(30);
 /// An engine that takes longer to say what it is counts as away.
 const ENGINE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Looks, and writes what changed, or everything when it is `overdue`. Returns whether the node is Ready if something
 /// was written.
-async fn sync(cx: &Context, overdue: bool) -> Result<Option<bool>, Error> {
-    let health = health(cx).await;
+async fn sync(
+    cx: &Context,
+    engine: &mut Option<Engine>,
+    overdue: bool,
+) -> Result<Option<bool>, Error> {
+    let health = health(cx, engine).await;
     let nodes = Api::<Node>::all(cx.client());
     let name = &cx.options.node_name;
     let current = match nodes.get_opt(name).await? {
@@ -116,7 +124,30 @@ fn missing_labels(current: &Node, wanted: &Node) -> Option<Value> {
     (!missing.is_empty()).then_some(Value::Object(missing))
 }
 
-async fn health(cx: &Context) -> Health {
+/// What the engine last said of itself, and when.
+struct Engine {
+    at: Instant,
+    said: (EngineInfo, Vec<Image>),
+}
+
+/// A look at the engine, or for [`ENGINE_PATIENCE`] after it went away the last one: containers mostly outlive a restart
+/// of their engine, and a node that is not ready loses its pods.
+fn believed(
+    known: &mut Option<Engine>,
+    look: Result<(EngineInfo, Vec<Image>), String>,
+    now: Instant,
+) -> Result<(EngineInfo, Vec<Image>), String> {
+    match (look, known) {
+        (Ok(said), known) => {
+            *known = Some(Engine { at: now, said: said.clone() });
+            Ok(said)
+        }
+        (Err(_), Some(last)) if now - last.at < ENGINE_PATIENCE => Ok(last.said.clone()),
+        (Err(error), _) => Err(error),
+    }
+}
+
+async fn health(cx: &Context, known: &mut Option<Engine>) -> Health {
     let look = async {
         let info = cx.runtime().info().await?;
         let mut images = cx.runtime().images().await.unwrap_or_default();
@@ -130,6 +161,7 @@ async fn health(cx: &Context) -> Health {
             "the container engine gave no answer within {ENGINE_LIMIT:?}; look at its log"
         )),
     };
+    let engine = believed(known, engine, Instant::now());
     let root = match &engine {
         Ok((info, _)) => info.data_root.clone(),
         Err(_) => String::new(),
@@ -138,5 +170,23 @@ async fn health(cx: &Context) -> Health {
         engine,
         network: cx.network.ready().await,
         pressure: machine::Pressure::read(&cx.options.paths.lib(), &root),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_stays_ready_while_its_engine_is_away_for_less_than_half_a_minute() {
+        let info = EngineInfo { name: "docker".to_owned(), ..EngineInfo::default() };
+        let away = || Err("it is away".to_owned());
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut known = None;
+        assert!(believed(&mut known, away(), at(0)).is_err(), "it was never there");
+        assert!(believed(&mut known, Ok((info.clone(), Vec::new())), at(1)).is_ok());
+        assert_eq!(believed(&mut known, away(), at(30)), Ok((info, Vec::new())));
+        assert_eq!(believed(&mut known, away(), at(31)), Err("it is away".to_owned()));
     }
 }

@@ -19,6 +19,7 @@ use tracing::debug;
 use crate::api;
 use crate::context::Context;
 use crate::pod::observe::Observed;
+use crate::pod::plan::Unhealthy;
 use crate::probe::handler::{Miss, Target};
 
 /// A container that has run for less is at its start.
@@ -214,8 +215,8 @@ impl Prober {
             .collect()
     }
 
-    /// Running containers that a probe wants ended, with the reason.
-    pub(crate) fn unhealthy(&self, pod: &Pod, observed: &Observed) -> BTreeMap<String, String> {
+    /// Running containers that a probe wants ended.
+    pub(crate) fn unhealthy(&self, pod: &Pod, observed: &Observed) -> BTreeMap<String, Unhealthy> {
         let mut all = BTreeMap::new();
         for container in api::all_containers(pod) {
             let Some(instance) = observed.latest(&container.name) else { continue };
@@ -226,7 +227,9 @@ impl Prober {
                         container.name,
                         kind.name().to_lowercase()
                     );
-                    all.insert(instance.id().to_owned(), why);
+                    let grace_seconds =
+                        kind.of(container).and_then(|probe| probe.termination_grace_period_seconds);
+                    all.insert(instance.id().to_owned(), Unhealthy { why, grace_seconds });
                 }
             }
         }

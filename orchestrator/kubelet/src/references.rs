@@ -23,7 +23,7 @@ struct Names {
 
 fn names(pod: &Pod) -> Names {
     let mut names = Names::default();
-    for container in api::all_containers(pod) {
+    for container in api::all_containers(pod).cloned().chain(api::ephemeral_containers(pod)) {
         for source in container.env_from.iter().flatten() {
             names
                 .config_maps

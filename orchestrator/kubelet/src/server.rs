@@ -1,10 +1,11 @@
-//! The kubelet's HTTPS API: logs, exec, attach and port-forward, for the API server alone.
+//! The kubelet's HTTPS API: logs, exec, attach, port-forward and requests to pods, for the API server alone.
 //!
 //! [`tls`] authenticates the caller by certificate, this module authorises and routes, [`logs`], [`stream`] and
 //! [`port_forward`] answer, the latter two over [`websocket`] or [`spdy`].
 
 mod logs;
 mod path;
+mod pod_proxy;
 mod port_forward;
 mod spdy;
 pub(crate) mod stream;
@@ -129,6 +130,12 @@ async fn answer(shared: &Shared, caller: &Caller, request: Request<Incoming>) ->
             );
         }
     }
+    if let Some(wanted) = pod_proxy::Wanted::parse(request.uri()) {
+        return match find_target(shared, &wanted.pod).await {
+            Ok(target) => pod_proxy::answer(request, &target, &wanted).await,
+            Err((_, message)) => pod_proxy::unreached(&message),
+        };
+    }
     let route = match path::parse(request.uri().path(), request.uri().query().unwrap_or_default()) {
         Ok(route) => route,
         Err((code, message)) => return text(code, &message),
@@ -238,7 +245,7 @@ async fn find_target(
 /// The newest container of that name in the pod, or the one before it.
 async fn find(shared: &Shared, which: &path::Which, previous: bool) -> Result<Container, Refusal> {
     let pod = find_pod(shared, &which.pod)?;
-    if !api::all_containers(&pod).any(|container| container.name == which.container) {
+    if api::find_container(&pod, &which.container).is_none() {
         let message =
             format!("container {} is not valid for pod {}", which.container, which.pod.pod);
         return Err((StatusCode::BAD_REQUEST, message));

@@ -75,6 +75,8 @@ impl PodNetwork for FakeNetwork {
 struct FakeApi {
     pod: Arc<Mutex<Option<Value>>>,
     objects: Arc<Mutex<Vec<(String, Value)>>>,
+    /// Paths of all requests but those for the pod.
+    asked: Arc<Mutex<Vec<String>>>,
 }
 
 #[async_trait]
@@ -115,6 +117,7 @@ impl Transport for FakeApi {
                 _ => return Ok(answer(200, current.clone())),
             }
         }
+        self.asked.lock().push(path.clone());
         if path.ends_with("/services") {
             return Ok(answer(200, json!({ "items": [] })));
         }
@@ -151,7 +154,11 @@ impl World {
             "metadata": { "name": "web", "namespace": "shop", "uid": UID, "resourceVersion": "1", "generation": 1 },
             "spec": spec, "status": { "phase": "Pending" },
         });
-        let api = FakeApi { pod: Arc::new(Mutex::new(Some(pod.clone()))), objects: Arc::default() };
+        let api = FakeApi {
+            pod: Arc::new(Mutex::new(Some(pod.clone()))),
+            objects: Arc::default(),
+            asked: Arc::default(),
+        };
         let options = Options {
             node_name: "node-1".to_owned(),
             paths: orch_config::Paths::new(root.path()),
@@ -286,6 +293,45 @@ async fn a_restarted_agent_keeps_a_ready_pod_ready_until_its_probe_says_otherwis
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert!(world.is_ready(), "one failure is not two");
     eventually("not ready", async || !world.is_ready()).await;
+}
+
+#[tokio::test]
+async fn a_pod_is_over_only_when_its_sidecars_have_ended() {
+    let mut spec = web();
+    spec["restartPolicy"] = json!("Never");
+    spec["initContainers"] = json!([{ "name": "side", "image": "web:1", "restartPolicy": "Always",
+                                      "imagePullPolicy": "IfNotPresent" }]);
+    let world = World::new(spec);
+    eventually("ready", async || world.is_ready()).await;
+    world.runtime.exit(&world.containers("a").await[0].id, 0);
+    world.wake.notify_one();
+    eventually("over", async || {
+        let status = world.status();
+        let over = status["phase"] == "Succeeded";
+        let side = &status["initContainerStatuses"][0]["state"];
+        assert!(!over || side["terminated"].is_object(), "over with {side}");
+        over
+    })
+    .await;
+    assert_eq!(world.containers("side").await.len(), 1, "it is not started again");
+}
+
+#[tokio::test]
+async fn volumes_that_cannot_be_made_are_tried_at_their_own_pace() {
+    let mut spec = web();
+    spec["volumes"] = json!([{ "name": "v", "configMap": { "name": "late" } }]);
+    let world = World::new(spec);
+    let tries = || world.api.asked.lock().iter().filter(|path| path.ends_with("/late")).count();
+    eventually("tried", async || tries() > 0).await;
+    // The engine tells of each sandbox that is made and removed, and that wakes the worker.
+    for _ in 0..50 {
+        world.wake.notify_one();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(tries() <= 2, "{} tries in half a second", tries());
+    let map = json!({ "metadata": { "name": "late" }, "data": {} });
+    world.api.objects.lock().push(("/configmaps/late".to_owned(), map));
+    eventually("ready", async || world.is_ready()).await;
 }
 
 #[tokio::test]

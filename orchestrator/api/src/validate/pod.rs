@@ -259,11 +259,35 @@ pub(super) fn update(new: &Value, old: &Value, errors: &mut Vec<FieldError>) {
             }
         }
     }
-    // The control plane's own containers for debugging come through their own subresource.
-    copy(&mut rest, before, "ephemeralContainers");
     if rest != *before {
         errors.push(FieldError::forbidden("spec", UPDATE_FORBIDDEN));
     }
+}
+
+/// A change by the subresource `ephemeralContainers`: more may come, nothing else changes.
+pub(super) fn ephemeral_containers(new: &Value, old: &Value, errors: &mut Vec<FieldError>) {
+    let path = "spec.ephemeralContainers";
+    let (before, after) =
+        (&old["spec"]["ephemeralContainers"], &new["spec"]["ephemeralContainers"]);
+    for (_, item) in items(before) {
+        let name = item["name"].as_str().unwrap_or_default();
+        match items(after).find(|(_, other)| other["name"] == item["name"]) {
+            Some((_, other)) if other == item => {}
+            Some(_) => {
+                let detail = format!("existing ephemeral containers {name:?} may not be changed");
+                errors.push(FieldError::forbidden(path, detail));
+            }
+            None => {
+                let detail = format!("existing ephemeral containers {name:?} may not be removed");
+                errors.push(FieldError::forbidden(path, detail));
+            }
+        }
+    }
+    let mut found = Vec::new();
+    let volumes = volume::volumes(&new["spec"], "spec.volumes", &mut found);
+    container::containers(&new["spec"], "spec", &volumes, &mut found);
+    // The others were judged when they came.
+    errors.extend(found.into_iter().filter(|error| error.field.starts_with(path)));
 }
 
 fn active_deadline(before: &Value, after: &Value, errors: &mut Vec<FieldError>) {

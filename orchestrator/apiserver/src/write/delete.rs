@@ -31,21 +31,8 @@ impl Call<'_> {
             options.check(resource, self.name, &current)?;
             let mut object = current.object.clone();
             let grace = strategy::grace_seconds(resource, &object, options.grace_seconds);
-            let dependents_finalizer = match options.propagation.as_deref() {
-                Some("Foreground") => Some("foregroundDeletion"),
-                Some("Orphan") => Some("orphan"),
-                _ => None,
-            };
-            if let Some(finalizer) = dependents_finalizer {
-                let list = &mut object["metadata"]["finalizers"];
-                if !list.is_array() {
-                    *list = json!([]);
-                }
-                if let Some(list) = list.as_array_mut()
-                    && !list.iter().any(|item| item == finalizer)
-                {
-                    list.push(json!(finalizer));
-                }
+            if let Some(propagation) = options.propagation.as_deref() {
+                propagate(&mut object["metadata"], propagation);
             }
             let meta = &mut object["metadata"];
             let first = !meta["deletionTimestamp"].is_string();
@@ -64,7 +51,7 @@ impl Call<'_> {
             let bytes = encode(&object)?;
             let released = strategy::is_released(&object);
             if options.dry_run || self.dry_run()? {
-                return Ok(if released {
+                return Ok(if released && !resource.answers_deleted {
                     respond::json(StatusCode::OK, &deleted(resource, &object))
                 } else {
                     answer(StatusCode::OK, bytes, Some(current.revision), &[])
@@ -83,7 +70,7 @@ impl Call<'_> {
             match outcome {
                 Ok(revision) => {
                     self.settle(revision).await;
-                    return Ok(if released {
+                    return Ok(if released && !resource.answers_deleted {
                         respond::json(StatusCode::OK, &deleted(resource, &object))
                     } else {
                         answer(StatusCode::OK, bytes, Some(revision), &[])
@@ -120,6 +107,27 @@ impl Call<'_> {
         });
         Ok(respond::json(StatusCode::OK, &list))
     }
+}
+
+/// Leaves the one finalizer that the wanted propagation needs: who asks again may ask otherwise.
+fn propagate(meta: &mut Value, propagation: &str) {
+    let wanted = match propagation {
+        "Foreground" => Some("foregroundDeletion"),
+        "Orphan" => Some("orphan"),
+        _ => None,
+    };
+    let mut list = meta["finalizers"].as_array().cloned().unwrap_or_default();
+    let before = list.len();
+    list.retain(|one| {
+        wanted.is_some_and(|wanted| one == wanted)
+            || (one != "foregroundDeletion" && one != "orphan")
+    });
+    match wanted {
+        Some(wanted) if !list.iter().any(|one| one == wanted) => list.push(json!(wanted)),
+        _ if list.len() == before => return,
+        _ => {}
+    }
+    meta["finalizers"] = json!(list);
 }
 
 /// The answer to a deletion that is done.
@@ -211,5 +219,31 @@ impl DeleteOptions {
             return Err(fail("ResourceVersion", version, &current.revision.to_string()));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_asks_again_may_ask_for_another_propagation() {
+        let after = |finalizers: Value, propagation: &str| {
+            let mut meta = json!({ "finalizers": finalizers });
+            propagate(&mut meta, propagation);
+            meta["finalizers"].clone()
+        };
+        for (before, propagation, expected) in [
+            (json!(["x/y"]), "Foreground", json!(["x/y", "foregroundDeletion"])),
+            (json!(["orphan", "x/y"]), "Foreground", json!(["x/y", "foregroundDeletion"])),
+            (json!(["foregroundDeletion"]), "Orphan", json!(["orphan"])),
+            (json!(["foregroundDeletion", "x/y"]), "Background", json!(["x/y"])),
+            (json!(["foregroundDeletion"]), "Foreground", json!(["foregroundDeletion"])),
+        ] {
+            assert_eq!(after(before.clone(), propagation), expected, "{before} {propagation}");
+        }
+        let mut bare = json!({});
+        propagate(&mut bare, "Background");
+        assert_eq!(bare, json!({}));
     }
 }

@@ -38,6 +38,29 @@ pub(super) fn blocks(dependent: &ObjectMeta, owner: &str) -> bool {
         .any(|reference| reference.uid == owner && reference.block_owner_deletion == Some(true))
 }
 
+/// Owners that a change of their dependent keeps from going no longer.
+pub(super) fn unblocked<'a>(
+    old: &'a ObjectMeta,
+    new: &'a ObjectMeta,
+) -> impl Iterator<Item = &'a OwnerReference> {
+    let owners = old.owner_references.iter().flatten();
+    owners.filter(|owner| blocks(old, &owner.uid) && !blocks(new, &owner.uid))
+}
+
+/// Whether an object that is about to be deleted in the foreground may wait for itself: one of its dependents waits
+/// already. False alarms only mean that its owner does not wait for it.
+pub(super) fn may_be_a_circle(dependents: &[(usize, ObjectMeta)]) -> bool {
+    dependents.iter().any(|(_, dependent)| {
+        dependent.deletion_timestamp.is_some() && has_finalizer(dependent, FOREGROUND)
+    })
+}
+
+/// The object's owner references, none of which keeps its owner from going.
+pub(super) fn unblocking(meta: &ObjectMeta) -> Vec<OwnerReference> {
+    let owners = meta.owner_references.iter().flatten().cloned();
+    owners.map(|owner| OwnerReference { block_owner_deletion: Some(false), ..owner }).collect()
+}
+
 /// Whether a changed object may need anything; `exists` looks into the cache only.
 pub(super) fn is_worth_a_look(meta: &ObjectMeta, exists: impl Fn(&OwnerReference) -> bool) -> bool {
     if meta.deletion_timestamp.is_some() {

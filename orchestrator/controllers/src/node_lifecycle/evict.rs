@@ -10,7 +10,7 @@ use orch_api::{node, pod, taint};
 const NO_EXECUTE: &str = "NoExecute";
 /// What admission gives to pods that say nothing; an administrator's other wish for lost nodes takes its place.
 const DEFAULT_SECONDS: i64 = 300;
-/// From this share of lost nodes on, and more than [`DISRUPTED_LEAST`], pods stay where they are.
+/// From this share of lost nodes on, and more than [`DISRUPTED_LEAST`], no more pods are driven out.
 const DISRUPTED_PERCENT: usize = 55;
 const DISRUPTED_LEAST: usize = 2;
 
@@ -24,11 +24,27 @@ pub(super) fn drives_out(node: &Node) -> bool {
     driving(node).next().is_some()
 }
 
-/// Whether so many nodes are lost that it is rather the control plane that is cut off from them, or all would move
-/// onto the few that are left: then nothing moves (upstream's zone states, for clusters of up to 50 nodes).
-pub(super) fn is_disrupted(nodes: &[Arc<Node>]) -> bool {
-    let lost = nodes.iter().filter(|found| !node::is_ready(found)).count();
-    lost == nodes.len() || (lost > DISRUPTED_LEAST && lost * 100 >= nodes.len() * DISRUPTED_PERCENT)
+/// How much of the cluster is lost (upstream's zone states, for clusters of up to 50 nodes in one zone).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Zone {
+    /// Few nodes are lost, and their pods move.
+    Normal,
+    /// So many are lost that all their pods would move onto the few nodes that are left: no more begin to.
+    Partial,
+    /// No node is alive: it is rather the control plane that sees none of them. Nothing moves.
+    Full,
+}
+
+/// `silent`: whether a node fell silent, also when that is not written yet.
+pub(super) fn zone(nodes: &[Arc<Node>], silent: impl Fn(&Node) -> bool) -> Zone {
+    let lost = nodes.iter().filter(|found| !node::is_ready(found) || silent(found)).count();
+    if lost > 0 && lost == nodes.len() {
+        Zone::Full
+    } else if lost > DISRUPTED_LEAST && lost * 100 >= nodes.len() * DISRUPTED_PERCENT {
+        Zone::Partial
+    } else {
+        Zone::Normal
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]

@@ -19,6 +19,17 @@ const BY_CONDITION: [(&str, &str); 4] = [
     ("NetworkUnavailable", "node.kubernetes.io/network-unavailable"),
 ];
 
+/// What becomes of the taints that drive pods from lost nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Driving {
+    /// A lost node gets them.
+    Begin,
+    /// Those that are there stay, no node gets new ones.
+    Continue,
+    /// They go, and with them the time that pods have already tolerated them.
+    Stop,
+}
+
 fn ready_status(node: &Node) -> &str {
     // A node that never said anything is not ready, and not lost either.
     node::condition(node, "Ready").map_or("False", |condition| condition.status.as_str())
@@ -61,16 +72,30 @@ pub(super) fn unknown_status(node: &Node, now: Timestamp) -> Option<NodeStatus> 
 }
 
 /// The node's taints as they should be, or nothing if they are. Others' taints stay.
-pub(super) fn desired_taints(node: &Node, now: Timestamp) -> Option<Vec<Taint>> {
+pub(super) fn desired_taints(node: &Node, driving: Driving, now: Timestamp) -> Option<Vec<Taint>> {
     let spec = node.spec.clone().unwrap_or_default();
     let current = spec.taints.clone().unwrap_or_default();
     let ready = ready_status(node);
     let mut wanted: Vec<(&str, &str)> = Vec::new();
-    if ready == "False" {
-        wanted.extend([(taint::NOT_READY, NO_SCHEDULE), (taint::NOT_READY, NO_EXECUTE)]);
-    }
-    if ready == "Unknown" {
-        wanted.extend([(taint::UNREACHABLE, NO_SCHEDULE), (taint::UNREACHABLE, NO_EXECUTE)]);
+    let lost = match ready {
+        "False" => Some(taint::NOT_READY),
+        "Unknown" => Some(taint::UNREACHABLE),
+        _ => None,
+    };
+    if let Some(key) = lost {
+        wanted.push((key, NO_SCHEDULE));
+        let drives = |found: &Taint| {
+            let key = found.key.as_str();
+            found.effect == NO_EXECUTE && (key == taint::NOT_READY || key == taint::UNREACHABLE)
+        };
+        let driven = match driving {
+            Driving::Begin => true,
+            Driving::Continue => current.iter().any(drives),
+            Driving::Stop => false,
+        };
+        if driven {
+            wanted.push((key, NO_EXECUTE));
+        }
     }
     for (condition, key) in BY_CONDITION {
         if node::condition(node, condition).is_some_and(|found| found.status == "True") {

@@ -1,6 +1,6 @@
 use serde_json::{Value, json};
 
-use super::evict::{Step, is_disrupted, plan};
+use super::evict::{Step, Zone, plan, zone};
 use super::health::{desired_taints, not_ready_status, unknown_status};
 use super::*;
 
@@ -51,7 +51,7 @@ fn taints_follow_the_condition_and_leave_others_alone() {
         })
     };
     let mut lost = node("Unknown", own.clone());
-    let taints = desired_taints(&lost, now());
+    let taints = desired_taints(&lost, Driving::Begin, now());
     let expected = [
         "mine:NoExecute",
         "node.kubernetes.io/unreachable:NoSchedule",
@@ -59,11 +59,18 @@ fn taints_follow_the_condition_and_leave_others_alone() {
     ];
     assert_eq!(keys(taints.clone()), Some(expected.map(str::to_owned).to_vec()));
     lost.spec.get_or_insert_default().taints = taints;
-    assert_eq!(desired_taints(&lost, later(9)), None, "the time of the first stays");
-    lost.status = node("True", json!([])).status;
-    assert_eq!(keys(desired_taints(&lost, now())), Some(vec!["mine:NoExecute".to_owned()]));
     assert_eq!(
-        keys(desired_taints(&node("False", json!([])), now())).map(|all| all.len()),
+        desired_taints(&lost, Driving::Begin, later(9)),
+        None,
+        "the time of the first stays"
+    );
+    lost.status = node("True", json!([])).status;
+    assert_eq!(
+        keys(desired_taints(&lost, Driving::Begin, now())),
+        Some(vec!["mine:NoExecute".to_owned()])
+    );
+    assert_eq!(
+        keys(desired_taints(&node("False", json!([])), Driving::Begin, now())).map(|all| all.len()),
         Some(2)
     );
 }
@@ -72,7 +79,7 @@ fn taints_follow_the_condition_and_leave_others_alone() {
 fn a_cordoned_node_is_tainted() {
     let mut cordoned = node("True", json!([]));
     cordoned.spec.get_or_insert_default().unschedulable = Some(true);
-    let taints = desired_taints(&cordoned, now()).expect("a taint");
+    let taints = desired_taints(&cordoned, Driving::Begin, now()).expect("a taint");
     assert_eq!(
         (taints[0].key.as_str(), taints[0].effect.as_str()),
         ("node.kubernetes.io/unschedulable", "NoSchedule")
@@ -120,16 +127,49 @@ fn nothing_moves_when_nearly_all_nodes_are_lost() {
         ready.chain(lost).collect::<Vec<_>>()
     };
     for (ready, lost, expected) in [
-        (2, 1, false),
-        (1, 1, false),
-        (1, 2, false),
-        (0, 1, true),
-        (0, 3, true),
-        (1, 3, true),
-        (3, 3, false),
+        (2, 1, Zone::Normal),
+        (1, 1, Zone::Normal),
+        (1, 2, Zone::Normal),
+        (0, 0, Zone::Normal),
+        (0, 1, Zone::Full),
+        (0, 3, Zone::Full),
+        (1, 3, Zone::Partial),
+        (3, 3, Zone::Normal),
     ] {
-        assert_eq!(is_disrupted(&nodes(ready, lost)), expected, "{ready} ready, {lost} lost");
+        assert_eq!(zone(&nodes(ready, lost), |_| false), expected, "{ready} ready, {lost} lost");
     }
+    assert_eq!(zone(&nodes(2, 0), |_| true), Zone::Full, "told by their silence alone");
+}
+
+#[test]
+fn when_no_node_is_alive_pods_are_not_driven_out_and_their_time_begins_anew() {
+    let lost = node(
+        "Unknown",
+        json!([
+            { "key": "node.kubernetes.io/unreachable", "effect": "NoSchedule" },
+            { "key": "node.kubernetes.io/unreachable", "effect": "NoExecute", "timeAdded": "2026-01-01T00:00:00Z" },
+        ]),
+    );
+    let effects = |driving| {
+        desired_taints(&lost, driving, later(9))
+            .map(|taints| taints.iter().map(|one| one.effect.clone()).collect::<Vec<_>>().join(","))
+    };
+    assert_eq!(effects(Driving::Stop).as_deref(), Some("NoSchedule"));
+    assert_eq!(effects(Driving::Continue), None, "what has begun goes on");
+    let fresh = node("Unknown", json!([]));
+    let begun = desired_taints(&fresh, Driving::Continue, now()).expect("a taint");
+    assert_eq!(begun.len(), 1, "nothing new begins");
+
+    let grace = Duration::from_secs(8);
+    let start = Instant::now();
+    let mut disruption = Disruption::default();
+    let mut at = |zone, seconds| disruption.see(zone, start + Duration::from_secs(seconds), grace);
+    assert_eq!(at(Zone::Normal, 0), (Driving::Begin, None));
+    assert_eq!(at(Zone::Partial, 0), (Driving::Continue, None));
+    assert_eq!(at(Zone::Full, 0), (Driving::Stop, None));
+    assert_eq!(at(Zone::Normal, 60), (Driving::Continue, Some(grace)), "the first is back");
+    assert_eq!(at(Zone::Normal, 65), (Driving::Continue, Some(Duration::from_secs(3))));
+    assert_eq!(at(Zone::Normal, 68), (Driving::Begin, None));
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! A Docker Engine for tests: the one `ORCH_TEST_ENGINE` names, or a private one that lives as long as somebody holds
-//! it. Its data, its socket and its containerd are in a folder of their own, so the machine's engine is not touched.
+//! it, and the program of the tests' image. Its data, its socket and its containerd are in a folder of their own, so the machine's engine is not touched.
 
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
+
+use bytes::Bytes;
 
 /// How long the engine may take to listen, and to end.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -118,4 +120,20 @@ fn program() -> Result<PathBuf, &'static str> {
         .map(|folder| folder.join("dockerd"))
         .find(|program| program.is_file())
         .ok_or("dockerd is not installed")
+}
+
+/// The one program of the tests' image, built static: sandbox and app at once.
+pub(crate) fn tool() -> Bytes {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = folder.path().join("tool");
+    // This module is part of the tests of two crates that are neighbours.
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cri/tests/tool/program.rs");
+    let built = Command::new(std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned()))
+        .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"])
+        .arg(&program)
+        .arg(&source)
+        .status()
+        .expect("rustc runs");
+    assert!(built.success());
+    std::fs::read(program).expect("a program").into()
 }

@@ -68,7 +68,7 @@ fn status(
     now: Timestamp,
 ) -> NodeStatus {
     let old = current.and_then(|node| node.status.clone()).unwrap_or_default();
-    let capacity: BTreeMap<String, WireQuantity> = [
+    let mut capacity: BTreeMap<String, WireQuantity> = [
         ("cpu", Quantity::from_milli(machine.cpu_milli)),
         ("memory", Quantity::from_value(machine.memory_bytes).binary()),
         ("ephemeral-storage", Quantity::from_value(machine.disk_bytes).binary()),
@@ -76,6 +76,9 @@ fn status(
     ]
     .map(|(key, quantity)| (key.to_owned(), WireQuantity(quantity.to_string())))
     .into();
+    // Resources that others say the node has (extended ones have a domain).
+    let foreign = old.capacity.iter().flatten().filter(|(key, _)| key.contains('/'));
+    capacity.extend(foreign.map(|(key, quantity)| (key.clone(), quantity.clone())));
     let (version, images) = match &health.engine {
         Ok((engine, images)) => {
             (Some(format!("{}://{}", engine.name, engine.version)), Some(images))
@@ -273,6 +276,18 @@ mod tests {
         assert!(!is_same(&healthy, &node));
         let info = node.status.as_ref().and_then(|status| status.node_info.as_ref()).expect("info");
         assert_eq!(info.container_runtime_version, "docker://20.10.24");
+    }
+
+    #[test]
+    fn resources_that_others_announce_can_be_used_and_stay() {
+        let mut first = build(&health(), None, 10);
+        let status = first.status.get_or_insert_default();
+        let fake = ("example.com/fake".to_owned(), WireQuantity("5".to_owned()));
+        status.capacity.get_or_insert_default().extend([fake]);
+        let second = build(&health(), Some(&first), 20);
+        let allocatable = second.status.as_ref().and_then(|status| status.allocatable.clone());
+        assert_eq!(allocatable.expect("some")["example.com/fake"].0, "5");
+        assert!(is_same(&second, &build(&health(), Some(&second), 30)));
     }
 
     #[test]

@@ -58,14 +58,14 @@ impl Worker {
         Ok(Next::Done)
     }
 
-    async fn last_words(&mut self, pod: &Pod, observed: &Observed) {
+    pub(super) async fn last_words(&mut self, pod: &Pod, observed: &Observed) {
         let folder = self.cx.pod_folder(&self.pod_ref.uid);
-        for container in api::all_containers(pod) {
+        for container in api::all_containers(pod).cloned().chain(api::ephemeral_containers(pod)) {
             if let Some(instance) = observed.latest(&container.name)
                 && !self.messages.contains_key(instance.id())
             {
                 let text =
-                    super::message::read(self.cx.runtime(), &folder, container, instance).await;
+                    super::message::read(self.cx.runtime(), &folder, &container, instance).await;
                 self.messages.insert(instance.id().to_owned(), text);
             }
         }

@@ -29,6 +29,16 @@ pub(crate) struct Kill {
     pub(crate) id: String,
     pub(crate) name: String,
     pub(crate) why: String,
+    /// Seconds it gets, where that is not the pod's own number.
+    pub(crate) grace_seconds: Option<i64>,
+}
+
+/// Why a running container has to end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Unhealthy {
+    pub(crate) why: String,
+    /// The probe's `terminationGracePeriodSeconds`.
+    pub(crate) grace_seconds: Option<i64>,
 }
 
 /// A container to make and start.
@@ -71,8 +81,8 @@ impl Plan {
 pub(crate) struct Knowledge<'a> {
     /// The newest sandbox has its network.
     pub(crate) network_ready: bool,
-    /// Containers that a probe or a hook wants ended, by ID, with the reason.
-    pub(crate) unhealthy: &'a BTreeMap<String, String>,
+    /// Containers that a probe or a hook wants ended, by ID.
+    pub(crate) unhealthy: &'a BTreeMap<String, Unhealthy>,
     /// Containers whose startup probe passed, or that have none, by ID.
     pub(crate) started: &'a BTreeSet<String>,
     /// Containers that are being ended just now.
@@ -116,6 +126,14 @@ pub(crate) fn plan(pod: &Pod, observed: &Observed, known: &Knowledge<'_>) -> Pla
         } else {
             let reason = "PodInitializing".to_owned();
             plan.waiting.insert(container.name.clone(), Waiting { reason, message: String::new() });
+        }
+    }
+    for container in api::ephemeral_containers(pod) {
+        let latest = observed.latest(&container.name);
+        let ended =
+            latest.is_some_and(|found| matches!(found.container.state, State::Exited { .. }));
+        if !ended {
+            start_or_wait(pod, &container, latest, false, known, &mut plan);
         }
     }
     plan
@@ -240,8 +258,11 @@ fn plan_container(
     };
     match &instance.container.state {
         State::Running => {
-            if let Some(why) = known.unhealthy.get(instance.id()) {
-                kill(plan, known, instance, why.clone());
+            if let Some(unhealthy) = known.unhealthy.get(instance.id()) {
+                kill(plan, known, instance, unhealthy.why.clone());
+                if let Some(kill) = plan.kill.iter_mut().find(|kill| kill.id == instance.id()) {
+                    kill.grace_seconds = unhealthy.grace_seconds;
+                }
             } else if instance.container.label(labels::SPEC_HASH) != spec_hash(container) {
                 kill(
                     plan,
@@ -318,6 +339,7 @@ fn kill(plan: &mut Plan, known: &Knowledge<'_>, instance: &Instance, why: String
             id,
             name: instance.container.label(labels::CONTAINER).to_owned(),
             why,
+            grace_seconds: None,
         });
     }
 }

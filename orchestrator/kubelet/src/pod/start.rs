@@ -12,6 +12,7 @@ use orch_cri::{ContainerSpec, Error, Image, NODE_LABEL};
 
 use crate::api::{self, PodRef};
 use crate::context::Context;
+use crate::labels;
 use crate::network::Place;
 use crate::pod::container::{self, Parts, Sandbox};
 use crate::pod::env::{self, References};
@@ -195,11 +196,10 @@ pub(crate) async fn create_container(
     ips: &[IpAddr],
 ) -> Result<String, Failure> {
     let config = |message: String| waiting("CreateContainerConfigError", message);
-    let wanted = api::all_containers(pod)
-        .find(|container| container.name == start.name)
+    let wanted = api::find_container(pod, &start.name)
         .ok_or_else(|| config(format!("the pod has no container {}", start.name)))?;
     let env =
-        env::environment(pod, wanted, &cx.place(ips), &materials.references, &materials.services)
+        env::environment(pod, &wanted, &cx.place(ips), &materials.references, &materials.services)
             .map_err(config)?;
     let log = termination_path(&materials.folder, &start.name, start.attempt);
     std::fs::write(&log, b"")
@@ -216,11 +216,27 @@ pub(crate) async fn create_container(
         image_user: &image.user,
         node_memory_bytes: cx.machine.memory_bytes,
     };
-    let spec = container::container_spec(pod, wanted, parts).map_err(config)?;
+    let mut spec = container::container_spec(pod, &wanted, parts).map_err(config)?;
+    if let Some(target) = api::ephemeral_target(pod, &start.name)
+        && !spec.host_pid
+        && spec.pid_of.is_none()
+    {
+        let found = running(cx, pod, target).await?;
+        spec.pid_of = Some(found.ok_or_else(|| {
+            waiting("CreateContainerError", format!("container {target} does not run"))
+        })?);
+    }
     create(cx, &spec).await.map_err(|error| match error {
         error if error.is_unavailable() => Failure::Engine(error),
         error => waiting("CreateContainerError", error.to_string()),
     })
+}
+
+/// ID of the pod's running container of that name.
+async fn running(cx: &Context, pod: &Pod, name: &str) -> Result<Option<String>, Failure> {
+    let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+    let found = cx.runtime().list(&[(labels::POD_UID, uid), (labels::CONTAINER, name)]).await?;
+    Ok(found.into_iter().find(orch_cri::Container::is_running).map(|found| found.id))
 }
 
 /// Any user of the container may leave a message.

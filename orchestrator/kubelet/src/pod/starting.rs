@@ -46,6 +46,9 @@ impl Worker {
             return Ok(Some(after - Instant::now()));
         }
         let now = Instant::now();
+        if let Some(after) = self.mounts_after.filter(|after| *after > now) {
+            return Ok(Some(after - now));
+        }
         self.refused.retain(|name, (_, until)| {
             *until > now || !plan.start.iter().any(|start| start.name == *name)
         });
@@ -75,6 +78,13 @@ impl Worker {
         if images.is_empty() && plan.sandbox.is_none() {
             return Ok(Some(pulls_due.unwrap_or(CONFIG_RETRY)));
         }
+        // Sandbox and volumes are made side by side, unless that was in vain the last time.
+        if self.mounts_after.is_some()
+            && let Err(error) = self.materials(pod, &folder).await
+        {
+            return self.not_mounted(pod, error);
+        }
+        self.mounts_after = None;
         match plan.sandbox {
             Some(attempt) => {
                 start::write_files(&cx, pod, &folder, &[])
@@ -166,14 +176,10 @@ impl Worker {
         let mut found = Vec::new();
         let mut again: Option<Duration> = None;
         for start in due {
-            let Some(container) =
-                api::all_containers(pod).find(|container| container.name == start.name)
-            else {
-                continue;
-            };
+            let Some(container) = api::find_container(pod, &start.name) else { continue };
             let images = &self.cx.images;
             match images
-                .ensure(pod, container, start.attempt, &self.credentials, &self.wake)
+                .ensure(pod, &container, start.attempt, &self.credentials, &self.wake)
                 .await?
             {
                 Outcome::Present(image) => found.push((start.clone(), image)),
@@ -227,7 +233,9 @@ impl Worker {
         })
     }
 
-    fn not_mounted(&self, pod: &Pod, error: String) -> Result<Option<Duration>, Error> {
+    /// What the worker itself has made and removed wakes it: the next try has a time of its own.
+    fn not_mounted(&mut self, pod: &Pod, error: String) -> Result<Option<Duration>, Error> {
+        self.mounts_after = Some(Instant::now() + CONFIG_RETRY);
         self.cx.events.pod(pod, "Warning", "FailedMount", &error);
         Ok(Some(CONFIG_RETRY))
     }

@@ -14,6 +14,9 @@ use crate::api;
 use crate::pod::observe::{Instance, Observed};
 use crate::pod::plan::Waiting;
 
+/// Exit code of a container that could not be started.
+const START_ERROR_CODE: i32 = 128;
+
 /// What the status tells that is not in the pod or the engine.
 pub(crate) struct Facts<'a> {
     pub(crate) node_ips: &'a [IpAddr],
@@ -46,6 +49,10 @@ pub(crate) fn status(pod: &Pod, observed: &Observed, facts: &Facts<'_>) -> PodSt
         };
     let init = statuses(&mut api::init_containers(pod), true);
     let apps = statuses(&mut api::app_containers(pod), false);
+    let debug: Vec<_> = api::ephemeral_containers(pod)
+        .map(|container| container_status(pod, &container, observed, facts, false))
+        .map(|status| ContainerStatus { ready: false, ..status })
+        .collect();
     // A pod that reached its end stays there.
     let phase = match old.phase.as_deref() {
         Some(done @ ("Succeeded" | "Failed")) => done.to_owned(),
@@ -70,6 +77,7 @@ pub(crate) fn status(pod: &Pod, observed: &Observed, facts: &Facts<'_>) -> PodSt
     PodStatus {
         conditions: Some(conditions),
         container_statuses: Some(apps),
+        ephemeral_container_statuses: (!debug.is_empty()).then_some(debug),
         host_ip: facts.node_ips.first().map(IpAddr::to_string),
         host_ips: Some(facts.node_ips.iter().map(|ip| HostIP { ip: ip.to_string() }).collect()),
         init_container_statuses: has_init.then_some(init),
@@ -237,6 +245,8 @@ fn terminated(instance: &Instance, facts: &Facts<'_>) -> Option<ContainerStateTe
         (0, ..) => "Completed",
         _ => "Error",
     };
+    // The runtime's word for it, whatever number the engine gives it (CRI, containerd).
+    let code = if reason == "StartError" { START_ERROR_CODE } else { code };
     let message = facts.messages.get(instance.id()).filter(|text| !text.is_empty());
     Some(ContainerStateTerminated {
         container_id: Some(format!("{}://{}", facts.engine, instance.id())),

@@ -20,7 +20,7 @@ use crate::pod::backoff::Backoff;
 use crate::pod::env::References;
 use crate::pod::network_state::Connected;
 use crate::pod::observe::{Observed, observe};
-use crate::pod::plan::{self, Kill, Knowledge, Plan, Waiting};
+use crate::pod::plan::{self, Kill, Knowledge, Plan, Unhealthy, Waiting};
 use crate::pod::report::Latest;
 use crate::pod::{message, status, stop};
 use crate::probe::Prober;
@@ -84,6 +84,8 @@ pub(crate) struct Worker {
     pub(super) connected: Option<Connected>,
     /// Why containers could not be started at the last try, and when the next one is due.
     pub(super) refused: BTreeMap<String, (Waiting, Instant)>,
+    /// When the volumes may be tried again, after they could not be made.
+    pub(super) mounts_after: Option<Instant>,
     /// No new sandbox before this time, and how long that was for.
     pub(super) sandbox_after: Option<(Instant, Duration)>,
     pub(super) references: Option<References>,
@@ -122,6 +124,7 @@ impl Worker {
             tokens: Tokens::default(),
             connected,
             refused: BTreeMap::new(),
+            mounts_after: None,
             sandbox_after: None,
             references: None,
             credentials: Vec::new(),
@@ -275,7 +278,12 @@ impl Worker {
             if acts { observe(self.cx.runtime(), &self.pod_ref.uid).await? } else { observed };
         self.look(&pod, &observed).await;
         let plan = self.plan(&pod, &observed);
-        self.report(&pod, &observed, &plan).await?;
+        let status = self.status(&pod, &observed, &plan);
+        if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
+            self.conclude(&pod, &observed).await?;
+        } else {
+            self.send(&status).await?;
+        }
         if self.latest.as_ref().is_some_and(|latest| orch_api::pod::is_terminal(&latest.pod)) {
             return Ok(Next::Again);
         }
@@ -292,11 +300,12 @@ impl Worker {
     /// Updates what the worker knows about the containers: probes, last words, the sandbox's network.
     async fn look(&mut self, pod: &Arc<Pod>, observed: &Observed) {
         let folder = self.cx.pod_folder(&self.pod_ref.uid);
-        for container in api::all_containers(pod) {
+        for container in api::all_containers(pod).cloned().chain(api::ephemeral_containers(pod)) {
             for instance in observed.containers.get(&container.name).into_iter().flatten() {
                 let ended = matches!(instance.container.state, State::Exited { .. });
                 if ended && !self.messages.contains_key(instance.id()) {
-                    let text = message::read(self.cx.runtime(), &folder, container, instance).await;
+                    let text =
+                        message::read(self.cx.runtime(), &folder, &container, instance).await;
                     self.messages.insert(instance.id().to_owned(), text);
                 }
             }
@@ -329,7 +338,11 @@ impl Worker {
 
     fn plan(&self, pod: &Pod, observed: &Observed) -> Plan {
         let mut unhealthy = self.prober.unhealthy(pod, observed);
-        unhealthy.extend(self.spoilt.clone());
+        unhealthy.extend(
+            self.spoilt
+                .iter()
+                .map(|(id, why)| (id.clone(), Unhealthy { why: why.clone(), grace_seconds: None })),
+        );
         let known = Knowledge {
             network_ready: !self.ips(observed).is_empty(),
             unhealthy: &unhealthy,
@@ -356,15 +369,20 @@ impl Worker {
 
     /// Ends containers beside the worker, so that the others go on.
     fn kill(&mut self, pod: &Arc<Pod>, observed: &Observed, kills: &[Kill]) {
-        let grace = Duration::from_secs(u64::try_from(api::grace_seconds(pod)).unwrap_or(0));
         let ip = self.ips(observed).first().copied();
         for kill in kills {
+            let seconds = kill.grace_seconds.unwrap_or_else(|| api::grace_seconds(pod));
+            let grace = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
             let Some(instance) =
                 observed.instances().find(|instance| instance.id() == kill.id).cloned()
             else {
                 continue;
             };
-            let message = format!("Stopping container {}: {}", kill.name, kill.why);
+            let message = if kill.why.starts_with("Container ") {
+                kill.why.clone()
+            } else {
+                format!("Stopping container {}: {}", kill.name, kill.why)
+            };
             self.cx.events.container(pod, &kill.name, "Normal", "Killing", &message);
             self.busy.insert(kill.id.clone());
             let (cx, pod, id) = (self.cx.clone(), pod.clone(), kill.id.clone());
@@ -406,9 +424,10 @@ impl Worker {
 
     fn waiting(&self, plan: &Plan) -> BTreeMap<String, Waiting> {
         let mut waiting = plan.waiting.clone();
-        waiting.extend(
-            self.refused.iter().map(|(name, (waiting, _))| (name.clone(), waiting.clone())),
-        );
+        // Only what is to start still waits: one that never restarts is over with its first failure.
+        let wanted = |name: &String| plan.start.iter().any(|start| start.name == *name);
+        let refused = self.refused.iter().filter(|(name, _)| wanted(name));
+        waiting.extend(refused.map(|(name, (waiting, _))| (name.clone(), waiting.clone())));
         waiting
     }
 
@@ -439,8 +458,13 @@ impl Worker {
         status::status(pod, observed, &facts)
     }
 
-    async fn report(&mut self, pod: &Pod, observed: &Observed, plan: &Plan) -> Result<(), Error> {
-        let status = self.status(pod, observed, plan);
+    /// All that decides about the pod has ended: sidecars end too, and then the end is told.
+    async fn conclude(&mut self, pod: &Arc<Pod>, observed: &Observed) -> Result<(), Error> {
+        self.prober.stop();
+        self.end_containers(Some(pod), observed).await?;
+        let observed = observe(self.cx.runtime(), &self.pod_ref.uid).await?;
+        self.last_words(pod, &observed).await;
+        let status = self.status_with(pod, &observed, &BTreeMap::new(), false, None);
         self.send(&status).await
     }
 

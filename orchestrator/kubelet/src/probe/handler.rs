@@ -195,7 +195,7 @@ async fn http_get(target: &Target, get: &HTTPGetAction, agent: &str) -> Result<(
     };
     let answer = if https {
         let name = tls::server_name(&host)?;
-        let connector = TlsConnector::from(tls::unverified_client());
+        let connector = TlsConnector::from(orch_client::unverified_tls());
         let stream = connector.connect(name, stream).await.map_err(|error| failed(&error))?;
         exchange(TokioIo::new(stream), request).await
     } else {

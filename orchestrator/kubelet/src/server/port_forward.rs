@@ -233,7 +233,7 @@ impl Target {
     ///
     /// # Errors
     /// Why the first of them cannot be reached.
-    async fn connect(&self, port: u16) -> Result<TcpStream, String> {
+    pub(super) async fn connect(&self, port: u16) -> Result<TcpStream, String> {
         let mut first = None;
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         for ip in std::iter::once(loopback).chain(self.pod_ips.iter().copied()) {

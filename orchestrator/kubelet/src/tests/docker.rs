@@ -5,8 +5,6 @@ mod engine;
 
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
-use std::process::Command;
 use std::time::Instant;
 
 use futures::{SinkExt as _, StreamExt as _};
@@ -15,7 +13,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::Role;
 
-use self::engine::Engine;
+use self::engine::{Engine, tool};
 use super::*;
 use crate::manager::Manager;
 use crate::network::CniNetwork;
@@ -47,21 +45,6 @@ VERSION) echo '{"cniVersion":"1.1.0","supportedVersions":["1.1.0"]}' ;;
 esac
 "#;
 
-/// The static program that is sandbox and app at once.
-fn tool() -> Bytes {
-    let folder = tempfile::tempdir().expect("a folder");
-    let program = folder.path().join("tool");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cri/tests/tool/program.rs");
-    let built = Command::new(std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned()))
-        .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"])
-        .arg(&program)
-        .arg(&source)
-        .status()
-        .expect("rustc runs");
-    assert!(built.success());
-    std::fs::read(program).expect("a program").into()
-}
-
 struct Node {
     runtime: Arc<DockerRuntime>,
     api: FakeApi,
@@ -90,7 +73,7 @@ impl Node {
         std::fs::write(&plugin, PLUGIN).expect("written");
         std::fs::set_permissions(&plugin, std::fs::Permissions::from_mode(0o755)).expect("a mode");
         std::fs::write(paths.subnet_env(), "").expect("written");
-        let api = FakeApi { pod: Arc::default(), objects: Arc::default() };
+        let api = FakeApi { pod: Arc::default(), objects: Arc::default(), asked: Arc::default() };
         let options = Options {
             node_name: name.to_owned(),
             client: Client::new(api.clone()),

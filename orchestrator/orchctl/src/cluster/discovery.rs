@@ -2,15 +2,12 @@
 //! have the public key that the join command names (kubeadm's "token-based discovery with CA pinning").
 //!
 //! The connection is encrypted but not verified, so nothing secret goes over it and nothing it says is believed but what
-//! the pin proves. It has code of its own so that the client proper needs no switch that turns verification off.
+//! the pin proves. The client proper has no switch that turns verification off.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, SignatureScheme};
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -58,15 +55,9 @@ async fn ask(server: &str) -> anyhow::Result<Vec<u8>> {
     let host = server.rsplit_once(':').context("name it as HOST:PORT")?.0;
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let name = ServerName::try_from(host.to_owned()).context("not a host's name")?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
-        .with_no_client_auth();
     let stream = TcpStream::connect(server).await?;
-    let mut stream =
-        tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
+    let connector = tokio_rustls::TlsConnector::from(orch_client::unverified_tls());
+    let mut stream = connector.connect(name, stream).await?;
     // HTTP/1.0: the answer ends with the connection.
     let request = format!(
         "GET {} HTTP/1.0\r\nHost: {server}\r\nAccept: application/json\r\n\r\n",
@@ -95,55 +86,6 @@ fn body(answer: &[u8]) -> anyhow::Result<Vec<u8>> {
         bail!("it answers {}", head.lines().next().unwrap_or_default());
     }
     Ok(answer[end + 4..].to_vec())
-}
-
-/// Takes every certificate; the signature of the handshake is checked all the same.
-#[derive(Debug)]
-struct Anybody(Arc<rustls::crypto::CryptoProvider>);
-
-impl ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(
-            message,
-            cert,
-            dss,
-            &self.0.signature_verification_algorithms,
-        )
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(
-            message,
-            cert,
-            dss,
-            &self.0.signature_verification_algorithms,
-        )
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
 }
 
 #[cfg(test)]

@@ -32,6 +32,9 @@ pub(super) fn containers(
                 errors.push(FieldError::duplicate(format!("{at}.name"), &item["name"]));
             }
             let sidecar = item["restartPolicy"] == "Always";
+            if list == "ephemeralContainers" {
+                ephemeral(item, spec, &at, errors);
+            }
             if list == "initContainers" && !sidecar {
                 for handler in ["lifecycle", "livenessProbe", "readinessProbe", "startupProbe"] {
                     if !item[handler].is_null() {
@@ -52,6 +55,30 @@ pub(super) fn containers(
                 errors,
             );
         }
+    }
+}
+
+/// What a container for debugging may not have, and whom it looks at.
+fn ephemeral(item: &Value, spec: &Value, at: &str, errors: &mut Vec<FieldError>) {
+    for field in
+        ["lifecycle", "livenessProbe", "ports", "readinessProbe", "resources", "startupProbe"]
+    {
+        let set = match &item[field] {
+            Value::Object(map) => !map.is_empty(),
+            Value::Array(list) => !list.is_empty(),
+            _ => false,
+        };
+        if set {
+            let detail = "cannot be set for an Ephemeral Container";
+            errors.push(FieldError::forbidden(format!("{at}.{field}"), detail));
+        }
+    }
+    let target = &item["targetContainerName"];
+    let known = ["containers", "initContainers"]
+        .iter()
+        .any(|list| items(&spec[*list]).any(|(_, container)| container["name"] == *target));
+    if target.as_str().is_some_and(|target| !target.is_empty()) && !known {
+        errors.push(FieldError::not_found(format!("{at}.targetContainerName"), target));
     }
 }
 

@@ -46,7 +46,7 @@ fn exited(code: i64) -> State {
 
 #[derive(Default)]
 struct World {
-    unhealthy: BTreeMap<String, String>,
+    unhealthy: BTreeMap<String, Unhealthy>,
     started: BTreeSet<String>,
     busy: BTreeSet<String>,
     backoff: Backoff,
@@ -185,9 +185,11 @@ fn a_sidecar_holds_the_others_back_until_it_has_started() {
 fn an_unhealthy_container_is_killed_once() {
     let pod = web();
     let mut world = World::default();
-    world.unhealthy.insert("a-0".to_owned(), "failed liveness probe".to_owned());
+    let why = "failed liveness probe".to_owned();
+    world.unhealthy.insert("a-0".to_owned(), Unhealthy { why, grace_seconds: Some(5) });
     let all = vec![found(&pod, "POD", 0, State::Running), found(&pod, "a", 0, State::Running)];
-    assert_eq!(world.plan(&pod, all.clone()).kill.len(), 1);
+    let kill = world.plan(&pod, all.clone()).kill;
+    assert_eq!(kill.iter().map(|kill| kill.grace_seconds).collect::<Vec<_>>(), [Some(5)]);
     world.busy.insert("a-0".to_owned());
     assert!(world.plan(&pod, all).is_empty());
 }
@@ -216,4 +218,17 @@ fn only_the_last_two_instances_are_kept() {
     let mut plan = World::default().plan(&pod, all);
     plan.remove.sort();
     assert_eq!(plan.remove, ["a-0", "a-1"]);
+}
+
+#[test]
+fn a_container_for_debugging_starts_beside_the_others_and_never_again() {
+    let pod = pod(json!({ "containers": [{ "name": "a" }],
+                          "ephemeralContainers": [{ "name": "debug", "targetContainerName": "a" }] }));
+    let mut all = vec![found(&pod, "POD", 0, State::Running), found(&pod, "a", 0, State::Running)];
+    assert_eq!(World::default().plan(&pod, all.clone()).start, [start("debug", 0)]);
+    all.push(found(&pod, "debug", 0, State::Running));
+    assert!(World::default().plan(&pod, all.clone()).is_empty());
+    all.pop();
+    all.push(found(&pod, "debug", 0, exited(1)));
+    assert!(World::default().plan(&pod, all).is_empty());
 }
