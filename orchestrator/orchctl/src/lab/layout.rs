@@ -37,6 +37,28 @@ pub(crate) struct Config {
     pub(crate) underlay: Ipv4Network,
     /// Short failure timers, so that a killed node is noticed in seconds.
     pub(crate) fast: bool,
+    /// What agents are told about NetworkPolicies when they start; without it, nothing.
+    #[serde(default)]
+    pub(crate) policy: Option<Policy>,
+}
+
+/// Whether agents enforce NetworkPolicies, as their flag `--policy` has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Policy {
+    Off,
+    Auto,
+    On,
+}
+
+impl Policy {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Auto => "auto",
+            Self::On => "on",
+        }
+    }
 }
 
 impl Config {
@@ -126,7 +148,10 @@ impl Lab {
             return Ok(Some(lab));
         }
         let underlay = DEFAULT_UNDERLAY.parse().context("a constant")?;
-        Ok(Some(Self { dir, config: Config { nodes: MAX_NODES, underlay, fast: true } }))
+        Ok(Some(Self {
+            dir,
+            config: Config { nodes: MAX_NODES, underlay, fast: true, policy: None },
+        }))
     }
 
     /// The lab in `dir`, or an error that says how to make one.
@@ -146,7 +171,7 @@ impl Lab {
     ///
     /// # Errors
     /// The folder is in use for something else, or the lab in it is another one.
-    pub(crate) fn new(dir: &Path, config: Config) -> anyhow::Result<Self> {
+    pub(crate) fn new(dir: &Path, mut config: Config) -> anyhow::Result<Self> {
         config.check()?;
         let dir = absolute(dir)?;
         if dir.as_os_str().len() > MAX_DIR_BYTES {
@@ -162,6 +187,7 @@ impl Lab {
                     format!("there is already a lab in {} with {why}", dir.display()),
                 )
             })?;
+            config.policy = config.policy.or(before.config.policy);
         } else if fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some()) {
             // `down` removes the whole folder, so nothing else may be in it.
             bail!(
@@ -281,7 +307,10 @@ mod tests {
 
     fn lab(nodes: u8) -> Lab {
         let underlay = DEFAULT_UNDERLAY.parse().expect("a constant");
-        Lab { dir: PathBuf::from("/lab"), config: Config { nodes, underlay, fast: true } }
+        Lab {
+            dir: PathBuf::from("/lab"),
+            config: Config { nodes, underlay, fast: true, policy: None },
+        }
     }
 
     #[test]

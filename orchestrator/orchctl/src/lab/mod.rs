@@ -39,6 +39,9 @@ pub(crate) enum Command {
         /// lab's short ones
         #[arg(long)]
         default_timings: bool,
+        /// Whether agents enforce NetworkPolicies; one that runs keeps what it was started with until `lab restart`
+        #[arg(long)]
+        policy: Option<layout::Policy>,
     },
     /// End the lab and remove everything it made
     #[command(after_help = "Example: orchctl lab down")]
@@ -91,9 +94,10 @@ pub(crate) enum Command {
 /// Runs one command; returns the exit code.
 pub(crate) async fn run(command: Command, dir: &Path) -> anyhow::Result<u8> {
     match command {
-        Command::Up { nodes, underlay, default_timings } => {
+        Command::Up { nodes, underlay, default_timings, policy } => {
             need_root("makes network namespaces and starts a Docker engine")?;
-            let lab = Lab::new(dir, layout::Config { nodes, underlay, fast: !default_timings })?;
+            let config = layout::Config { nodes, underlay, fast: !default_timings, policy };
+            let lab = Lab::new(dir, config)?;
             fleet::up(&lab).await?;
         }
         Command::Down => {
