@@ -56,7 +56,7 @@ pub(crate) struct Flags {
     #[arg(long, value_delimiter = ',')]
     upstream_dns: Vec<std::net::IpAddr>,
     /// Enforce NetworkPolicies: `auto` does it where the kernel can, `on` starts no pod without
-    #[arg(long, value_name = "off|auto|on", env = "ORCH_POLICY", default_value_t)]
+    #[arg(long, value_name = "off|auto|on", env = "ORCH_POLICY", default_value_t = orch_netagent::policy::Mode::Auto)]
     policy: orch_netagent::policy::Mode,
     /// Short failure timers, as for `orchestrator server`
     #[arg(long)]
