@@ -12,7 +12,8 @@ fn main() {
     let progs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../progs");
     let source = progs.join("policy.bpf.c");
     let object = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("policy.o");
-    println!("cargo:rerun-if-changed={}", progs.display());
+    // From the package's folder: a copy of the tree is not to look at the original.
+    println!("cargo:rerun-if-changed=../progs");
     println!("cargo:rerun-if-env-changed=CLANG");
     let clang = clang();
     let status = Command::new(&clang)

@@ -21,6 +21,16 @@ static __always_inline int check_arp(struct __sk_buff *skb, const struct endpoin
 	return is_same_mac(arp.sender_mac, endpoint->mac) ? REASON_ARP : REASON_SPOOF;
 }
 
+/* A pod that says it is a router would get its neighbours' packets (CVE-2020-10749). */
+static __always_inline int is_router_advertisement(struct __sk_buff *skb)
+{
+	__u8 next = 0, type = 0;
+
+	bpf_skb_load_bytes(skb, sizeof(struct eth_header) + IPV6_NEXT_HEADER, &next, sizeof(next));
+	bpf_skb_load_bytes(skb, sizeof(struct eth_header) + IPV6_HEADER_LEN, &type, sizeof(type));
+	return next == IPPROTO_ICMPV6 && type == ICMPV6_ROUTER_ADVERTISEMENT;
+}
+
 /* No pod speaks VXLAN to a node: it could put frames into any pod's network. */
 static __always_inline int is_encapsulated(const struct packet *packet, __u32 daddr_flags)
 {
@@ -55,6 +65,8 @@ static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct e
 		return REASON_OTHER_PROTOCOL;
 	if (eth.type == bpf_htons(ETH_P_ARP))
 		return check_arp(skb, endpoint);
+	if (eth.type == bpf_htons(ETH_P_IPV6))
+		return is_router_advertisement(skb) ? REASON_SPOOF : judge_ipv6(endpoint, EGRESS);
 	if (eth.type != bpf_htons(ETH_P_IP))
 		return REASON_OTHER_PROTOCOL;
 	reason = parse_packet(skb, endpoint->uid, EGRESS, 0, packet);

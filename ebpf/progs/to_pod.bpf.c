@@ -18,6 +18,8 @@ static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct end
 	/* Senders are checked where they send. */
 	if (eth.type == bpf_htons(ETH_P_ARP) && !skb->vlan_present)
 		return REASON_ARP;
+	if (eth.type == bpf_htons(ETH_P_IPV6) && !skb->vlan_present)
+		return skb->ingress_ifindex ? judge_ipv6(endpoint, INGRESS) : REASON_NODE;
 	if (eth.type != bpf_htons(ETH_P_IP) || skb->vlan_present)
 		return REASON_OTHER_PROTOCOL;
 	reason = parse_packet(skb, endpoint->uid, INGRESS, endpoint->addr, packet);

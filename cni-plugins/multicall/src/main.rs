@@ -11,11 +11,12 @@ use std::process::ExitCode;
 type Main = fn() -> ExitCode;
 
 /// Each plugin by its name.
-const PLUGINS: [(&str, Main); 6] = [
+const PLUGINS: [(&str, Main); 7] = [
     ("bandwidth", cni_bandwidth::main),
     ("bridge", cni_bridge::main),
     ("host-local", || cni_skel::main(&cni_ipam::HostLocal)),
     ("loopback", cni_loopback::main),
+    ("policy", cni_policy::main),
     ("portmap", cni_portmap::main),
     ("vxlan", || cni_skel::main(&cni_vxlan::Vxlan)),
 ];

@@ -8,7 +8,8 @@ use std::process::{Command, Output, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const NAMES: [&str; 6] = ["bandwidth", "bridge", "host-local", "loopback", "portmap", "vxlan"];
+const NAMES: [&str; 7] =
+    ["bandwidth", "bridge", "host-local", "loopback", "policy", "portmap", "vxlan"];
 
 fn installed() -> TempDir {
     let dir = tempfile::tempdir().expect("temporary folder");

@@ -7,8 +7,6 @@
 //! Keys of the configuration: `root`, below which the BPF file system with the programs is; `stateDir`, for what DEL has
 //! to know; `socket` of the agent. Start reading at [`Policy`].
 
-mod kept;
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
@@ -16,15 +14,13 @@ use std::time::Duration;
 
 use cni_netlink::{Link, NetNs, Netlink, NetlinkError};
 use cni_skel::{AddRequest, CheckRequest, DelRequest, GcRequest, Plugin, StatusRequest};
-use cni_spec::{AddResult, CniArgs, Error, IfName, code};
+use cni_spec::{AddResult, AttachmentId, CniArgs, Error, IfName, NetworkName, code};
 use ipnetwork::IpNetwork;
 use orch_ebpf_loader::{
-    Announcement, Hook, Maps, Pins, PodRef, Request, ask, attach, is_attached, sweep,
+    Announcement, Hook, Kept, Maps, Pins, PodRef, Request, ask, attach, is_attached, sweep,
 };
 use orch_ebpf_maps::{ADDRESS_NODE, ClassKey, Endpoint, state};
 use serde::Deserialize;
-
-use crate::kept::Kept;
 
 /// The agent answers in milliseconds, but may have to wait for its watch to show the pod.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -87,7 +83,10 @@ impl Plugin for Policy {
         };
         // Kept before anything is made. A failure from here on leaves the pod closed, not open: taking the programs
         // away is for DEL, which the runtime owes after a failed ADD, and which removes the link as well.
-        Kept::new(&req.conf.state_dir, &req.name).write(&req.attachment(), &made)?;
+        let id = req.attachment();
+        kept(&req.conf, &req.name)
+            .write(id.container_id.as_ref(), id.ifname.as_str(), &made)
+            .map_err(io)?;
         if let Some(gateway) = subject.gateway {
             maps.put_address(ClassKey::host(gateway), ADDRESS_NODE).map_err(again)?;
         }
@@ -109,12 +108,14 @@ impl Plugin for Policy {
     }
 
     fn del(&self, req: DelRequest<Conf>) -> Result<(), Error> {
-        remove(&req.conf, &Kept::new(&req.conf.state_dir, &req.name), &req.attachment())
+        remove(&req.conf, &kept(&req.conf, &req.name), &req.attachment())
     }
 
     fn check(&self, req: CheckRequest<Conf>) -> Result<(), Error> {
         let bad = |msg: String| Err(Error::new(code::CHECK_FAILED, msg));
-        let Some(made) = Kept::new(&req.conf.state_dir, &req.name).read(&req.attachment()) else {
+        let id = req.attachment();
+        let kept = kept(&req.conf, &req.name);
+        let Some(made) = kept.read(id.container_id.as_ref(), id.ifname.as_str()) else {
             return bad("nothing is known of this attachment".to_owned());
         };
         let pins = Pins::below(&req.conf.root);
@@ -143,8 +144,14 @@ impl Plugin for Policy {
 
     /// DEL for what is kept of attachments that are gone.
     fn gc(&self, req: GcRequest<Conf>) -> Result<(), Error> {
-        let kept = Kept::new(&req.conf.state_dir, &req.name);
-        let gone = kept.all()?.into_iter().filter(|id| !req.valid.contains(id));
+        let kept = kept(&req.conf, &req.name);
+        let known = kept.all().map_err(io)?.into_iter().filter_map(|(container, ifname)| {
+            Some(AttachmentId {
+                container_id: container.parse().ok()?,
+                ifname: ifname.parse().ok()?,
+            })
+        });
+        let gone = known.filter(|id| !req.valid.contains(id));
         let errors = gone
             .filter_map(|id| remove(&req.conf, &kept, &id).err().map(|error| error.context(id)))
             .collect();
@@ -185,7 +192,8 @@ impl Subject {
                 IpNetwork::V6(_) => None,
             },
         );
-        let (addr, gateway) = ip.ok_or_else(|| missing("IPv4 address"))?;
+        // In a network of IPv6 alone: no IPv4 packet is the pod's then.
+        let (addr, gateway) = ip.unwrap_or((std::net::Ipv4Addr::UNSPECIFIED, None));
         let gateway = match gateway {
             Some(std::net::IpAddr::V4(gateway)) => Some(gateway),
             _ => None,
@@ -232,6 +240,14 @@ fn no_container(error: NetlinkError) -> Error {
     Error::from_chain(code, &error).context("CNI_NETNS")
 }
 
+fn kept(conf: &Conf, network: &NetworkName) -> Kept {
+    Kept::of(&conf.state_dir, network.as_ref())
+}
+
+fn io(error: orch_ebpf_loader::Error) -> Error {
+    Error::from_chain(code::IO, &error)
+}
+
 /// The maps, once the agent has put programs and settings there.
 fn open(pins: &Pins) -> Result<Maps, Error> {
     if !pins.are_there() {
@@ -262,8 +278,11 @@ fn attach_all(pins: &Pins, link: &Link) -> Result<(), Error> {
 
 /// Undoes ADD, as far as there is something. The programs stay on the link, without an endpoint, so that it is closed
 /// until the plugin that made it has removed it; their pins go with the next DEL or with the agent's sweep.
-fn remove(conf: &Conf, kept: &Kept, id: &cni_spec::AttachmentId) -> Result<(), Error> {
-    let Some(made) = kept.read(id) else { return kept.remove(id) };
+fn remove(conf: &Conf, kept: &Kept, id: &AttachmentId) -> Result<(), Error> {
+    let (container, ifname) = (id.container_id.as_ref(), id.ifname.as_str());
+    let Some(made) = kept.read(container, ifname) else {
+        return kept.remove(container, ifname).map_err(io);
+    };
     let pins = Pins::below(&conf.root);
     if pins.are_there() {
         let mut maps = Maps::open(&pins).map_err(|error| Error::internal(&error))?;
@@ -276,7 +295,7 @@ fn remove(conf: &Conf, kept: &Kept, id: &cni_spec::AttachmentId) -> Result<(), E
         let links = netlink.links().map_err(|error| Error::internal(&error))?;
         sweep(&pins, |ifindex| links.iter().any(|link| link.index == ifindex)).map_err(internal)?;
     }
-    kept.remove(id)?;
+    kept.remove(container, ifname).map_err(io)?;
     // An agent that is away learns it from what is kept.
     let gone = Request::Del { ifindex: made.ifindex, uid: made.uid };
     let _ = ask(&conf.socket, &gone, COURTESY);

@@ -28,6 +28,14 @@ fn the_subject_is_the_containers_interface() {
 }
 
 #[test]
+fn a_pod_of_an_ipv6_network_has_no_ipv4_address_of_its_own() {
+    let mut result = result();
+    result.ips.clear();
+    let subject = Subject::of(&result, &"eth0".parse().expect("a name")).expect("found");
+    assert_eq!((subject.addr, subject.gateway), (Ipv4Addr::UNSPECIFIED, None));
+}
+
+#[test]
 fn the_pod_is_known_only_by_both_names() {
     let args = |text: &str| CniArgs::parse(text).expect("pairs");
     let named = pod(&args("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0")).expect("named");
@@ -45,16 +53,14 @@ fn without_programs_add_and_status_fail_and_del_succeeds() {
         state_dir: folder.path().join("state"),
         socket: folder.path().join("policy.sock"),
     };
-    let kept = Kept::new(&conf.state_dir, &"orch".parse().expect("a name"));
-    let id = cni_spec::AttachmentId {
+    let kept = kept(&conf, &"orch".parse().expect("a name"));
+    let id = AttachmentId {
         container_id: "c1".parse().expect("an ID"),
         ifname: "eth0".parse().expect("a name"),
     };
     remove(&conf, &kept, &id).expect("nothing is there");
     let made = Announcement { ifindex: 7, uid: 9, addr: Ipv4Addr::new(10, 244, 1, 5), pod: None };
-    kept.write(&id, &made).expect("written");
-    assert_eq!(kept.read(&id), Some(made));
-    assert_eq!(kept.all().expect("listed"), std::slice::from_ref(&id));
+    kept.write("c1", "eth0", &made).expect("written");
     remove(&conf, &kept, &id).expect("removed");
-    assert_eq!(kept.read(&id), None);
+    assert_eq!(kept.read("c1", "eth0"), None);
 }

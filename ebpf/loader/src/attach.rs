@@ -142,6 +142,21 @@ fn attach_clsact(program: &mut SchedClassifier, ifname: &str, hook: Hook) -> Res
     Ok(())
 }
 
+/// Takes our filters from all links of the namespace, on kernels that have no TCX links.
+pub(crate) fn take_filters() {
+    if has_tcx() {
+        return;
+    }
+    for link in nix::net::if_::if_nameindex().iter().flatten() {
+        for hook in Hook::ALL {
+            // Most links have none.
+            if let Ok(name) = link.name().to_str() {
+                let _ = tc::qdisc_detach_program(name, hook.direction(), hook.program());
+            }
+        }
+    }
+}
+
 /// Whether the pinned program of the hook is on the link.
 ///
 /// # Errors

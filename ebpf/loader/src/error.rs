@@ -39,6 +39,16 @@ pub enum Error {
         /// The kernel's reason.
         source: Box<aya::maps::MapError>,
     },
+    /// More than a map may hold.
+    #[error("{count} {what} are more than the {most} that a map may hold")]
+    TooBig {
+        /// Of what.
+        what: &'static str,
+        /// How many there are.
+        count: usize,
+        /// How many may be.
+        most: u32,
+    },
     /// A pinned map of another layout.
     #[error("pinned map {name} is {have}, these programs need {want}; remove {} and start again", path.display())]
     Layout {

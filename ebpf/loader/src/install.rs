@@ -7,7 +7,7 @@ use aya::maps::MapInfo;
 use aya::programs::{ProgramInfo, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 
-use crate::attach::upgrade;
+use crate::attach::{take_filters, upgrade};
 use crate::{Error, Hook, Maps, Pins};
 
 /// The compiled programs.
@@ -45,6 +45,24 @@ pub fn install(pins: &Pins) -> Result<Maps, Error> {
         ensure_program(&mut object, hook, pins)?;
     }
     Maps::open(pins)
+}
+
+/// Takes programs from all links and removes programs and maps; false if there were none.
+///
+/// # Errors
+/// If something cannot be removed; the rest was tried.
+pub fn uninstall(pins: &Pins) -> Result<bool, Error> {
+    if !pins.folder().exists() {
+        return Ok(false);
+    }
+    // Filters hold their program without a pin.
+    take_filters();
+    let removed = fs::remove_dir_all(pins.folder());
+    removed.map(|()| true).map_err(|source| Error::File {
+        what: "remove",
+        path: pins.folder().to_owned(),
+        source,
+    })
 }
 
 /// Pinned maps are opened without a look at what they are, so they are looked at here.

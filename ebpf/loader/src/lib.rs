@@ -10,12 +10,14 @@ mod announce;
 mod attach;
 mod error;
 mod install;
+mod kept;
 mod maps;
 mod pins;
 
 pub use announce::{Announcement, Answer, AskError, PodRef, Request, ask};
 pub use attach::{Hook, attach, detach, is_attached, sweep};
 pub use error::Error;
-pub use install::{OBJECT, install};
-pub use maps::{ClassMap, Maps, RuleTable};
+pub use install::{OBJECT, install, uninstall};
+pub use kept::Kept;
+pub use maps::{ClassMap, Events, Maps, RuleTable};
 pub use pins::Pins;

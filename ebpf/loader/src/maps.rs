@@ -6,7 +6,7 @@ use aya::maps::hash_map::HashMap;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashOfMaps, Map, MapData, MapError, PerCpuArray, RingBuf};
 use orch_ebpf_maps::{
-    Address, ClassKey, Config, Direction, Endpoint, Flow, FlowKey, Reason, Rule, RuleKey,
+    Address, ClassKey, Config, Direction, Endpoint, Event, Flow, FlowKey, Reason, Rule, RuleKey,
 };
 
 use crate::{Error, Pins};
@@ -310,17 +310,6 @@ impl Maps {
         self.settings.set(0, config, 0).map_err(Error::map("write", "settings"))
     }
 
-    /// The ring of events; one reader at a time.
-    ///
-    /// # Errors
-    /// If it cannot be opened.
-    pub fn events(pins: &Pins) -> Result<RingBuf<MapData>, Error> {
-        MapData::from_pin(pins.map("events"))
-            .and_then(Map::from_map_data)
-            .and_then(RingBuf::try_from)
-            .map_err(Error::map("open", "events"))
-    }
-
     /// The class of an address, as an endpoint's class map has it.
     ///
     /// # Errors
@@ -329,6 +318,35 @@ impl Maps {
         let map = self.class_maps.get(&class_map, 0).map_err(Error::map("read", "class_maps"))?;
         let key = ClassKey::host(addr);
         found(map.get(&Key::new(key.prefix_len, key.addr), 0)).map_err(Error::map("read", "class"))
+    }
+}
+
+/// What the programs tell: flows that were opened or dropped. Readers share the events.
+pub struct Events(RingBuf<MapData>);
+
+impl Events {
+    /// Opens the pinned ring.
+    ///
+    /// # Errors
+    /// If it is not there.
+    pub fn open(pins: &Pins) -> Result<Self, Error> {
+        MapData::from_pin(pins.map("events"))
+            .and_then(Map::from_map_data)
+            .and_then(RingBuf::try_from)
+            .map(Self)
+            .map_err(Error::map("open", "events"))
+    }
+}
+
+impl Iterator for Events {
+    type Item = Event;
+
+    /// The next event that is there already.
+    fn next(&mut self) -> Option<Event> {
+        let item = self.0.next()?;
+        // SAFETY: the programs write whole events, and every bit pattern is one; the read does not ask for alignment.
+        (item.len() >= size_of::<Event>())
+            .then(|| unsafe { item.as_ptr().cast::<Event>().read_unaligned() })
     }
 }
 

@@ -398,9 +398,6 @@ fn what_a_pod_is_not_it_cannot_say() {
         assert_eq!(w.sends(udp(POD, 1, Ipv4Addr::new(172, 31, 0, 2), 8472)), DROP, "VXLAN");
         assert_eq!(w.sends(udp(POD, 1, STRANGER, 8472)), NEXT, "to no node: just a port");
         assert_eq!(w.gets(tcp(OTHER, 1, STRANGER, 1, SYN)), DROP, "flooded, for another");
-        let mut six = tcp(POD, 1, STRANGER, 1, SYN).bytes();
-        six[12..14].copy_from_slice(&[0x86, 0xdd]);
-        assert_eq!(w.run(Hook::FromPod, &six, 0, 0, w.pod).0, DROP, "the pod network is IPv4");
         let mut arp = vec![0xff; 6];
         arp.extend(MAC);
         arp.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
@@ -414,6 +411,37 @@ fn what_a_pod_is_not_it_cannot_say() {
         assert_eq!(w.run(Hook::FromPod, &arp, 0, 0, w.pod).0, DROP, "claims the gateway's address");
         assert_eq!(w.count(Direction::Egress, Reason::Spoof), 3);
         assert_eq!(w.run(Hook::FromPod, &arp, 0, 0, WIRE).0, DROP, "a link that nobody knows");
+    });
+}
+
+#[test]
+fn ipv6_passes_where_no_policy_selects_the_pod_and_nowhere_else() {
+    in_world(|w| {
+        let mut six = vec![2, 0, 0, 0, 0, 1];
+        six.extend(MAC);
+        six.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, TCP, 64]);
+        six.extend([0xfd; 32]);
+        six.extend([0; 20]);
+        let sends = |w: &World, frame: &[u8]| w.run(Hook::FromPod, frame, 0, 0, w.pod).0;
+        let gets = |w: &World, frame: &[u8]| w.run(Hook::ToPod, frame, WIRE, 0, w.pod).0;
+        assert_eq!((sends(w, &six), gets(w, &six)), (DROP, DROP), "pending");
+        w.enforce(0, &[]);
+        assert_eq!((sends(w, &six), gets(w, &six)), (NEXT, NEXT));
+        w.enforce(ISOLATED_INGRESS, &[allow(RuleKey::any(0, Direction::Ingress))]);
+        assert_eq!((sends(w, &six), gets(w, &six)), (NEXT, DROP), "the rules are IPv4's");
+        assert_eq!(w.run(Hook::ToPod, &six, 0, 0, w.pod).0, NEXT, "born on the node");
+        w.enforce(ISOLATED_EGRESS, &[allow(RuleKey::any(0, Direction::Egress))]);
+        assert_eq!((sends(w, &six), gets(w, &six)), (DROP, NEXT));
+        assert_eq!(w.count(Direction::Egress, Reason::Ipv6), 1);
+        w.enforce(0, &[]);
+        let mut router = six.clone();
+        router[20] = 58;
+        router[54] = 134;
+        assert_eq!(sends(w, &router), DROP, "a pod is no router");
+        assert_eq!(gets(w, &router), NEXT, "routers are");
+        let mut stranger = six.clone();
+        stranger[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
+        assert_eq!(sends(w, &stranger), DROP, "another's MAC");
     });
 }
 

@@ -75,7 +75,7 @@ reasons! {
     Spoof = 21, "spoof", true;
     /// For another pod: bridges flood.
     NotMine = 22, "not-mine", true;
-    /// Neither IPv4 nor ARP for the pod.
+    /// Neither IP nor ARP for the pod.
     OtherProtocol = 23, "other-protocol", true;
     /// The headers are malformed.
     Malformed = 24, "malformed", true;
@@ -87,6 +87,8 @@ reasons! {
     Encapsulation = 27, "encapsulation", true;
     /// The endpoint's table or class map is missing.
     NoTable = 28, "no-table", true;
+    /// IPv6 of a pod that policies select: the tables are IPv4's.
+    Ipv6 = 29, "ipv6", true;
 }
 
 #[cfg(test)]

@@ -69,6 +69,19 @@ static __always_inline int judge(const struct endpoint *endpoint, __u8 direction
 	return rule->action == RULE_ALLOW ? REASON_ALLOWED : REASON_POLICY;
 }
 
+/* IPv6 passes where no policy selects the pod. Where one does it is dropped whatever it is, answers included: the tables
+ * are IPv4's.
+ */
+static __always_inline int judge_ipv6(const struct endpoint *endpoint, __u8 direction)
+{
+	if (endpoint->state == ENDPOINT_PENDING)
+		return REASON_PENDING;
+	if (endpoint->state != ENDPOINT_READY)
+		return REASON_LOCKED;
+	return endpoint->flags & (direction == INGRESS ? ISOLATED_INGRESS : ISOLATED_EGRESS) ? REASON_IPV6 :
+											       REASON_NOT_ISOLATED;
+}
+
 /* The policy's port: ICMP has none, whatever stands there to tell flows apart. */
 static __always_inline __be16 policy_port(__u8 protocol, __be16 port)
 {
@@ -267,13 +280,16 @@ static __always_inline void tell(const struct __sk_buff *skb, const struct endpo
 	bpf_ringbuf_submit(event, 0);
 }
 
-/* Counts, tells, and says it to the kernel. Frames for others, which a bridge floods, are no news; nor is what goes on. */
+/* Counts, tells, and says it to the kernel. Frames for others, which a bridge floods, are no news; nor is what goes on, nor
+ * what is no IPv4.
+ */
 static __always_inline int act(const struct __sk_buff *skb, const struct endpoint *endpoint, const struct packet *packet,
 			       __u8 direction, int reason, const struct basis *basis)
 {
 	count(direction, reason);
-	if (reason == REASON_ALLOWED || reason == REASON_NOT_ISOLATED || reason == REASON_DEFERRED ||
-	    (is_drop(reason) && reason != REASON_NOT_MINE && reason != REASON_OTHER_PROTOCOL))
+	if (packet->protocol &&
+	    (reason == REASON_ALLOWED || reason == REASON_NOT_ISOLATED || reason == REASON_DEFERRED ||
+	     (is_drop(reason) && reason != REASON_NOT_MINE && reason != REASON_OTHER_PROTOCOL)))
 		tell(skb, endpoint, packet, direction, reason, basis);
 	return is_drop(reason) ? TCX_DROP : TCX_NEXT;
 }

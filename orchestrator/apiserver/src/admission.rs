@@ -22,12 +22,6 @@ const PRIORITY_CLASSES: [(&str, i64); 2] =
 pub(crate) const SYSTEM_NAMESPACES: [&str; 4] =
     ["default", "kube-node-lease", "kube-public", "kube-system"];
 
-/// Warnings that every write of a resource gets.
-pub(crate) fn warnings(resource: &Resource) -> Option<String> {
-    (resource.plural == "networkpolicies")
-        .then(|| "NetworkPolicies are stored but not enforced by this version of orch".to_owned())
-}
-
 /// Checks and completes a new object.
 pub(crate) async fn create(
     shared: &Shared,

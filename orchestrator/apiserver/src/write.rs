@@ -150,9 +150,7 @@ impl Call<'_> {
             resource.version,
             resource.kind,
         )?;
-        let mut warnings = decoded.warnings;
-        warnings.extend(admission::warnings(resource));
-        self.create_object(&decoded.object, None, &warnings).await
+        self.create_object(&decoded.object, None, &decoded.warnings).await
     }
 
     /// Stores a new object; `owners` are its managed fields.

@@ -58,6 +58,9 @@ pub(crate) struct Flags {
     /// DNS servers for names outside the cluster
     #[arg(long, value_delimiter = ',')]
     upstream_dns: Vec<std::net::IpAddr>,
+    /// Enforce NetworkPolicies: `auto` does it where the kernel can, `on` starts no pod without
+    #[arg(long, value_name = "off|auto|on", env = "ORCH_POLICY", default_value_t = orch_netagent::policy::Mode::Auto)]
+    policy: orch_netagent::policy::Mode,
     /// Short failure timers, as for `orchestrator server`
     #[arg(long)]
     fast_failover: bool,
@@ -115,6 +118,7 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
         dns_ip: orch_config::DNS_IP,
         cluster_domain: domain.clone(),
         upstream_dns: flags.upstream_dns,
+        policy: flags.policy,
         ..orch_netagent::Options::default()
     };
     let runtime = orch_cri::DockerRuntime::new(&flags.engine, &flags.node_name);

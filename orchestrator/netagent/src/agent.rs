@@ -5,7 +5,8 @@
 //!                                     ├─> proxy (the pod network's CIDR)
 //!                                     └─> podCIDR of the Node object
 //! API server ──> informers ──┬─> proxy ──> nftables
-//!                            └─> zone ──> DNS server
+//!                            ├─> zone ──> DNS server
+//!                            └─> policy ──> eBPF maps
 //! every part ──> status file
 //! ```
 
@@ -32,7 +33,7 @@ use crate::overlay::task::Overlay;
 use crate::overlay::{NftNews, interface, nft_events};
 use crate::services::proxy::Follower;
 use crate::status::{NetStatus, write_changes};
-use crate::{Options, dns, mac, node};
+use crate::{Options, dns, mac, node, policy};
 
 /// The parts get this long to finish what they are doing; all of it is short.
 const GRACE: Duration = Duration::from_secs(5);
@@ -90,6 +91,9 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         None => options.network.v4.map_or(options.service_cidr, |v4| v4.network),
     };
 
+    let policy = policy::task::Start::new(options.policy, paths).await;
+    status.send_modify(|status| status.policy = policy.status());
+
     let mut parts: JoinSet<&'static str> = JoinSet::new();
     let keeper = Keeper {
         etcd: options.etcd.clone(),
@@ -108,6 +112,7 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         service_cidr: options.service_cidr,
         identity,
         paths: paths.clone(),
+        policy: policy.enforced,
     };
     overlay.withdraw_stale_configuration();
     let news = NftNews::default();
@@ -136,10 +141,24 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         options.client.clone(),
         nodes,
         options.node_name.clone(),
-        network_known,
+        network_known.clone(),
         stop.clone(),
     );
     spawn(&mut parts, "podCIDR mirror", mirror);
+    if policy.enforced {
+        let task = policy::task::Task {
+            node_name: options.node_name.clone(),
+            paths: paths.clone(),
+            caches: policy::task::Caches::new(&informers),
+            network: network_known,
+            cluster,
+            vxlan_port: options.network.port,
+            service_cidr: options.service_cidr,
+            dns_ip: options.dns_ip,
+            status: status.clone(),
+        };
+        spawn(&mut parts, "policy", task.run(policy, stop.clone()));
+    }
 
     let names =
         dns::task::follow(services, slices, informers.of::<Namespace>(), zone, stop.clone());

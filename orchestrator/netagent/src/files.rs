@@ -140,8 +140,10 @@ impl SubnetEnv {
 /// The CNI configuration list that points the runtime at the `vxlan` plugin. A runtime that knows no 1.1.0 (and
 /// so neither GC nor STATUS) does not know `cniVersions` either, and reads 1.0.0. Host ports and bandwidth limits come
 /// from chained plugins, which are named where they are installed: a list with a missing plugin starts no pod at all.
+///
+/// With `policy`, the plugin that enforces NetworkPolicies comes last, and is listed whether it is installed or not.
 #[must_use]
-pub fn conflist(paths: &Paths, device: &str) -> Vec<u8> {
+pub fn conflist(paths: &Paths, device: &str, policy: bool) -> Vec<u8> {
     let mut list = serde_json::json!({
         "cniVersion": "1.0.0",
         "cniVersions": ["1.0.0", "1.1.0"],
@@ -159,6 +161,9 @@ pub fn conflist(paths: &Paths, device: &str) -> Vec<u8> {
         if let Some(plugins) = list["plugins"].as_array_mut().filter(|_| installed) {
             plugins.push(serde_json::json!({"type": plugin, "capabilities": {capability: true}}));
         }
+    }
+    if let Some(plugins) = list["plugins"].as_array_mut().filter(|_| policy) {
+        plugins.push(crate::policy::plugin_conf(paths));
     }
     let mut text = serde_json::to_vec_pretty(&list).expect("plain data has a JSON form");
     text.push(b'\n');

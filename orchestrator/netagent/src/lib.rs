@@ -6,6 +6,7 @@
 //! - [`overlay`] makes the VXLAN device, and route, neighbour and FDB entry of every other node, equal to the leases.
 //! - [`services`] writes Services and the pod network's masquerade into one nftables table.
 //! - [`dns`] answers the cluster's names on this node.
+//! - [`policy`] enforces NetworkPolicies with eBPF programs.
 //! - [`metrics`] counts for Prometheus.
 //! - [`files`] tells CNI plugins (`subnet.env`, the configuration list), `node` the API server (`podCIDR`), and
 //!   [`status`] people what there is.
@@ -19,6 +20,7 @@ pub mod lease;
 pub mod mac;
 pub mod metrics;
 pub mod overlay;
+pub mod policy;
 pub mod services;
 pub mod status;
 pub mod sysctl;

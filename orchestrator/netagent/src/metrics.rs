@@ -197,7 +197,9 @@ pub fn render() -> String {
     let mut text = String::new();
     // Writing to a string cannot fail; what was written is good in any case.
     let _ = encode(&mut text, &metrics.registry);
-    text.trim_end_matches("# EOF\n").to_owned()
+    let mut text = text.trim_end_matches("# EOF\n").to_owned();
+    text.push_str(&crate::policy::metrics::render());
+    text
 }
 
 /// Dropped packets of a link, received and sent, from `/proc/net/dev`.

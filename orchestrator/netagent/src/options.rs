@@ -11,6 +11,7 @@ use orch_config::Paths;
 use crate::EtcdConfig;
 use crate::network::NetworkConfig;
 use crate::overlay::interface::Choice;
+use crate::policy::Mode;
 
 /// Everything that differs between nodes and clusters. The defaults are the cluster's.
 #[derive(Clone)]
@@ -48,6 +49,8 @@ pub struct Options {
     pub upstream_dns: Vec<IpAddr>,
     /// Resolver configuration of the node.
     pub resolv_conf: PathBuf,
+    /// Whether NetworkPolicies are enforced.
+    pub policy: Mode,
 }
 
 impl Default for Options {
@@ -76,6 +79,7 @@ impl Default for Options {
             cluster_domain: orch_config::CLUSTER_DOMAIN.to_owned(),
             upstream_dns: Vec::new(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
+            policy: Mode::default(),
         }
     }
 }

@@ -42,6 +42,8 @@ pub struct NetStatus {
     pub peers: Vec<PeerStatus>,
     /// Services in the kernel.
     pub services: ServiceStatus,
+    /// NetworkPolicies in the kernel.
+    pub policy: PolicyStatus,
     /// Address of the DNS server, once it has names.
     pub dns: Option<String>,
     /// What is wrong and wants a person.
@@ -86,6 +88,24 @@ pub struct ServiceStatus {
     pub endpoints: usize,
     /// Whether the kernel holds the last known state.
     pub in_force: bool,
+}
+
+/// NetworkPolicies in the kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PolicyStatus {
+    /// What the node was told: `off`, `auto` or `on`.
+    pub mode: String,
+    /// Whether programs judge this node's pods.
+    pub enforced: bool,
+    /// Pods of this node that are judged.
+    pub endpoints: usize,
+    /// Policies of the cluster.
+    pub policies: usize,
+    /// Grows with every change of what applies to a pod.
+    pub revision: u64,
+    /// What is wrong and wants a person.
+    pub problems: Vec<String>,
 }
 
 impl NetStatus {

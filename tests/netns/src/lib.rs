@@ -23,7 +23,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Names under which the executable is put on `CNI_PATH`.
-const PLUGINS: &[&str] = &["bandwidth", "bridge", "host-local", "loopback", "portmap", "vxlan"];
+const PLUGINS: &[&str] =
+    &["bandwidth", "bridge", "host-local", "loopback", "policy", "portmap", "vxlan"];
 /// How long a connection may take that is expected to work.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 

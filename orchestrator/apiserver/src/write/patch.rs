@@ -11,7 +11,7 @@ use super::{Call, Change, Owners, PATCH_TRIES};
 use crate::authz::{self, Attributes, ResourceTarget};
 use crate::resources::Resource;
 use crate::strategy::Part;
-use crate::{admission, decode, managed};
+use crate::{decode, managed};
 
 /// Media types of patches.
 const PATCH_TYPES: &str = "application/apply-patch+yaml, application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json";
@@ -52,7 +52,6 @@ impl Call<'_> {
         if resource.namespaced {
             meta["namespace"] = json!(self.namespace);
         }
-        decoded.warnings.extend(admission::warnings(resource));
         let writer = managed::Writer { resource, part, manager };
         for _ in 0..PATCH_TRIES {
             let current = match self.current().await {

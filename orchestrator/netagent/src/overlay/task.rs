@@ -49,6 +49,8 @@ pub(crate) struct Overlay {
     pub(crate) service_cidr: Ipv4Network,
     pub(crate) identity: Identity,
     pub(crate) paths: Paths,
+    /// Whether pods get the plugin that enforces NetworkPolicies.
+    pub(crate) policy: bool,
 }
 
 /// What is known between looks.
@@ -326,7 +328,7 @@ impl Overlay {
         };
         // Only now may pods start: the way out of this node is there.
         ensure_content(&self.paths.subnet_env(), env.render().as_bytes())?;
-        let list = conflist(&self.paths, &self.device_name);
+        let list = conflist(&self.paths, &self.device_name, self.policy);
         ensure_content(&self.paths.cni_conf_dir().join(CONFLIST), &list)?;
         Ok(Done {
             underlay,

@@ -24,8 +24,8 @@ const STOP_GRACE: Duration = Duration::from_secs(15);
 /// How long the API server may take to be ready: etcd's first start fsyncs a lot on slow disks.
 const SERVER_LIMIT: Duration = Duration::from_secs(90);
 const NODES_LIMIT: Duration = Duration::from_secs(120);
-pub(crate) const CNI_PLUGINS: [&str; 6] =
-    ["bandwidth", "bridge", "host-local", "loopback", "portmap", "vxlan"];
+pub(crate) const CNI_PLUGINS: [&str; 7] =
+    ["bandwidth", "bridge", "host-local", "loopback", "policy", "portmap", "vxlan"];
 
 /// The daemon of a host: `server` on the server, `agent` on a node.
 pub(crate) fn daemon(lab: &Lab, host: &str) -> Daemon {
@@ -204,6 +204,9 @@ async fn ensure_node(
         ("--anchor-container", lab.anchor(node)),
     ] {
         args.extend([flag.to_owned(), value]);
+    }
+    if let Some(policy) = lab.config.policy {
+        args.extend(["--policy".to_owned(), policy.as_str().to_owned()]);
     }
     if lab.config.fast {
         args.push("--fast-failover".to_owned());

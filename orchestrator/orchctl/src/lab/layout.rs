@@ -42,6 +42,28 @@ pub(crate) struct Config {
     pub(crate) underlay: Ipv4Network,
     /// Short failure timers, so that a killed node is noticed in seconds.
     pub(crate) fast: bool,
+    /// What agents are told about NetworkPolicies when they start; without it, nothing.
+    #[serde(default)]
+    pub(crate) policy: Option<Policy>,
+}
+
+/// Whether agents enforce NetworkPolicies, as their flag `--policy` has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Policy {
+    Off,
+    Auto,
+    On,
+}
+
+impl Policy {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Auto => "auto",
+            Self::On => "on",
+        }
+    }
 }
 
 /// Labs of older versions have one control plane and do not say so.
@@ -153,6 +175,7 @@ impl Lab {
                 nodes: MAX_NODES,
                 underlay,
                 fast: true,
+                policy: None,
             },
         }))
     }
@@ -174,7 +197,7 @@ impl Lab {
     ///
     /// # Errors
     /// The folder is in use for something else, or the lab in it is another one.
-    pub(crate) fn new(dir: &Path, config: Config) -> anyhow::Result<Self> {
+    pub(crate) fn new(dir: &Path, mut config: Config) -> anyhow::Result<Self> {
         config.check()?;
         let dir = absolute(dir)?;
         if dir.as_os_str().len() > MAX_DIR_BYTES {
@@ -190,6 +213,7 @@ impl Lab {
                     format!("there is already a lab in {} with {why}", dir.display()),
                 )
             })?;
+            config.policy = config.policy.or(before.config.policy);
         } else if fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some()) {
             // `down` removes the whole folder, so nothing else may be in it.
             bail!(
@@ -338,7 +362,7 @@ mod tests {
 
     fn lab(nodes: u8) -> Lab {
         let underlay = DEFAULT_UNDERLAY.parse().expect("a constant");
-        let config = Config { control_planes: 1, nodes, underlay, fast: true };
+        let config = Config { control_planes: 1, nodes, underlay, fast: true, policy: None };
         Lab { dir: PathBuf::from("/lab"), config }
     }
 

@@ -42,6 +42,9 @@ pub(crate) enum Command {
         /// lab's short ones
         #[arg(long)]
         default_timings: bool,
+        /// Whether agents enforce NetworkPolicies; one that runs keeps what it was started with until `lab restart`
+        #[arg(long)]
+        policy: Option<layout::Policy>,
     },
     /// End the lab and remove everything it made
     #[command(after_help = "Example: orchctl lab down")]
@@ -95,10 +98,11 @@ pub(crate) enum Command {
 /// Runs one command; returns the exit code.
 pub(crate) async fn run(command: Command, dir: &Path) -> anyhow::Result<u8> {
     match command {
-        Command::Up { nodes, control_planes, underlay, default_timings } => {
+        Command::Up { nodes, control_planes, underlay, default_timings, policy } => {
             need_root("makes network namespaces and starts a Docker engine")?;
             let fast = !default_timings;
-            let lab = Lab::new(dir, layout::Config { control_planes, nodes, underlay, fast })?;
+            let config = layout::Config { control_planes, nodes, underlay, fast, policy };
+            let lab = Lab::new(dir, config)?;
             fleet::up(&lab).await?;
         }
         Command::Down => {

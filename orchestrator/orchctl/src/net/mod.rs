@@ -3,11 +3,14 @@
 //! This file reads the command line and prints. [`hosts`] says which nodes can be looked into from here, [`view`] and
 //! [`leases`] read, [`checks`] and [`firewall`] judge (pure), [`probe`] sends real packets and follows them,
 //! [`doctor`] and [`trace`] put these together. [`config`] shows and changes the settings that all nodes follow.
+//! [`explain`] asks the policy compiler, [`flows`] reads what the policy programs tell.
 
 mod checks;
 mod config;
 mod doctor;
+mod explain;
 mod firewall;
+mod flows;
 mod hosts;
 mod leases;
 mod probe;
@@ -65,6 +68,23 @@ pub(crate) enum Command {
         #[arg(short, long, value_enum)]
         output: Option<Format>,
     },
+    /// Show connections that pods open and packets that NetworkPolicies drop, with the policy that decided
+    Flows(flows::Filter),
+    /// Say whether NetworkPolicies allow a connection, and which of them decides
+    Explain {
+        /// Who connects: a pod (`NAME` or `NAMESPACE/NAME`) or an address
+        from: String,
+        /// Who is connected to: the same; for a Service, one of its pods
+        to: String,
+        /// Destination port: `80`, `53/udp`
+        port: explain::Port,
+        /// Namespace of pods that are named without one
+        #[arg(short, long, default_value = "default")]
+        namespace: String,
+        /// Format
+        #[arg(short, long, value_enum)]
+        output: Option<Format>,
+    },
 }
 
 #[derive(clap::Args, Clone)]
@@ -106,6 +126,13 @@ pub(crate) async fn run(
             let hosts = Hosts::find(lab_dir, EtcdFlags::default())?;
             trace::run(&hosts, &client()?, &from, &to, &namespace, ipv6, output).await
         }
+        Command::Flows(filter) => {
+            let hosts = Hosts::find(lab_dir, EtcdFlags::default())?;
+            flows::run(&hosts, &client()?, &filter).await.map(|()| 0)
+        }
+        Command::Explain { from, to, port, namespace, output } => {
+            explain::run(&client()?, &from, &to, port, &namespace, output).await
+        }
     }
 }
 
@@ -124,9 +151,11 @@ fn show_status(hosts: &Hosts, format: Option<Format>) -> anyhow::Result<u8> {
     let all = statuses(&hosts);
     let well = all.iter().all(|(host, status)| {
         host.agent.is_some()
-            && status
-                .as_ref()
-                .is_some_and(|status| status.problems.is_empty() && status.etcd == "healthy")
+            && status.as_ref().is_some_and(|status| {
+                status.problems.is_empty()
+                    && status.policy.problems.is_empty()
+                    && status.etcd == "healthy"
+            })
     });
     if format == Some(Format::Json) {
         let list: Vec<_> = all
@@ -160,15 +189,27 @@ fn show_status(hosts: &Hosts, format: Option<Format>) -> anyhow::Result<u8> {
                 let stale = if services.in_force { "" } else { " (not in force)" };
                 format!("{}{stale}", services.ports)
             })),
+            dash(status.map(|status| status.policy.clone()).map(|policy| {
+                match (policy.enforced, policy.mode.as_str()) {
+                    (true, _) => format!("{} pods", policy.endpoints),
+                    (false, "" | "off") => "off".to_owned(),
+                    (false, _) => "not enforced".to_owned(),
+                }
+            })),
             dash(status.map(|status| status.etcd.clone())),
         ]
     });
     output::table(
-        &["NODE", "AGENT", "ADDRESS", "SUBNET", "DEVICE", "VTEP MAC", "PEERS", "SERVICES", "ETCD"],
+        &[
+            "NODE", "AGENT", "ADDRESS", "SUBNET", "DEVICE", "VTEP MAC", "PEERS", "SERVICES",
+            "POLICY", "ETCD",
+        ],
         rows,
     )?;
     for (host, status) in &all {
-        for problem in status.iter().flat_map(|status| &status.problems) {
+        let problems =
+            status.iter().flat_map(|status| status.problems.iter().chain(&status.policy.problems));
+        for problem in problems {
             output::line(&format!("- {}: {problem}", host.name))?;
         }
     }

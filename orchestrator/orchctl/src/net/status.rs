@@ -33,7 +33,20 @@ pub(super) struct NetStatus {
     pub(super) peers: Vec<Peer>,
     /// Services in the kernel.
     pub(super) services: Services,
+    /// NetworkPolicies in the kernel.
+    pub(super) policy: Policy,
     /// What is wrong and wants a person.
+    pub(super) problems: Vec<String>,
+}
+
+/// NetworkPolicies in the kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Policy {
+    /// `off`, `auto` or `on`; empty for an agent that knows no policies.
+    pub(super) mode: String,
+    pub(super) enforced: bool,
+    pub(super) endpoints: usize,
     pub(super) problems: Vec<String>,
 }
 

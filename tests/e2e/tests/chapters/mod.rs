@@ -7,6 +7,7 @@ pub(crate) mod leftovers;
 mod mistakes;
 mod network;
 mod overlay;
+mod policy;
 mod rights;
 mod rollout;
 mod streams;
@@ -83,6 +84,8 @@ pub(crate) const CHAPTERS: &[Chapter] = &[
         needs: Needs::Chaos,
         run: overlay::chaos,
     },
+    told("a_policy_is_enforced_on_every_node_and_outlives_its_agent", policy::policies),
+    told("a_pod_that_sends_at_once_sends_nothing_that_policy_forbids", policy::closed_before_open),
     told("pods_of_a_killed_node_run_elsewhere_and_the_node_keeps_its_subnet", faults::node_killed),
 ];
 

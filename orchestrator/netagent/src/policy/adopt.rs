@@ -1,0 +1,91 @@
+//! Pods that were attached without the plugin (policy was off, or the list was older): the plugin is called for them as
+//! the runtime would have called it, with what the runtime remembers of their ADD.
+
+use std::collections::BTreeSet;
+
+use cni_invoke::{CachedAttachment, Cni, Delegate};
+use cni_netlink::NetNs;
+use cni_spec::{Env, Error};
+use orch_config::Paths;
+use orch_ebpf_loader::Kept;
+use orch_policy::Name;
+use serde_json::{Map, Value, json};
+
+use super::{PLUGIN, plugin_conf, state_dir};
+
+/// Attachments of pods that `is_wanted`, and that the plugin knows nothing of.
+///
+/// # Errors
+/// If the runtime's cache cannot be read.
+pub(super) fn find(
+    paths: &Paths,
+    is_wanted: impl Fn(&Name) -> bool,
+) -> Result<Vec<(Name, CachedAttachment)>, String> {
+    let cached = cni(paths).cached().map_err(|error| error.to_string())?;
+    Ok(cached
+        .into_iter()
+        .filter_map(|one| Some((pod(&one)?, one)))
+        .filter(|(pod, one)| {
+            let kept = Kept::of(&state_dir(paths), one.network.as_ref());
+            let id = &one.id;
+            is_wanted(pod)
+                && kept.read(id.container_id.as_ref(), id.ifname.as_str()).is_none()
+                && NetNs::is_nsfs(&one.attachment.netns)
+        })
+        .collect())
+}
+
+/// The pod of an attachment, if it is one's.
+fn pod(attachment: &CachedAttachment) -> Option<Name> {
+    let get = |wanted: &str| {
+        let args = &attachment.attachment.args;
+        args.iter().find(|(key, _)| key == wanted).map(|(_, value)| value.as_str())
+    };
+    Some(Name::new(get("K8S_POD_NAMESPACE")?, get("K8S_POD_NAME")?))
+}
+
+fn cni(paths: &Paths) -> Cni {
+    Cni {
+        conf_dir: paths.cni_conf_dir(),
+        bin_dirs: vec![paths.cni_bin_dir()],
+        cache_dir: paths.cni_cache_dir(),
+    }
+}
+
+/// Calls the plugin. A failure leaves the pod closed or, if nothing was made yet, as it was; then it stays among those
+/// that [`find`] gives.
+///
+/// # Errors
+/// The plugin's.
+pub(super) fn adopt(paths: &Paths, attachment: &CachedAttachment) -> Result<(), Error> {
+    let id = &attachment.id;
+    let args: Vec<String> =
+        attachment.attachment.args.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let env = Env {
+        container_id: id.container_id.to_string(),
+        netns: attachment.attachment.netns.clone(),
+        ifname: id.ifname.to_string(),
+        args: args.join(";"),
+        path: paths.cni_bin_dir().display().to_string(),
+        ..Env::default()
+    };
+    Delegate::new(&env, &[]).add(PLUGIN, &conf(paths, attachment)).map(drop)
+}
+
+fn conf(paths: &Paths, attachment: &CachedAttachment) -> Map<String, Value> {
+    let result = attachment.result.clone().unwrap_or_default();
+    let mut conf = match plugin_conf(paths) {
+        Value::Object(conf) => conf,
+        _ => Map::new(),
+    };
+    let version = result["cniVersion"].as_str().unwrap_or("1.0.0");
+    conf.insert("cniVersion".to_owned(), json!(version));
+    conf.insert("name".to_owned(), json!(attachment.network.to_string()));
+    conf.insert("prevResult".to_owned(), result);
+    conf
+}
+
+/// Pods as the log has them.
+pub(super) fn list(pods: &BTreeSet<Name>) -> String {
+    pods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}

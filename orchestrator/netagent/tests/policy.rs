@@ -1,0 +1,249 @@
+//! The policy engine on the kernel's maps: what the API server says becomes rows, classes and tables. Needs root; says so
+//! without.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use nix::sched::{CloneFlags, unshare};
+use orch_ebpf_loader::{Announcement, Maps, Pins, PodRef, install, uninstall};
+use orch_ebpf_maps::{Endpoint, ISOLATED_EGRESS, ISOLATED_INGRESS, state};
+use orch_netagent::policy::engine::{Engine, Report};
+use orch_netagent::policy::node;
+use orch_netagent::policy::world::{Cluster, Local, Reader};
+use serde_json::{Value, json};
+
+const WEB: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 2);
+const OTHER: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 9);
+
+struct World {
+    root: PathBuf,
+    pins: Pins,
+    engine: Engine,
+    reader: Reader,
+    cluster: Cluster,
+    local: Local,
+    link: u32,
+}
+
+fn pod(name: &str, node: &str, ip: Option<Ipv4Addr>, labels: Value) -> Arc<Pod> {
+    let value = json!({
+        "metadata": {"namespace": "shop", "name": name, "uid": format!("uid-{name}"), "labels": labels},
+        "spec": {"nodeName": node, "containers": []},
+        "status": {"podIP": ip},
+    });
+    Arc::new(serde_json::from_value(value).expect("a pod"))
+}
+
+fn policy(name: &str, spec: Value) -> Arc<NetworkPolicy> {
+    let value = json!({"metadata": {"namespace": "shop", "name": name}, "spec": spec});
+    Arc::new(serde_json::from_value(value).expect("a policy"))
+}
+
+fn only_from_front() -> Arc<NetworkPolicy> {
+    let spec = json!({
+        "podSelector": {"matchLabels": {"app": "web"}},
+        "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "front"}}}]}],
+    });
+    policy("web", spec)
+}
+
+impl World {
+    fn new() -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("ignored: needs root");
+            return None;
+        }
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces of its own");
+        let private = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
+        nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+            .expect("private mounts");
+        ip(&["link", "add", "cni0", "type", "bridge"]);
+        ip(&["link", "add", "veth1", "type", "veth", "peer", "name", "pod1"]);
+        ip(&["link", "set", "veth1", "master", "cni0"]);
+        ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "far0"]);
+        ip(&["address", "add", "192.0.2.1/24", "dev", "eth0"]);
+        let link = nix::net::if_::if_nametoindex("veth1").expect("made");
+        let root = tempfile::tempdir().expect("a folder").keep();
+        let pins = Pins::below(&root);
+        let engine = Engine::new(install(&pins).expect("installed")).expect("taken over");
+        let namespace = json!({"metadata": {"name": "shop"}});
+        let namespace: Namespace = serde_json::from_value(namespace).expect("a namespace");
+        let cluster = Cluster { namespaces: vec![Arc::new(namespace)], ..Cluster::default() };
+        let local = Local {
+            node: "one".to_owned(),
+            pod_network: "10.244.0.0/16".parse().ok(),
+            ..Local::default()
+        };
+        Some(Self { root, pins, engine, reader: Reader::default(), cluster, local, link })
+    }
+
+    fn maps(&self) -> Maps {
+        Maps::open(&self.pins).expect("pinned")
+    }
+
+    /// As the plugin does it.
+    fn plug(&mut self, uid: u32) {
+        let row = Endpoint {
+            uid,
+            addr: WEB.to_bits().to_be(),
+            state: state::PENDING,
+            ..Endpoint::default()
+        };
+        self.maps().insert_endpoint(self.link, row).expect("inserted");
+        let pod = PodRef {
+            namespace: "shop".to_owned(),
+            name: "web".to_owned(),
+            uid: Some("uid-web".to_owned()),
+        };
+        self.local.endpoints =
+            vec![Announcement { ifindex: self.link, uid, addr: WEB, pod: Some(pod) }];
+    }
+
+    fn look(&mut self) -> Report {
+        let changed = self.reader.read(&self.cluster, &self.local);
+        self.engine.look(&self.reader, changed, &self.local.endpoints).expect("a look")
+    }
+
+    fn row(&self) -> Endpoint {
+        self.maps().endpoint(self.link).expect("read").expect("there")
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount(&self.root.join("sys/fs/bpf"));
+        let _ = std::fs::remove_dir_all(&self.root);
+    }
+}
+
+fn ip(words: &[&str]) {
+    let done = Command::new("ip").args(words).status();
+    assert!(done.expect("ip starts").success(), "ip {words:?}");
+}
+
+/// Each test in a thread of its own, because a namespace belongs to a thread.
+fn in_world(test: impl FnOnce(&mut World) + Send + 'static) {
+    let thread = std::thread::spawn(|| {
+        if let Some(mut world) = World::new() {
+            test(&mut world);
+        }
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+#[test]
+fn an_endpoint_is_closed_until_its_pod_is_known_and_again_when_it_is_gone() {
+    in_world(|w| {
+        w.plug(7);
+        let report = w.look();
+        assert_eq!((report.written, w.row().state), (0, state::PENDING), "no such pod yet");
+        w.cluster.pods = vec![pod("web", "one", None, json!({}))];
+        assert_eq!(w.look().written, 1);
+        let row = w.row();
+        assert_eq!((row.state, row.flags, row.uid), (state::READY, 0, 7));
+        assert_eq!(w.look().written, 0, "a second look changes nothing");
+        w.cluster.pods.clear();
+        w.look();
+        assert_eq!(w.row().state, state::PENDING, "whose address may be another's next");
+    });
+}
+
+#[test]
+fn a_policy_is_in_force_with_one_write_and_old_maps_go_at_the_look_after() {
+    in_world(|w| {
+        w.plug(7);
+        w.cluster.pods = vec![
+            pod("web", "one", None, json!({"app": "web"})),
+            pod("front", "two", Some(OTHER), json!({"app": "front"})),
+        ];
+        w.look();
+        let open = w.row();
+        w.cluster.policies = vec![only_from_front()];
+        assert_eq!(w.look().written, 1);
+        let first = w.row();
+        assert_eq!(first.flags, ISOLATED_INGRESS);
+        assert!(first.generation > open.generation, "flows are judged again");
+        assert!(first.revision > open.revision);
+        let maps = w.maps();
+        let class = |row: &Endpoint, ip| maps.class_of(row.class_map, ip).expect("read");
+        assert_ne!(class(&first, OTHER), class(&first, Ipv4Addr::new(10, 244, 2, 8)));
+
+        // Both directions now: another table, and for a moment both are there.
+        let both = json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]});
+        w.cluster.policies.push(policy("deny", both));
+        w.look();
+        let second = w.row();
+        assert_eq!(second.flags, ISOLATED_INGRESS | ISOLATED_EGRESS);
+        let published = |w: &World| w.maps().published();
+        assert!(published(w).1.contains(&first.table), "a program may still read it");
+        w.look();
+        assert_eq!(published(w), (vec![second.class_map], vec![second.table]));
+
+        w.cluster.policies.clear();
+        w.look();
+        assert_eq!((w.row().state, w.row().flags), (state::READY, 0));
+    });
+}
+
+#[test]
+fn an_engine_that_starts_leaves_rows_alone_until_it_knows_and_uses_no_key_again() {
+    in_world(|w| {
+        w.plug(7);
+        w.cluster.pods = vec![pod("web", "one", None, json!({"app": "web"}))];
+        w.cluster.policies = vec![only_from_front()];
+        w.look();
+        let before = w.row();
+        w.engine = Engine::new(install(&w.pins).expect("again")).expect("taken over");
+        w.reader = Reader::default();
+        assert_eq!(w.row(), before, "enforced as before");
+        w.look();
+        let after = w.row();
+        assert_eq!((after.state, after.flags), (before.state, before.flags));
+        assert!(after.table > before.table && after.class_map > before.class_map);
+        assert!(after.generation > before.generation && after.revision > before.revision);
+    });
+}
+
+#[test]
+fn what_nobody_announced_and_what_lost_its_link_is_swept() {
+    in_world(|w| {
+        w.plug(7);
+        let rows = w.maps().endpoints().expect("read");
+        let announced = w.local.endpoints.clone();
+        assert_eq!(w.engine.sweep(&rows, &announced, |_| false).expect("swept"), 0);
+        let other = vec![Announcement { uid: 8, ..announced[0].clone() }];
+        assert_eq!(w.engine.sweep(&rows, &other, |_| false).expect("swept"), 1);
+        assert!(w.maps().endpoints().expect("read").is_empty());
+        w.plug(9);
+        let rows = w.maps().endpoints().expect("read");
+        let link = w.link;
+        let gone = w.engine.sweep(&rows, &w.local.endpoints, |index| index == link);
+        assert_eq!(gone.expect("swept"), 1);
+    });
+}
+
+#[test]
+fn ways_out_are_judged_and_ports_of_the_bridge_are_none() {
+    in_world(|w| {
+        let look = || {
+            let netlink = cni_netlink::Netlink::open().expect("a socket");
+            node::observe(&netlink).expect("observed")
+        };
+        let seen = look();
+        assert!(seen.addresses.contains(&Ipv4Addr::new(192, 0, 2, 1)), "{seen:?}");
+        let new = node::ensure_wires(&w.pins, &seen).expect("attached");
+        assert!(new.contains(&"eth0".to_owned()), "{new:?}");
+        assert!(!new.contains(&"veth1".to_owned()) && !new.contains(&"cni0".to_owned()));
+        assert!(node::ensure_wires(&w.pins, &seen).expect("again").is_empty());
+        ip(&["link", "add", "eth1", "type", "bridge"]);
+        assert_eq!(node::ensure_wires(&w.pins, &look()).expect("attached"), ["eth1"]);
+        assert!(uninstall(&w.pins).expect("removed"));
+        assert!(!uninstall(&w.pins).expect("nothing is left"));
+    });
+}
