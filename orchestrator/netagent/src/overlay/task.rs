@@ -75,7 +75,7 @@ struct Applied {
 struct FamilyDevice {
     ipv4: bool,
     index: u32,
-    peers: WantedPeers,
+    peers: Arc<WantedPeers>,
 }
 
 /// What was done in one look.
@@ -277,7 +277,7 @@ impl Overlay {
             steps += count;
             let ipv4 = device.local.is_ipv4();
             let peers = WantedPeers::new(&of_family(&peers, ipv4), index, underlay.index);
-            devices.push(FamilyDevice { ipv4, index, peers });
+            devices.push(FamilyDevice { ipv4, index, peers: Arc::new(peers) });
             names.push(device.name);
         }
         for (own, name) in [
@@ -360,8 +360,8 @@ impl Overlay {
         for before in before {
             let same_family = of_family(&peers, before.ipv4);
             let want = WantedPeers::new(&same_family, before.index, underlay.index);
-            changes.push(plan_peers(&SeenPeers::from(&before.peers), &want));
-            devices.push(FamilyDevice { peers: want, ..before });
+            changes.push(plan_peers(&SeenPeers::from(&*before.peers), &want));
+            devices.push(FamilyDevice { peers: Arc::new(want), ..before });
         }
         interest.lock().devices = heard(&devices);
         for (device, changes) in devices.iter().zip(&changes) {
@@ -531,7 +531,7 @@ impl Overlay {
 }
 
 /// As the watcher of kernel events wants it.
-fn heard(devices: &[FamilyDevice]) -> Vec<(u32, WantedPeers)> {
+fn heard(devices: &[FamilyDevice]) -> Vec<(u32, Arc<WantedPeers>)> {
     devices.iter().map(|device| (device.index, device.peers.clone())).collect()
 }
 
