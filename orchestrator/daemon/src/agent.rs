@@ -17,6 +17,8 @@ use crate::parts::Parts;
 const START: Duration = Duration::from_secs(60);
 /// File below the node's folder of state that keeps where etcd is.
 const ETCD_MEMBERS: &str = "etcd-members";
+/// And this often memory is looked after again.
+const TIDY: Duration = Duration::from_secs(10 * 60);
 
 /// Flags of `orchestrator agent`.
 #[derive(clap::Args)]
@@ -152,18 +154,22 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
         anyhow::Ok(())
     });
     parts.spawn("kubelet", orch_kubelet::run(kubelet, stop.clone()));
-    let (outcome, ()) = tokio::join!(parts.join(), forget_the_start(stop));
+    let (outcome, ()) = tokio::join!(parts.join(), give_memory_back(stop));
     outcome
 }
 
-/// Gives the memory back that only the start needed, once that is over.
-async fn forget_the_start(stop: CancellationToken) {
-    tokio::select! {
-        () = stop.cancelled() => return,
-        () = tokio::time::sleep(START) => {}
-    }
-    match orch_telemetry::release_start_memory() {
-        Ok(bytes) => debug!(code_bytes = bytes, "memory of the start was given back"),
-        Err(error) => debug!(%error, "memory of the start is kept"),
+/// Gives memory back that only the start needed, or a burst of changes.
+async fn give_memory_back(stop: CancellationToken) {
+    let mut wait = START;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(wait) => {}
+        }
+        match orch_telemetry::release_memory() {
+            Ok(bytes) => debug!(code_bytes = bytes, "unused memory was given back"),
+            Err(error) => debug!(%error, "unused memory is kept"),
+        }
+        wait = TIDY;
     }
 }

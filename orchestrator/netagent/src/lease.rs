@@ -115,10 +115,29 @@ pub struct LeaseValue {
     pub backend_type: Option<String>,
     /// The backend's own data.
     #[serde(rename = "BackendData", default, skip_serializing_if = "Option::is_none")]
-    pub backend_data: Option<serde_json::Value>,
+    pub backend_data: Option<BackendData>,
     /// The same of the IPv6 device.
     #[serde(rename = "BackendV6Data", default, skip_serializing_if = "Option::is_none")]
-    pub backend_v6_data: Option<serde_json::Value>,
+    pub backend_v6_data: Option<BackendData>,
+}
+
+/// The data of a node's backend: small where it is VXLAN's, which a network has a thousand times.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum BackendData {
+    /// Of a VXLAN node.
+    Vxlan(VxlanData),
+    /// Of another backend.
+    Other(Box<serde_json::Value>),
+}
+
+impl BackendData {
+    fn vxlan(&self) -> Option<VxlanData> {
+        match self {
+            Self::Vxlan(data) => Some(*data),
+            Self::Other(_) => None,
+        }
+    }
 }
 
 /// `BackendData` of the VXLAN backend.
@@ -140,7 +159,7 @@ impl LeaseValue {
             public_ip,
             public_ipv6: None,
             backend_type: Some(crate::network::VXLAN.to_owned()),
-            backend_data: Some(serde_json::to_value(data).expect("plain data has a JSON form")),
+            backend_data: Some(BackendData::Vxlan(data)),
             backend_v6_data: None,
         }
     }
@@ -165,7 +184,7 @@ impl LeaseValue {
         if !self.backend_type.as_deref().is_some_and(|kind| known.contains(&kind)) {
             return None;
         }
-        VxlanData::deserialize(self.backend_data.as_ref()?).ok()
+        self.backend_data.as_ref()?.vxlan()
     }
 
     /// The same with the node's IPv6 side.
@@ -173,7 +192,7 @@ impl LeaseValue {
     pub fn with_ipv6(self, public_ipv6: Ipv6Addr, data: VxlanData) -> Self {
         Self {
             public_ipv6: Some(public_ipv6),
-            backend_v6_data: Some(serde_json::to_value(data).expect("plain data has a JSON form")),
+            backend_v6_data: Some(BackendData::Vxlan(data)),
             ..self
         }
     }
@@ -181,7 +200,7 @@ impl LeaseValue {
     /// The VTEP of the node's IPv6 device.
     #[must_use]
     pub fn vtep_ipv6(&self) -> Option<VxlanData> {
-        VxlanData::deserialize(self.backend_v6_data.as_ref()?).ok().filter(|_| self.forwards())
+        self.backend_v6_data.as_ref()?.vxlan().filter(|_| self.forwards())
     }
 
     /// Whether packets for the subnet can be sent to the node as they are: it runs a backend whose nodes forward them.
@@ -235,6 +254,14 @@ mod tests {
             r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"aa:bb:cc:00:11:22"}}"#
         );
         assert_eq!(serde_json::from_str::<LeaseValue>(&json).expect("reads back"), value);
+    }
+
+    #[test]
+    fn data_of_other_backends_is_read_and_kept() {
+        let json = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"wireguard","BackendData":{"Port":51820,"PublicKey":"x"}}"#;
+        let value: LeaseValue = serde_json::from_str(json).expect("readable");
+        assert_eq!(value.vtep(), None);
+        assert_eq!(serde_json::to_string(&value).expect("JSON"), json);
     }
 
     #[test]

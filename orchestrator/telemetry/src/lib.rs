@@ -4,7 +4,7 @@
 
 mod memory;
 
-pub use memory::release_start_memory;
+pub use memory::release_memory;
 
 use std::io::IsTerminal as _;
 

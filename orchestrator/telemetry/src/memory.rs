@@ -1,15 +1,15 @@
-//! Memory that was needed at the start alone.
+//! Memory that is not needed any more.
 
 use std::fs;
 use std::io;
 
-/// Gives back what the start left: free pages of the heap, and the pages of this program's code. What runs from now on
-/// comes back from the page cache at its next call; the code of the start does not, and for a daemon that is most of it.
+/// Gives back free pages of the heap, and the pages of this program's code. What runs from now on comes back from the page
+/// cache at its next call; the code of the start does not, and for a daemon that is most of it.
 /// Returns how many bytes of code were mapped.
 ///
 /// # Errors
 /// `/proc` cannot be read, or the kernel refuses.
-pub fn release_start_memory() -> io::Result<usize> {
+pub fn release_memory() -> io::Result<usize> {
     #[cfg(target_env = "gnu")]
     // SAFETY: no pointers are passed; the allocator locks itself.
     unsafe {
@@ -89,11 +89,11 @@ mod tests {
     #[test]
     fn code_goes_and_comes_back_when_it_runs() {
         let before = resident_code_kib();
-        let bytes = release_start_memory().expect("given back");
+        let bytes = release_memory().expect("given back");
         let after = resident_code_kib();
         assert!(bytes > 0 && after < before, "{before} KiB before, {after} KiB after");
         // What was given back still runs.
         assert_eq!(code_of(MAPS, "/opt/my bin/orchestrator").len(), 1);
-        release_start_memory().expect("again");
+        release_memory().expect("again");
     }
 }

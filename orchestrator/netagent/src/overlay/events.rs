@@ -28,7 +28,7 @@ use crate::mac::Mac;
 #[derive(Debug, Default, Clone)]
 pub(super) struct Interest {
     /// Index of each device of ours, and what the kernel is to hold of the peers behind it.
-    pub(super) devices: Vec<(u32, WantedPeers)>,
+    pub(super) devices: Vec<(u32, Arc<WantedPeers>)>,
     /// Index of the underlay's link.
     pub(super) underlay: Option<u32>,
     /// Their names: a link that is made again has a new index.
@@ -201,7 +201,10 @@ mod tests {
             path: Path::Vxlan(Mac([2, 0, 0, 0, 0, 3])),
         };
         Interest {
-            devices: vec![(DEVICE, WantedPeers::new(&Peers::from([(subnet, peer)]), DEVICE, 2))],
+            devices: vec![(
+                DEVICE,
+                Arc::new(WantedPeers::new(&Peers::from([(subnet, peer)]), DEVICE, 2)),
+            )],
             underlay: Some(2),
             names: Vec::new(),
         }

@@ -77,7 +77,7 @@ struct Applied {
 struct FamilyDevice {
     ipv4: bool,
     index: u32,
-    peers: WantedPeers,
+    peers: Arc<WantedPeers>,
 }
 
 /// What was done in one look.
@@ -279,7 +279,7 @@ impl Overlay {
             steps += count;
             let ipv4 = device.local.is_ipv4();
             let peers = WantedPeers::new(&of_family(&peers, ipv4), index, underlay.index);
-            devices.push(FamilyDevice { ipv4, index, peers });
+            devices.push(FamilyDevice { ipv4, index, peers: Arc::new(peers) });
             names.push(device.name);
         }
         for (own, name) in [
@@ -362,8 +362,8 @@ impl Overlay {
         for before in before {
             let same_family = of_family(&peers, before.ipv4);
             let want = WantedPeers::new(&same_family, before.index, underlay.index);
-            changes.push(plan_peers(&SeenPeers::from(&before.peers), &want));
-            devices.push(FamilyDevice { peers: want, ..before });
+            changes.push(plan_peers(&SeenPeers::from(&*before.peers), &want));
+            devices.push(FamilyDevice { peers: Arc::new(want), ..before });
         }
         interest.lock().devices = heard(&devices);
         for (device, changes) in devices.iter().zip(&changes) {
@@ -533,7 +533,7 @@ impl Overlay {
 }
 
 /// As the watcher of kernel events wants it.
-fn heard(devices: &[FamilyDevice]) -> Vec<(u32, WantedPeers)> {
+fn heard(devices: &[FamilyDevice]) -> Vec<(u32, Arc<WantedPeers>)> {
     devices.iter().map(|device| (device.index, device.peers.clone())).collect()
 }
 

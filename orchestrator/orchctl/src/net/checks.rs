@@ -208,17 +208,28 @@ impl Node<'_> {
         }
         let own = self.own_lease();
         let usable = self.underlay() && self.device(own.as_ref());
-        self.mtus();
+        let dual_stack = own.as_ref().is_some_and(|own| own.subnet_v6.is_some());
+        self.mtus(dual_stack);
         if usable && let Some(leases) = self.leases {
             self.peers(leases, own.as_ref(), true);
         }
-        let dual_stack = own.as_ref().is_some_and(|own| own.subnet_v6.is_some());
+        let without_ipv6 = self.leases.is_some_and(|leases| leases.network_v6.is_some())
+            && own.is_some()
+            && !dual_stack;
+        if without_ipv6 {
+            let link = self.view.underlay().map_or("its link", |link| link.name.as_str());
+            self.found(
+                Check::Underlay,
+                format!("the network has IPv6, but this node takes no part in it: {link} had no IPv6 address when the agent started"),
+                RESTART,
+            );
+        }
         if let Some(leases) = self.leases.filter(|_| usable && dual_stack)
             && self.device_v6(leases, own.as_ref())
         {
             self.peers(leases, own.as_ref(), false);
         }
-        self.sysctls();
+        self.sysctls(dual_stack);
         self.firewall();
     }
 
@@ -456,10 +467,9 @@ impl Node<'_> {
         true
     }
 
-    fn mtus(&mut self) {
+    fn mtus(&mut self, dual_stack: bool) {
         let view = self.view;
         let (Some(underlay), Some(device)) = (view.underlay(), view.device()) else { return };
-        let dual_stack = self.leases.is_some_and(|leases| leases.network_v6.is_some());
         let host_gw = self.leases.is_some_and(|leases| leases.backend == "host-gw");
         let room = underlay.mtu.saturating_sub(VXLAN_OVERHEAD_IPV4);
         let room_v6 = underlay.mtu.saturating_sub(VXLAN_OVERHEAD_IPV6);
@@ -519,7 +529,7 @@ impl Node<'_> {
         }
     }
 
-    fn sysctls(&mut self) {
+    fn sysctls(&mut self, dual_stack: bool) {
         let view = self.view;
         let value = |key: &str| view.sysctls.get(key).map(String::as_str);
         if value("ipv4/ip_forward") == Some("0") {
@@ -529,7 +539,6 @@ impl Node<'_> {
                 "sysctl -w net.ipv4.ip_forward=1",
             );
         }
-        let dual_stack = self.leases.is_some_and(|leases| leases.network_v6.is_some());
         if dual_stack && value("ipv6/conf/all/forwarding") == Some("0") {
             self.found(
                 Check::IpForward,
