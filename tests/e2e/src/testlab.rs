@@ -63,7 +63,7 @@ impl TestLab {
         };
         // What a run that was killed left behind.
         lab.orchctl(&["lab", "down"], Duration::from_secs(120))?.ok()?;
-        let underlay = std::env::var("ORCH_E2E_UNDERLAY").unwrap_or_else(|_| UNDERLAY.to_owned());
+        let underlay = underlay();
         let mut words = vec!["lab", "up", "--nodes", "3", "--underlay", &underlay];
         words.extend(flags);
         let up = lab.orchctl(&words, Duration::from_secs(300))?;
@@ -266,6 +266,12 @@ impl TestLab {
     pub fn down(&self) -> anyhow::Result<()> {
         self.orchctl(&["lab", "down"], Duration::from_secs(120))?.ok().map(drop)
     }
+}
+
+/// The network that joins the lab's hosts; `ORCH_E2E_UNDERLAY` names another one.
+#[must_use]
+pub fn underlay() -> String {
+    std::env::var("ORCH_E2E_UNDERLAY").unwrap_or_else(|_| UNDERLAY.to_owned())
 }
 
 fn log_files(folder: &Path, depth: usize) -> Vec<PathBuf> {

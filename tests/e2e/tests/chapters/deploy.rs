@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use tests_e2e::eventually;
-use tests_e2e::testlab::TestLab;
+use tests_e2e::testlab::{TestLab, underlay};
 
 use super::{nodeinfo, ready_pods};
 
@@ -31,7 +31,7 @@ pub(super) fn demo(lab: &TestLab) -> anyhow::Result<()> {
 
 pub(super) fn up_again(lab: &TestLab) -> anyhow::Result<()> {
     let before = nodeinfo(lab, 3, SOON)?;
-    lab.orchctl(&["lab", "up", "--nodes", "3", "--underlay", "172.31.240.0/24"], SOON)?.ok()?;
+    lab.orchctl(&["lab", "up", "--nodes", "3", "--underlay", &underlay()], SOON)?.ok()?;
     let after = nodeinfo(lab, 3, SOON)?;
     ensure!(before == after, "pods changed: {before:?} {after:?}");
     Ok(())

@@ -101,7 +101,7 @@ pub(super) fn node_credentials(lab: &TestLab) -> anyhow::Result<()> {
         &[&one, "taint", "node", "node-1", "a=b:NoSchedule"],
         &["not allowed to modify taints"],
     )?;
-    refused(lab, &[&one, "create", "token", "default"], &["not bound to a pod"])?;
+    refused(lab, &[&one, "create", "token", "default"], &["forbidden"])?;
     lab.ok(&["get", "pod", "keeper"])?;
     lab.ok(&["delete", "pod", "keeper"])?;
     lab.ok(&["delete", "secret", "vault"])?;
