@@ -69,6 +69,7 @@ pub(crate) struct Flags {
 }
 
 pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result<()> {
+    orch_telemetry::share_heaps();
     if !nix::unistd::geteuid().is_root() {
         bail!(
             "the agent needs root: it makes network devices and mounts; start it as root or as a system service"

@@ -4,7 +4,7 @@
 
 mod memory;
 
-pub use memory::release_memory;
+pub use memory::{release_memory, share_heaps};
 
 use std::io::IsTerminal as _;
 

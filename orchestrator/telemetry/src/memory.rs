@@ -4,7 +4,8 @@ use std::fs;
 use std::io;
 
 /// Gives back free pages of the heap, and the pages of this program's code. What runs from now on comes back from the page
-/// cache at its next call; the code of the start does not, and for a daemon that is most of it.
+/// cache at its next call, with what lies around it; the code of the start does not. Of the node agent's 21 MiB of code 17 are
+/// left.
 /// Returns how many bytes of code were mapped.
 ///
 /// # Errors
@@ -29,6 +30,16 @@ pub fn release_memory() -> io::Result<usize> {
         bytes += length;
     }
     Ok(bytes)
+}
+
+/// Lets all threads share two heaps of the allocator: each heap keeps what its threads once needed at a time. For processes
+/// that seldom do much at once; early, as heaps that are there stay.
+pub fn share_heaps() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no pointers are passed; a refused value changes nothing.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
 }
 
 /// Start and length of the mappings of a program's code, as `/proc/PID/maps` shows them. Pure.
