@@ -339,6 +339,12 @@ async fn an_account_has_its_roles_and_its_token_its_audience() {
         .await;
     assert_eq!(get(till, &format!("{SHOP}/secrets")).await.0, 403);
 
+    // With what a program needs to check such tokens itself.
+    for path in ["/.well-known/openid-configuration", "/openid/v1/jwks"] {
+        assert_eq!(get(till, path).await.0, 200, "{path}");
+        assert_eq!(get(&cluster.client_with_token(None), path).await.0, 403, "{path}");
+    }
+
     // A token for somebody else opens nothing here, and a review says for whom it is.
     let theirs = token(json!({ "audiences": ["vault"] })).await;
     assert_eq!(get(&cluster.client_with_token(Some(&theirs)), "/version").await.0, 401);
@@ -544,6 +550,10 @@ async fn a_node_reads_and_writes_what_is_its_own() {
             .0,
         403
     );
+
+    // Where the cluster's servers are: nobody has made it here.
+    assert_eq!(get(one, "/api/v1/namespaces/kube-system/configmaps/orch-cluster").await.0, 404);
+    assert_eq!(get(one, "/api/v1/namespaces/kube-system/configmaps/other").await.0, 403);
 
     // What the pod network needs of all.
     for path in [

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::rbac::Rule;
 use crate::auth::{ANONYMOUS, AUTHENTICATED, UNAUTHENTICATED};
 use crate::certificates::BOOTSTRAPPERS;
+use crate::oidc;
 use crate::resources::RBAC;
 
 /// Says whether [`super::reconcile`] keeps an object (`"false"`: its owner has taken it over).
@@ -156,6 +157,7 @@ pub(super) fn objects() -> Vec<Value> {
         bound("system:kube-scheduler", &[user("system:kube-scheduler")]),
         bound("system:node-bootstrapper", &[group(BOOTSTRAPPERS)]),
         bound("orch:network-agent", &[group("system:nodes")]),
+        bound("system:service-account-issuer-discovery", &[group("system:serviceaccounts")]),
     ]);
     // How a host that has no credentials yet learns the cluster's authority (kubeadm's discovery).
     all.extend(local(
@@ -163,6 +165,13 @@ pub(super) fn objects() -> Vec<Value> {
         "kube-public",
         named(&["get"], "", "configmaps", &["cluster-info"]),
         &[user(ANONYMOUS), group(AUTHENTICATED)],
+    ));
+    // Where the servers and etcd are, for hosts that join and for agents whose server dies.
+    all.extend(local(
+        "orch:cluster",
+        "kube-system",
+        named(&["get"], "", "configmaps", &["orch-cluster"]),
+        &[group("system:nodes")],
     ));
     // The authorities' keys for a further control plane, encrypted with a key that only its join command carries.
     all.extend(local(
@@ -238,6 +247,10 @@ fn users_roles() -> Vec<Value> {
         cluster_role(
             "system:monitoring",
             [paths("/metrics /metrics/slis /livez /readyz /healthz /livez/* /readyz/* /healthz/*")],
+        ),
+        cluster_role(
+            "system:service-account-issuer-discovery",
+            [paths(&format!("{} {}", oidc::CONFIGURATION, oidc::KEYS))],
         ),
         cluster_role(
             "system:auth-delegator",
