@@ -244,7 +244,12 @@ fn leader_paused(lab: &TestLab) -> anyhow::Result<()> {
             Ok(())
         })?;
         lab.ok(&["scale", "deployment/nodeinfo", "--replicas=5"])?;
-        ready_pods(lab, 5)
+        // They may start later: an agent that watches at the server that stands still does not notice that.
+        eventually("five pods are made", SOON, || {
+            let pods = lab.pods("app=nodeinfo")?;
+            ensure!(pods.len() == 5, "{pods:#?}");
+            Ok(())
+        })
     })();
     kill(pid, Signal::SIGCONT).context("continue the server")?;
     outcome?;
