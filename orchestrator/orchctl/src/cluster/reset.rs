@@ -16,7 +16,7 @@ use crate::lab::engine;
 use crate::{image, output, progress};
 
 const CONFLIST: &str = "10-orch.conflist";
-const BPF: &str = "/sys/fs/bpf/orch";
+const BPF: &str = "sys/fs/bpf";
 
 #[derive(clap::Args)]
 #[command(after_help = "Example: orchctl reset --yes\n\
@@ -73,9 +73,7 @@ pub(crate) async fn run(flags: Flags) -> anyhow::Result<()> {
         }
         troubles.note(remove_network());
         troubles.note(remove_tables());
-        if host.is_whole_machine() && Path::new(BPF).exists() {
-            troubles.note(fs::remove_dir_all(BPF).context("remove the pinned programs"));
-        }
+        troubles.note(remove_programs(&host));
         clean.done("");
     }
     // The folders are the record of what is left: they go last, and only when nothing is.
@@ -112,6 +110,23 @@ fn confirm(config: &Config, yes: bool) -> anyhow::Result<()> {
     } else {
         Err(output::usage("not confirmed"))
     }
+}
+
+/// Removes the pinned programs; below a root of its own also the file system that was mounted for them.
+fn remove_programs(host: &Host) -> anyhow::Result<()> {
+    let mount = host.paths.root().join(BPF);
+    let ours = mount.join("orch");
+    if ours.exists() {
+        fs::remove_dir_all(&ours).context("remove the pinned programs")?;
+    }
+    if !host.is_whole_machine() && mount.exists() {
+        engine::unmount(&mount)?;
+        // `sys` and what leads to it; what somebody else uses stays.
+        for folder in mount.ancestors().take_while(|folder| *folder != host.paths.root()) {
+            let _ = fs::remove_dir(folder);
+        }
+    }
+    Ok(())
 }
 
 async fn remove_containers(config: &Config) -> anyhow::Result<()> {

@@ -245,6 +245,15 @@ async fn containers(
 
 /// Unmounts what is mounted below a folder, innermost first.
 pub(crate) fn unmount_below(folder: &Path) -> anyhow::Result<()> {
+    unmount_where(|point| point.starts_with(folder) && point != folder)
+}
+
+/// Unmounts what is mounted at a folder, if anything is.
+pub(crate) fn unmount(folder: &Path) -> anyhow::Result<()> {
+    unmount_where(|point| point == folder)
+}
+
+fn unmount_where(wanted: impl Fn(&Path) -> bool) -> anyhow::Result<()> {
     let table =
         std::fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
     // proc(5): the fifth field is the mount point, with blanks as \040.
@@ -252,7 +261,7 @@ pub(crate) fn unmount_below(folder: &Path) -> anyhow::Result<()> {
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
         .map(|point| point.replace("\\040", " "))
-        .filter(|point| Path::new(point).starts_with(folder) && Path::new(point) != folder)
+        .filter(|point| wanted(Path::new(point)))
         .collect();
     points.sort_by_key(|point| std::cmp::Reverse(point.len()));
     for point in points {
