@@ -69,8 +69,10 @@ pub(crate) enum Command {
         output: Option<Format>,
     },
     /// Show connections that pods open and packets that NetworkPolicies drop, with the policy that decided
+    #[command(after_help = "Example: orchctl net flows --follow --verdict dropped")]
     Flows(flows::Filter),
     /// Say whether NetworkPolicies allow a connection, and which of them decides
+    #[command(after_help = "Example: orchctl net explain web-0 db-0 5432")]
     Explain {
         /// Who connects: a pod (`NAME` or `NAMESPACE/NAME`) or an address
         from: String,
