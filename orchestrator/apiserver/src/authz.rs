@@ -8,7 +8,7 @@
 //!
 //! What can only be said when the object is known is [`guard`]: nobody gives others more than they have
 //! ([`escalation`]), and a node writes its own objects only ([`restrict`]). The roles every cluster has are
-//! [`defaults`], kept by [`reconcile`]; ClusterRoles made of others are put together by [`aggregate`].
+//! [`defaults`], kept by [`reconcile()`]; ClusterRoles made of others are put together by [`aggregate()`].
 
 mod aggregate;
 mod defaults;

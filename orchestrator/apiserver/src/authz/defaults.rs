@@ -12,7 +12,7 @@ use crate::certificates::BOOTSTRAPPERS;
 use crate::oidc;
 use crate::resources::RBAC;
 
-/// Says whether [`super::reconcile`] keeps an object (`"false"`: its owner has taken it over).
+/// Says whether [`super::reconcile()`] keeps an object (`"false"`: its owner has taken it over).
 pub(super) const AUTO_UPDATE: &str = "rbac.authorization.kubernetes.io/autoupdate";
 
 const READ: &[&str] = &["get", "list", "watch"];
