@@ -41,14 +41,14 @@ test-e2e: build ## the user's story in a lab of its own
 
 test-cni: build ## the CNI tables alone; CNI_UNDER_TEST=/usr/lib/cni says where other plugins fall short of them
 	@[ "$${CNI_UNDER_TEST:-}" != /usr/lib/cni ] || scripts/cni-peers plugins
-	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked -p tests-conformance --test conformance
+	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked --workspace --test conformance
 
 test-runtimes: build ## podman and containerd (ctr, CRI; installed if missing) with our CNI plugins
 	@scripts/cni-peers runtimes
-	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked -p tests-conformance --test runtimes
+	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked --workspace --test runtimes
 
 test-ha: build ## three control planes die in turn under a writer and clients of a Service, in a lab of its own
-	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked -p tests-e2e --test ha
+	ORCH_BIN=$(abspath $(OUT)) cargo test --release --locked --workspace --test ha
 
 test-provision: build ## orchctl init, join and reset on two hosts made of network namespaces
 	@scripts/test-provision $(OUT)

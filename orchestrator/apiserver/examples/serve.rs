@@ -1,7 +1,8 @@
 //! An API server with an etcd of its own on loopback, until Ctrl-C: `cargo run -p orch-apiserver --example serve`.
 //! For trying clients; prints nothing but the path of an administrator's kubeconfig, on stderr.
 
-#[path = "../tests/support/mod.rs"]
+#[path = "../tests/suite/support/mod.rs"]
+#[allow(dead_code, reason = "the tests use the rest")]
 mod support;
 
 #[tokio::main]

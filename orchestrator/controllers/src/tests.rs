@@ -6,8 +6,8 @@ use http::Method;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
 use orch_client::{Api, DeleteParams, Kind};
-use orch_reconcile::fake::FakeServer;
 use serde_json::{Value, json};
+use tests_fake_api::FakeServer;
 use tokio_util::sync::CancellationToken;
 
 use crate::Options;

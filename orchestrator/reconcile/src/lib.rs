@@ -7,8 +7,6 @@
 mod backoff;
 mod controller;
 mod events;
-#[cfg(feature = "fake")]
-pub mod fake;
 mod informer;
 mod leader;
 mod queue;

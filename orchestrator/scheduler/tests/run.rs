@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use orch_reconcile::fake::FakeServer;
 use orch_scheduler::{Options, run};
 use serde_json::{Value, json};
+use tests_fake_api::FakeServer;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 

@@ -1,7 +1,7 @@
 //! The state of the cluster: a revisioned key-value store, and the watch cache that the API server reads.
 //!
 //! - [`Store`] is the contract: get, paged list at a revision, create, compare-and-swap update and delete, watch from
-//!   a revision, compaction. [`EtcdStore`] is its reference implementation; `tests/behaviour.rs` is the suite that any
+//!   a revision, compaction. [`EtcdStore`] is its reference implementation; `tests/suite/behaviour.rs` is the suite that any
 //!   other one has to pass.
 //! - [`managed`] runs an etcd for those who have none: a child process that outlives its parent.
 //! - [`admin`] is for operators: members, snapshots, rights.

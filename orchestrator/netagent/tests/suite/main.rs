@@ -1,0 +1,12 @@
+//! The network agent on real parts. One program: each takes minutes to compile.
+
+mod agent;
+mod chaos;
+mod flannel;
+mod ipv6;
+mod join;
+mod lease;
+mod overlay;
+mod policy;
+mod services;
+mod support;
