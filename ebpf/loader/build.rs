@@ -1,7 +1,7 @@
 //! Compiles the C programs with clang. They need no headers but their own.
 
 use std::env;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 /// `CLANG`, then what Debian calls it.
@@ -9,7 +9,9 @@ const NAMES: [&str; 7] =
     ["clang", "clang-19", "clang-18", "clang-17", "clang-16", "clang-15", "clang-14"];
 
 fn main() {
-    let progs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../progs");
+    // Not env!: a target folder that several copies of the tree share would keep the first one's path.
+    let progs =
+        PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("../progs");
     let source = progs.join("policy.bpf.c");
     let object = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("policy.o");
     // From the package's folder: a copy of the tree is not to look at the original.
