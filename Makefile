@@ -12,10 +12,10 @@ LAB_NODES ?= 3
 BENCH_ROUNDS ?= 20
 FUZZ_CASES ?= 20000
 
-.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes test-ha test-provision deb dist check bench bench-cni bench-overlay fuzz install-cni
+.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes test-ha test-provision deb dist check bench bench-cni bench-overlay bench-footprint fuzz install-cni
 
 help: ## list the tasks
-	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 deps: ## install what is missing, by package name (Debian)
 	@scripts/deps
@@ -76,6 +76,9 @@ bench-cni: build ## our CNI plugins, the reference ones (installed if missing) a
 
 bench-overlay: deps ## the overlay against loopback and a VXLAN made by hand, in namespaces of its own (a minute)
 	cargo run --release --locked -q -p tests-bench --bin overlay-bench
+
+bench-footprint: build ## start-up times, and memory, CPU and writes to etcd of an idle cluster, beside their goals (5 minutes)
+	@scripts/bench-footprint $(OUT)
 
 fuzz: deps ## property tests of everything that reads bytes from outside, with many more cases
 	PROPTEST_CASES=$(FUZZ_CASES) cargo test --release --workspace --lib fuzz
