@@ -21,14 +21,14 @@ static __always_inline int check_arp(struct __sk_buff *skb, const struct endpoin
 	return is_same_mac(arp.sender_mac, endpoint->mac) ? REASON_ARP : REASON_SPOOF;
 }
 
-/* A pod that says it is a router would get its neighbours' packets (CVE-2020-10749). */
-static __always_inline int is_router_advertisement(struct __sk_buff *skb)
+/* Whether the pod may have sent what has this source. One that is still looking for its address has none; its word is then
+ * to its link (`check_neighbour`), as everything is that comes from a link-local address and is not for the node.
+ */
+static __always_inline int is_own_source(const struct endpoint *endpoint, const struct packet *packet)
 {
-	__u8 next = 0, type = 0;
-
-	bpf_skb_load_bytes(skb, sizeof(struct eth_header) + IPV6_NEXT_HEADER, &next, sizeof(next));
-	bpf_skb_load_bytes(skb, sizeof(struct eth_header) + IPV6_HEADER_LEN, &type, sizeof(type));
-	return next == IPPROTO_ICMPV6 && type == ICMPV6_ROUTER_ADVERTISEMENT;
+	if (packet->family == FAMILY_IPV4)
+		return packet->saddr.words[0] == endpoint->addr;
+	return is_own_ipv6(endpoint, &packet->saddr) || is_unspecified(&packet->saddr);
 }
 
 /* No pod speaks VXLAN to a node: it could put frames into any pod's network. */
@@ -46,15 +46,19 @@ static __always_inline int opens(const struct packet *packet)
 {
 	if (packet->protocol == IPPROTO_TCP)
 		return begins(packet);
+	if (packet->protocol == IPPROTO_ICMPV6)
+		return packet->icmp_type == ICMPV6_ECHO;
 	return !packet->is_error && !(packet->protocol == IPPROTO_ICMP && packet->sport == bpf_htons(ICMP_ECHO));
 }
 
 static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
 					   __u8 *flags, struct basis *basis)
 {
+	struct body body = {};
 	struct eth_header eth;
 	struct flow_key key;
 	__u32 daddr_flags;
+	__u8 family;
 	int reason, full;
 
 	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
@@ -65,15 +69,22 @@ static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct e
 		return REASON_OTHER_PROTOCOL;
 	if (eth.type == bpf_htons(ETH_P_ARP))
 		return check_arp(skb, endpoint);
-	if (eth.type == bpf_htons(ETH_P_IPV6))
-		return is_router_advertisement(skb) ? REASON_SPOOF : judge_ipv6(endpoint, EGRESS);
-	if (eth.type != bpf_htons(ETH_P_IP))
+	family = family_of(eth.type);
+	if (!family)
 		return REASON_OTHER_PROTOCOL;
-	reason = parse_packet(skb, endpoint->uid, EGRESS, 0, packet);
+	reason = parse_addresses(skb, sizeof(eth), family, packet, &body);
 	if (reason)
 		return reason;
-	if (packet->saddr != endpoint->addr)
+	if (!is_own_source(endpoint, packet))
 		return REASON_SPOOF;
+	reason = parse_body(skb, endpoint->uid, EGRESS, packet, &body);
+	if (reason)
+		return reason;
+	if (family == FAMILY_IPV6) {
+		reason = check_neighbour(skb, endpoint, packet, &body);
+		if (reason >= 0)
+			return reason;
+	}
 
 	flow_key(endpoint, packet, EGRESS, &key);
 	if (endpoint->state == ENDPOINT_READY) {
@@ -81,7 +92,11 @@ static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct e
 		if (reason >= 0)
 			return reason;
 	}
-	daddr_flags = address_flags(packet->daddr);
+	daddr_flags = address_flags(packet);
+	/* Neighbours are no peers of any policy. */
+	if (family == FAMILY_IPV6 &&
+	    (is_unspecified(&packet->saddr) || (is_link_local(&packet->saddr) && !(daddr_flags & ADDRESS_NODE))))
+		return REASON_SPOOF;
 	if (is_encapsulated(packet, daddr_flags))
 		return REASON_ENCAPSULATION;
 	if (packet->is_error && is_related(skb, endpoint, packet, EGRESS))

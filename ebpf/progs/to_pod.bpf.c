@@ -4,13 +4,22 @@
  * a pod of this node that reached this one through a Service.
  */
 
+/* Bridges flood. */
+static __always_inline int is_for(const struct endpoint *endpoint, const struct packet *packet)
+{
+	if (packet->family == FAMILY_IPV4)
+		return packet->daddr.words[0] == endpoint->addr;
+	return is_own_ipv6(endpoint, &packet->daddr);
+}
+
 static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
 					 struct basis *basis)
 {
 	struct endpoint *sender;
+	struct body body = {};
 	struct eth_header eth;
 	struct flow_key key;
-	__u8 flags = 0;
+	__u8 family, flags = 0;
 	int reason, full;
 
 	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
@@ -18,13 +27,24 @@ static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct end
 	/* Senders are checked where they send. */
 	if (eth.type == bpf_htons(ETH_P_ARP) && !skb->vlan_present)
 		return REASON_ARP;
-	if (eth.type == bpf_htons(ETH_P_IPV6) && !skb->vlan_present)
-		return skb->ingress_ifindex ? judge_ipv6(endpoint, INGRESS) : REASON_NODE;
-	if (eth.type != bpf_htons(ETH_P_IP) || skb->vlan_present)
+	family = family_of(eth.type);
+	if (!family || skb->vlan_present)
 		return REASON_OTHER_PROTOCOL;
-	reason = parse_packet(skb, endpoint->uid, INGRESS, endpoint->addr, packet);
+	reason = parse_addresses(skb, sizeof(eth), family, packet, &body);
 	if (reason)
 		return reason;
+	if (!is_for(endpoint, packet) && !(family == FAMILY_IPV6 && is_multicast(&packet->daddr)))
+		return REASON_NOT_MINE;
+	reason = parse_body(skb, endpoint->uid, INGRESS, packet, &body);
+	if (reason)
+		return reason;
+	if (family == FAMILY_IPV6) {
+		if (is_of_link(packet, &body))
+			return REASON_NEIGHBOUR;
+		/* Other multicast is not forwarded to pods, in either family. */
+		if (is_multicast(&packet->daddr))
+			return REASON_NOT_MINE;
+	}
 	/* Born in this node's namespace: the kubelet and whatever else runs there. Masqueraded traffic has the node's
 	 * address too, but came in by some link.
 	 */

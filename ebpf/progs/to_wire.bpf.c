@@ -4,13 +4,23 @@
  * packets went to a Service and have been translated by now. Everything else passes untouched.
  */
 
+static __always_inline void own_address(const struct endpoint *sender, struct packet *packet)
+{
+	if (packet->family == FAMILY_IPV6)
+		packet->saddr = sender->addr6;
+	else
+		packet->saddr.words[0] = sender->addr;
+}
+
 SEC("classifier")
 int to_wire(struct __sk_buff *skb)
 {
 	struct endpoint *sender;
 	struct packet packet = {};
 	struct basis basis = {};
+	struct body body = {};
 	struct eth_header eth;
+	__u8 family;
 	int reason;
 
 	if (!(skb->mark & MARK_DEFERRED) || !skb->ingress_ifindex)
@@ -24,13 +34,16 @@ int to_wire(struct __sk_buff *skb)
 	skb->mark &= ~(MARK_SLOT_MASK | MARK_DEFERRED);
 	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
 		return TCX_DROP;
+	family = family_of(eth.type);
 	/* Pods send nothing else that could be translated. */
-	if (eth.type != bpf_htons(ETH_P_IP))
+	if (!family)
 		return act(skb, sender, &packet, EGRESS, REASON_OTHER_PROTOCOL, &basis);
-	reason = parse_packet(skb, sender->uid, EGRESS, 0, &packet);
+	reason = parse_addresses(skb, sizeof(eth), family, &packet, &body);
+	if (!reason)
+		reason = parse_body(skb, sender->uid, EGRESS, &packet, &body);
 	if (!reason) {
 		/* Masquerade may have changed it. */
-		packet.saddr = sender->addr;
+		own_address(sender, &packet);
 		reason = packet.is_error ? REASON_DEFERRED : judge_deferred(sender, &packet, &basis);
 	}
 	return act(skb, sender, &packet, EGRESS, reason, &basis);

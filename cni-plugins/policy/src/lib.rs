@@ -7,6 +7,7 @@
 //! Keys of the configuration: `root`, below which the BPF file system with the programs is; `stateDir`, for what DEL has
 //! to know; `socket` of the agent. Start reading at [`Policy`].
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
@@ -79,6 +80,7 @@ impl Plugin for Policy {
             ifindex: link.index,
             uid: rand::random(),
             addr: subject.addr,
+            addr6: subject.addr6,
             pod: pod(&req.args),
         };
         // Kept before anything is made. A failure from here on leaves the pod closed, not open: taking the programs
@@ -87,12 +89,13 @@ impl Plugin for Policy {
         kept(&req.conf, &req.name)
             .write(id.container_id.as_ref(), id.ifname.as_str(), &made)
             .map_err(io)?;
-        if let Some(gateway) = subject.gateway {
-            maps.put_address(ClassKey::host(gateway), ADDRESS_NODE).map_err(again)?;
+        for gateway in &subject.gateways {
+            maps.put_address(ClassKey::host(*gateway), ADDRESS_NODE).map_err(again)?;
         }
         let closed = Endpoint {
             uid: made.uid,
             addr: made.addr.to_bits().to_be(),
+            addr6: subject.addr6_bytes(),
             mac: subject.mac,
             state: state::PENDING,
             ..Endpoint::default()
@@ -128,7 +131,8 @@ impl Plugin for Policy {
             return bad(format!("the pod is closed (state {})", endpoint.state));
         }
         let subject = Subject::of(&req.prev_result, &req.ifname)?;
-        if (endpoint.addr, endpoint.mac) != (subject.addr.to_bits().to_be(), subject.mac) {
+        let present = (endpoint.addr, endpoint.addr6, endpoint.mac);
+        if present != (subject.addr.to_bits().to_be(), subject.addr6_bytes(), subject.mac) {
             return bad("the endpoint has another address or MAC than the pod".to_owned());
         }
         let link = host_end(&NetNs::open(&req.netns).map_err(no_container)?, &req.ifname)?;
@@ -169,8 +173,10 @@ impl Plugin for Policy {
 
 /// Who the pod is on the network, by what the plugins before said.
 struct Subject {
-    addr: std::net::Ipv4Addr,
-    gateway: Option<std::net::Ipv4Addr>,
+    /// `0.0.0.0` in a network of IPv6 alone: no IPv4 packet is the pod's then.
+    addr: Ipv4Addr,
+    addr6: Option<Ipv6Addr>,
+    gateways: Vec<IpAddr>,
     mac: [u8; 6],
 }
 
@@ -186,19 +192,21 @@ impl Subject {
             .find(|(_, link)| !link.sandbox.is_empty() && link.name == ifname.as_str())
             .ok_or_else(|| missing("interface"))?;
         let mac = parse_mac(&interface.mac).ok_or_else(|| missing("MAC"))?;
-        let ip = result.ips.iter().filter(|ip| ip.interface.is_none_or(|of| of == place)).find_map(
-            |ip| match ip.address {
-                IpNetwork::V4(address) => Some((address.ip(), ip.gateway)),
-                IpNetwork::V6(_) => None,
-            },
-        );
-        // In a network of IPv6 alone: no IPv4 packet is the pod's then.
-        let (addr, gateway) = ip.unwrap_or((std::net::Ipv4Addr::UNSPECIFIED, None));
-        let gateway = match gateway {
-            Some(std::net::IpAddr::V4(gateway)) => Some(gateway),
-            _ => None,
-        };
-        Ok(Self { addr, gateway, mac })
+        // The first of each family.
+        let (mut addr, mut addr6, mut gateways) = (None, None, Vec::new());
+        for ip in result.ips.iter().filter(|ip| ip.interface.is_none_or(|of| of == place)) {
+            let is_new = match ip.address {
+                IpNetwork::V4(address) => addr.replace(addr.unwrap_or(address.ip())).is_none(),
+                IpNetwork::V6(address) => addr6.replace(addr6.unwrap_or(address.ip())).is_none(),
+            };
+            gateways.extend(ip.gateway.filter(|_| is_new));
+        }
+        Ok(Self { addr: addr.unwrap_or(Ipv4Addr::UNSPECIFIED), addr6, gateways, mac })
+    }
+
+    /// As the endpoint has it.
+    fn addr6_bytes(&self) -> [u8; 16] {
+        self.addr6.map_or([0; 16], |addr| addr.octets())
     }
 }
 

@@ -1,5 +1,3 @@
-use std::net::Ipv4Addr;
-
 use serde_json::json;
 
 use super::*;
@@ -12,7 +10,11 @@ fn result() -> AddResult {
             {"name": "veth1", "mac": "02:00:00:00:00:02"},
             {"name": "eth0", "mac": "02:00:00:00:00:03", "sandbox": "/run/netns/a"},
         ],
-        "ips": [{"address": "10.244.1.5/24", "gateway": "10.244.1.1", "interface": 2}],
+        "ips": [
+            {"address": "10.244.1.5/24", "gateway": "10.244.1.1", "interface": 2},
+            {"address": "fd00:244:1::5/64", "gateway": "fd00:244:1::1", "interface": 2},
+            {"address": "10.244.1.6/24", "gateway": "10.244.1.9", "interface": 2},
+        ],
     });
     AddResult::from_value(&value, cni_spec::Version::V1_1_0).expect("a result")
 }
@@ -21,7 +23,12 @@ fn result() -> AddResult {
 fn the_subject_is_the_containers_interface() {
     let subject = Subject::of(&result(), &"eth0".parse().expect("a name")).expect("found");
     assert_eq!(subject.addr, Ipv4Addr::new(10, 244, 1, 5));
-    assert_eq!(subject.gateway, Some(Ipv4Addr::new(10, 244, 1, 1)));
+    assert_eq!(subject.addr6, "fd00:244:1::5".parse().ok());
+    let gateways: Vec<IpAddr> = ["10.244.1.1", "fd00:244:1::1"]
+        .into_iter()
+        .map(|text| text.parse().expect("an address"))
+        .collect();
+    assert_eq!(subject.gateways, gateways, "of the first address of each family");
     assert_eq!(subject.mac, [2, 0, 0, 0, 0, 3]);
     let other: IfName = "eth1".parse().expect("a name");
     assert_eq!(Subject::of(&result(), &other).err().expect("none").code, code::INVALID_CONFIG);
@@ -30,9 +37,10 @@ fn the_subject_is_the_containers_interface() {
 #[test]
 fn a_pod_of_an_ipv6_network_has_no_ipv4_address_of_its_own() {
     let mut result = result();
-    result.ips.clear();
+    result.ips.retain(|ip| ip.address.is_ipv6());
     let subject = Subject::of(&result, &"eth0".parse().expect("a name")).expect("found");
-    assert_eq!((subject.addr, subject.gateway), (Ipv4Addr::UNSPECIFIED, None));
+    assert_eq!((subject.addr, subject.gateways.len()), (Ipv4Addr::UNSPECIFIED, 1));
+    assert_eq!(subject.addr6, "fd00:244:1::5".parse().ok());
 }
 
 #[test]
@@ -59,7 +67,13 @@ fn without_programs_add_and_status_fail_and_del_succeeds() {
         ifname: "eth0".parse().expect("a name"),
     };
     remove(&conf, &kept, &id).expect("nothing is there");
-    let made = Announcement { ifindex: 7, uid: 9, addr: Ipv4Addr::new(10, 244, 1, 5), pod: None };
+    let made = Announcement {
+        ifindex: 7,
+        uid: 9,
+        addr: Ipv4Addr::new(10, 244, 1, 5),
+        addr6: None,
+        pod: None,
+    };
     kept.write("c1", "eth0", &made).expect("written");
     remove(&conf, &kept, &id).expect("removed");
     assert_eq!(kept.read("c1", "eth0"), None);

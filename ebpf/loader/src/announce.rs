@@ -3,7 +3,7 @@
 //! The plugin keeps each [`Announcement`] as a file, too; an agent that starts reads those of a former life.
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,10 +18,21 @@ pub struct Announcement {
     pub ifindex: u32,
     /// Of the endpoint row.
     pub uid: u32,
-    /// Its address.
+    /// Its IPv4 address; `0.0.0.0` if it has none.
     pub addr: Ipv4Addr,
+    /// Its IPv6 address.
+    #[serde(default)]
+    pub addr6: Option<Ipv6Addr>,
     /// The pod, if the runtime named one.
     pub pod: Option<PodRef>,
+}
+
+impl Announcement {
+    /// The endpoint's addresses.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let v4 = (!self.addr.is_unspecified()).then_some(IpAddr::V4(self.addr));
+        v4.into_iter().chain(self.addr6.map(IpAddr::V6))
+    }
 }
 
 /// A pod of the API server.

@@ -44,7 +44,42 @@ pub fn install(pins: &Pins) -> Result<Maps, Error> {
     for hook in Hook::ALL {
         ensure_program(&mut object, hook, pins)?;
     }
+    retire_wires_of_others(pins)?;
     Maps::open(pins)
+}
+
+/// Programs of a build with another layout stay on the links of pods, beside ours, until [`retire_others`]; those on the
+/// ways out go now, because they know no mark that ours make.
+fn retire_wires_of_others(pins: &Pins) -> Result<(), Error> {
+    let suffix = format!("-{}", Hook::ToWire.program());
+    for folder in pins.others() {
+        let links = fs::read_dir(folder.join("links")).into_iter().flatten().flatten();
+        for link in links.filter(|link| link.file_name().to_string_lossy().ends_with(&suffix)) {
+            let path = link.path();
+            fs::remove_file(&path).map_err(|source| Error::File {
+                what: "remove",
+                path,
+                source,
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes programs and maps of builds with another layout, once every pod has ours; true if there were some.
+///
+/// # Errors
+/// If something cannot be removed.
+pub fn retire_others(pins: &Pins) -> Result<bool, Error> {
+    let others = pins.others();
+    for path in &others {
+        fs::remove_dir_all(path).map_err(|source| Error::File {
+            what: "remove",
+            path: path.clone(),
+            source,
+        })?;
+    }
+    Ok(!others.is_empty())
 }
 
 /// Takes programs from all links and removes programs and maps; false if there were none.
@@ -52,8 +87,9 @@ pub fn install(pins: &Pins) -> Result<Maps, Error> {
 /// # Errors
 /// If something cannot be removed; the rest was tried.
 pub fn uninstall(pins: &Pins) -> Result<bool, Error> {
+    let had_others = retire_others(pins)?;
     if !pins.folder().exists() {
-        return Ok(false);
+        return Ok(had_others);
     }
     // Filters hold their program without a pin.
     take_filters();

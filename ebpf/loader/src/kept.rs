@@ -130,7 +130,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let kept = Kept::of(folder.path(), "orch");
         assert!(kept.all().expect("an absent folder is empty").is_empty());
-        let made = Announcement { ifindex: 7, uid: 9, addr: Ipv4Addr::LOCALHOST, pod: None };
+        let made =
+            Announcement { ifindex: 7, uid: 9, addr: Ipv4Addr::LOCALHOST, addr6: None, pod: None };
         kept.write("c1", "eth0", &made).expect("written");
         assert_eq!(kept.read("c1", "eth0"), Some(made.clone()));
         assert_eq!(kept.all().expect("listed"), [("c1".to_owned(), "eth0".to_owned())]);

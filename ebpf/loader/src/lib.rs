@@ -17,7 +17,7 @@ mod pins;
 pub use announce::{Announcement, Answer, AskError, PodRef, Request, ask};
 pub use attach::{Hook, attach, detach, is_attached, sweep};
 pub use error::Error;
-pub use install::{OBJECT, install, uninstall};
+pub use install::{OBJECT, install, retire_others, uninstall};
 pub use kept::Kept;
 pub use maps::{ClassMap, Events, Maps, RuleTable};
 pub use pins::Pins;

@@ -1,12 +1,13 @@
 //! The maps, by what is done with them.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use aya::maps::hash_map::HashMap;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashOfMaps, Map, MapData, MapError, PerCpuArray, RingBuf};
 use orch_ebpf_maps::{
-    Address, ClassKey, Config, Direction, Endpoint, Event, Flow, FlowKey, Reason, Rule, RuleKey,
+    Address, AddressData, ClassKey, Config, Direction, Endpoint, Event, Flow, FlowKey, Reason,
+    Rule, RuleKey,
 };
 
 use crate::{Error, Pins};
@@ -35,7 +36,7 @@ unsafe impl aya::Pod for RuleData {}
 
 /// A class map that nobody uses yet, or one that is in use.
 #[derive(Debug)]
-pub struct ClassMap(LpmTrie<MapData, u32, u32>);
+pub struct ClassMap(LpmTrie<MapData, AddressData, u32>);
 
 impl ClassMap {
     /// A new one with these entries.
@@ -46,7 +47,7 @@ impl ClassMap {
         let size = u32::try_from(entries.len()).unwrap_or(u32::MAX).max(1);
         let mut map = LpmTrie::create(size, NO_PREALLOC).map_err(Error::map("make", "class"))?;
         for (key, class) in entries {
-            map.insert(&Key::new(key.prefix_len, key.addr), class, 0)
+            map.insert(&Key::new(key.prefix_len, key.data), class, 0)
                 .map_err(Error::map("fill", "class"))?;
         }
         Ok(Self(map))
@@ -78,9 +79,9 @@ impl RuleTable {
 pub struct Maps {
     endpoints: HashMap<MapData, u32, Endpoint>,
     slots: HashMap<MapData, u32, u32>,
-    class_maps: HashOfMaps<MapData, u32, LpmTrie<MapData, u32, u32>>,
+    class_maps: HashOfMaps<MapData, u32, LpmTrie<MapData, AddressData, u32>>,
     tables: HashOfMaps<MapData, u32, LpmTrie<MapData, RuleData, Rule>>,
-    addresses: LpmTrie<MapData, u32, Address>,
+    addresses: LpmTrie<MapData, AddressData, Address>,
     flows: HashMap<MapData, FlowKey, Flow>,
     counters: PerCpuArray<MapData, u64>,
     settings: Array<MapData, Config>,
@@ -236,7 +237,7 @@ impl Maps {
     /// If the map is full.
     pub fn put_address(&mut self, key: ClassKey, flags: u32) -> Result<(), Error> {
         self.addresses
-            .insert(&Key::new(key.prefix_len, key.addr), Address { flags }, 0)
+            .insert(&Key::new(key.prefix_len, key.data), Address { flags }, 0)
             .map_err(Error::map("fill", "addresses"))
     }
 
@@ -249,8 +250,8 @@ impl Maps {
             .iter()
             .map(|entry| {
                 entry.map(|(key, address)| {
-                    let (prefix_len, addr) = (key.prefix_len(), key.data());
-                    (ClassKey { prefix_len, addr }, address.flags)
+                    let (prefix_len, data) = (key.prefix_len(), key.data());
+                    (ClassKey { prefix_len, data }, address.flags)
                 })
             })
             .collect::<Result<_, _>>()
@@ -262,7 +263,7 @@ impl Maps {
     /// # Errors
     /// If the kernel refuses.
     pub fn remove_address(&mut self, key: ClassKey) -> Result<(), Error> {
-        gone(self.addresses.remove(&Key::new(key.prefix_len, key.addr)))
+        gone(self.addresses.remove(&Key::new(key.prefix_len, key.data)))
             .map_err(Error::map("empty", "addresses"))
     }
 
@@ -314,10 +315,10 @@ impl Maps {
     ///
     /// # Errors
     /// If the class map is gone.
-    pub fn class_of(&self, class_map: u32, addr: Ipv4Addr) -> Result<Option<u32>, Error> {
+    pub fn class_of(&self, class_map: u32, addr: impl Into<IpAddr>) -> Result<Option<u32>, Error> {
         let map = self.class_maps.get(&class_map, 0).map_err(Error::map("read", "class_maps"))?;
         let key = ClassKey::host(addr);
-        found(map.get(&Key::new(key.prefix_len, key.addr), 0)).map_err(Error::map("read", "class"))
+        found(map.get(&Key::new(key.prefix_len, key.data), 0)).map_err(Error::map("read", "class"))
     }
 }
 

@@ -62,6 +62,17 @@ impl Pins {
         Ok(())
     }
 
+    /// Folders of builds with another layout.
+    pub(crate) fn others(&self) -> Vec<PathBuf> {
+        let is_layout = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            let number = name.and_then(|name| name.strip_prefix('v')).unwrap_or_default();
+            number.parse::<u32>().is_ok() && *path != self.folder
+        };
+        let beside = self.folder.parent().and_then(|folder| fs::read_dir(folder).ok());
+        beside.into_iter().flatten().flatten().map(|entry| entry.path()).filter(is_layout).collect()
+    }
+
     /// Whether somebody has put programs there.
     #[must_use]
     pub fn are_there(&self) -> bool {

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::process::Command;
 
 use orch_ebpf_maps::{
-    ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, Action, Address, ClassKey, Config,
-    Direction, Endpoint, Event, FLOW_DEFERRED, Flow, FlowKey, ISOLATED_EGRESS, ISOLATED_INGRESS,
-    LAYOUT_VERSION, MAX_CLASS_ENTRIES, MAX_ENDPOINTS, MAX_RULE_ENTRIES, Reason, Rule, RuleKey,
-    state,
+    ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, Action, Address, AddressData, ClassKey,
+    Config, Direction, Endpoint, Event, FAMILY_BITS, FAMILY_IPV4, FAMILY_IPV6, FLOW_DEFERRED, Flow,
+    FlowKey, ISOLATED_EGRESS, ISOLATED_INGRESS, LAYOUT_VERSION, MAX_CLASS_ENTRIES, MAX_ENDPOINTS,
+    MAX_RULE_ENTRIES, Reason, Rule, RuleKey, state,
 };
 
 macro_rules! layout {
@@ -36,15 +36,26 @@ macro_rules! layout {
 #[test]
 fn rust_and_c_agree_on_layouts_and_numbers() {
     let mut text = String::from("#include \"tables.h\"\n");
-    layout!(text, Endpoint = "endpoint" { uid slot generation class_map table addr mac state flags revision });
-    layout!(text, ClassKey = "class_key" { prefix_len addr });
+    layout!(text, Endpoint = "endpoint" { uid slot generation class_map table addr mac state flags revision addr6 });
+    layout!(text, ClassKey = "class_key" { prefix_len });
+    // In C the key is flat.
+    for (field, offset) in
+        [("family", offset_of!(AddressData, family)), ("addr", offset_of!(AddressData, addr))]
+    {
+        let offset = offset_of!(ClassKey, data) + offset;
+        writeln!(
+            text,
+            "_Static_assert(__builtin_offsetof(struct class_key, {field}) == {offset}, \"{field}\");"
+        )
+        .expect("written");
+    }
     layout!(text, RuleKey = "rule_key" { prefix_len peer_class direction protocol port });
     layout!(text, Rule = "rule" { id action pad });
     layout!(text, Address = "address" { flags });
-    layout!(text, FlowKey = "flow_key" { uid saddr daddr sport dport protocol direction pad });
+    layout!(text, FlowKey = "flow_key" { uid saddr daddr sport dport protocol direction family pad });
     layout!(text, Flow = "flow" { last_ns packets generation rule tcp_flags flags pad });
     layout!(text, Event = "event" {
-        time_ns uid ifindex saddr daddr sport dport protocol direction reason pad rule peer_class
+        time_ns uid ifindex saddr daddr sport dport protocol direction reason family rule peer_class
     });
     layout!(text, Config = "config" { version vxlan_port pad });
     let mut number = |name: &str, value: u64| {
@@ -54,6 +65,9 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
     number("MAX_ENDPOINTS", MAX_ENDPOINTS.into());
     number("MAX_CLASS_ENTRIES", MAX_CLASS_ENTRIES.into());
     number("MAX_RULE_ENTRIES", MAX_RULE_ENTRIES.into());
+    number("FAMILY_BITS", FAMILY_BITS.into());
+    number("FAMILY_IPV4", FAMILY_IPV4.into());
+    number("FAMILY_IPV6", FAMILY_IPV6.into());
     number("ENDPOINT_PENDING", state::PENDING.into());
     number("ENDPOINT_READY", state::READY.into());
     number("ENDPOINT_LOCKED", state::LOCKED.into());

@@ -1,18 +1,22 @@
 //! Frames in, verdicts out: the loaded programs, by test runs in the kernel. Needs root; shows as ignored without.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::Command;
 
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use nix::sched::{CloneFlags, unshare};
 use orch_ebpf_loader::{
-    ClassMap, Hook, Maps, Pins, RuleTable, attach, detach, install, is_attached, sweep,
+    ClassMap, Hook, Maps, Pins, RuleTable, attach, detach, install, is_attached, retire_others,
+    sweep,
 };
 use orch_ebpf_maps::{
     ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, Action, ClassKey, Config, Direction,
     Endpoint, ISOLATED_EGRESS, ISOLATED_INGRESS, LAYOUT_VERSION, Reason, Rule, RuleKey, state,
 };
+
+#[path = "programs/ipv6.rs"]
+mod ipv6;
 
 const NEXT: u32 = u32::MAX;
 const DROP: u32 = 2;
@@ -25,6 +29,11 @@ const OTHER: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 7);
 const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 8);
 const NODE: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 1);
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 50);
+/// The same in IPv6.
+const POD6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, 5);
+const OTHER6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, 7);
+const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, 1);
+const SERVICE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x50);
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 5];
 const CLASS: u32 = 16;
 /// A link of the test's namespace that is no pod's.
@@ -142,11 +151,14 @@ impl World {
             .expect("put");
         maps.put_address(ClassKey::host(Ipv4Addr::new(172, 31, 0, 2)), ADDRESS_REMOTE_NODE)
             .expect("put");
+        maps.put_address(ClassKey::host(NODE6), ADDRESS_NODE).expect("put");
+        maps.put_address(ClassKey::host(SERVICE6), ADDRESS_SERVICE).expect("put");
         let pod = nix::net::if_::if_nametoindex("pod0").expect("made");
         let endpoint = Endpoint {
             uid: 77,
             generation: 1,
             addr: POD.to_bits().to_be(),
+            addr6: POD6.octets(),
             mac: MAC,
             state: state::PENDING,
             ..Endpoint::default()
@@ -155,11 +167,12 @@ impl World {
         Some(Self { root, pins, maps, pod, generation: 1 })
     }
 
-    /// Puts rules into force: OTHER has [`CLASS`], all else none.
+    /// Puts rules into force: OTHER has [`CLASS`] in both families, all else none.
     fn enforce(&mut self, flags: u8, rules: &[(RuleKey, Rule)]) {
         self.generation += 1;
         let key = self.generation;
-        let classes = ClassMap::build([(ClassKey::host(OTHER), CLASS)].into_iter()).expect("built");
+        let other = [(ClassKey::host(OTHER), CLASS), (ClassKey::host(OTHER6), CLASS)];
+        let classes = ClassMap::build(other.into_iter()).expect("built");
         self.maps.put_class_map(key, &classes).expect("put");
         let table = RuleTable::build(rules.iter().copied()).expect("built");
         self.maps.put_table(key, &table).expect("put");
@@ -415,37 +428,6 @@ fn what_a_pod_is_not_it_cannot_say() {
 }
 
 #[test]
-fn ipv6_passes_where_no_policy_selects_the_pod_and_nowhere_else() {
-    in_world(|w| {
-        let mut six = vec![2, 0, 0, 0, 0, 1];
-        six.extend(MAC);
-        six.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, TCP, 64]);
-        six.extend([0xfd; 32]);
-        six.extend([0; 20]);
-        let sends = |w: &World, frame: &[u8]| w.run(Hook::FromPod, frame, 0, 0, w.pod).0;
-        let gets = |w: &World, frame: &[u8]| w.run(Hook::ToPod, frame, WIRE, 0, w.pod).0;
-        assert_eq!((sends(w, &six), gets(w, &six)), (DROP, DROP), "pending");
-        w.enforce(0, &[]);
-        assert_eq!((sends(w, &six), gets(w, &six)), (NEXT, NEXT));
-        w.enforce(ISOLATED_INGRESS, &[allow(RuleKey::any(0, Direction::Ingress))]);
-        assert_eq!((sends(w, &six), gets(w, &six)), (NEXT, DROP), "the rules are IPv4's");
-        assert_eq!(w.run(Hook::ToPod, &six, 0, 0, w.pod).0, NEXT, "born on the node");
-        w.enforce(ISOLATED_EGRESS, &[allow(RuleKey::any(0, Direction::Egress))]);
-        assert_eq!((sends(w, &six), gets(w, &six)), (DROP, NEXT));
-        assert_eq!(w.count(Direction::Egress, Reason::Ipv6), 1);
-        w.enforce(0, &[]);
-        let mut router = six.clone();
-        router[20] = 58;
-        router[54] = 134;
-        assert_eq!(sends(w, &router), DROP, "a pod is no router");
-        assert_eq!(gets(w, &router), NEXT, "routers are");
-        let mut stranger = six.clone();
-        stranger[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
-        assert_eq!(sends(w, &stranger), DROP, "another's MAC");
-    });
-}
-
-#[test]
 fn fragments_follow_their_first_part() {
     in_world(|w| {
         w.enforce(
@@ -504,6 +486,27 @@ fn programs_are_attached_once_and_survive_a_second_installation() {
         assert!(gone.expect("ip starts").success());
         install(&w.pins).expect("installed over a link that is gone");
         sweep(&w.pins, |_| false).expect("swept");
+    });
+}
+
+#[test]
+fn what_a_build_with_another_layout_left_goes_once_it_is_not_needed() {
+    in_world(|w| {
+        let old = w.pins.folder().with_file_name("v0");
+        std::fs::create_dir_all(old.join("links")).expect("made");
+        let pin = |name: &str| {
+            let path = w.pins.folder().join("programs/to_wire");
+            let mut program = SchedClassifier::from_pin(path).expect("pinned");
+            program.pin(old.join("links").join(name)).expect("pinned");
+        };
+        pin("7-to_wire");
+        pin("7-from_pod");
+        install(&w.pins).expect("installed beside it");
+        assert!(!old.join("links/7-to_wire").exists(), "it knows no mark of ours");
+        assert!(old.join("links/7-from_pod").exists(), "closed until ours are there");
+        assert!(retire_others(&w.pins).expect("retired"));
+        assert!(!old.exists() && w.pins.folder().exists());
+        assert!(!retire_others(&w.pins).expect("nothing is left"));
     });
 }
 

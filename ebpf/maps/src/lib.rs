@@ -5,14 +5,14 @@
 //!
 //! Addresses and ports are in network byte order in the kernel; the constructors take Rust's types.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 mod reason;
 
 pub use reason::{Direction, Reason};
 
 /// Part of the pin folder's name: programs and maps of one layout belong together.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 /// Endpoints of one node.
 pub const MAX_ENDPOINTS: u32 = 4096;
 /// Entries of one class map.
@@ -64,7 +64,7 @@ pub struct Endpoint {
     pub class_map: u32,
     /// Key in `tables`.
     pub table: u32,
-    /// Address of the pod, network byte order.
+    /// IPv4 address of the pod, network byte order; 0 if it has none.
     pub addr: u32,
     /// MAC of the pod's end.
     pub mac: [u8; 6],
@@ -74,37 +74,85 @@ pub struct Endpoint {
     pub flags: u8,
     /// Of the policies that are in force.
     pub revision: u64,
+    /// IPv6 address of the pod; 0 if it has none.
+    pub addr6: [u8; 16],
+}
+
+/// Bits of a [`ClassKey`] before the address.
+pub const FAMILY_BITS: u32 = 32;
+/// Number of IPv4 in keys.
+pub const FAMILY_IPV4: u8 = 4;
+/// Number of IPv6 in keys.
+pub const FAMILY_IPV6: u8 = 6;
+
+/// An address as keys have it, with the number of its family. IPv4 is the first four bytes.
+#[must_use]
+pub fn in_key(addr: IpAddr) -> (u8, [u8; 16]) {
+    match addr {
+        IpAddr::V4(addr) => {
+            let mut bytes = [0; 16];
+            bytes[..4].copy_from_slice(&addr.octets());
+            (FAMILY_IPV4, bytes)
+        }
+        IpAddr::V6(addr) => (FAMILY_IPV6, addr.octets()),
+    }
+}
+
+/// The address that a key has.
+#[must_use]
+pub fn from_key(family: u8, bytes: [u8; 16]) -> IpAddr {
+    let [a, b, c, d, ..] = bytes;
+    if family == FAMILY_IPV6 {
+        Ipv6Addr::from(bytes).into()
+    } else {
+        Ipv4Addr::new(a, b, c, d).into()
+    }
 }
 
 /// Key of a class map and of `addresses`. The value of a class map is the peer class, a `u32`.
 ///
-/// In aya's `LpmTrie<K, V>` it is a `Key<u32>`: prefix length and data.
+/// In aya's `LpmTrie<K, V>` it is a `Key<AddressData>`: prefix length and data.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClassKey {
-    /// 0..=32.
+    /// [`FAMILY_BITS`] and 0..=32 or 0..=128 of the address.
     pub prefix_len: u32,
-    /// Network byte order.
-    pub addr: u32,
+    /// Family and address.
+    pub data: AddressData,
+}
+
+/// An address of one of the families.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AddressData {
+    /// [`FAMILY_IPV4`] or [`FAMILY_IPV6`].
+    pub family: u32,
+    /// As [`in_key`] makes it.
+    pub addr: [u8; 16],
 }
 
 impl ClassKey {
     /// The key of a network.
     #[must_use]
-    pub fn new(network: Ipv4Addr, prefix_len: u8) -> Self {
-        Self { prefix_len: prefix_len.into(), addr: network.to_bits().to_be() }
+    pub fn new(network: impl Into<IpAddr>, prefix_len: u8) -> Self {
+        let (family, addr) = in_key(network.into());
+        let data = AddressData { family: family.into(), addr };
+        Self { prefix_len: FAMILY_BITS + u32::from(prefix_len), data }
     }
 
     /// The key of one address.
     #[must_use]
-    pub fn host(addr: Ipv4Addr) -> Self {
-        Self::new(addr, 32)
+    pub fn host(addr: impl Into<IpAddr>) -> Self {
+        let addr = addr.into();
+        Self::new(addr, if addr.is_ipv4() { 32 } else { 128 })
     }
 
     /// The network and its prefix length.
     #[must_use]
-    pub fn network(self) -> (Ipv4Addr, u32) {
-        (Ipv4Addr::from_bits(u32::from_be(self.addr)), self.prefix_len)
+    pub fn network(self) -> (IpAddr, u32) {
+        let family =
+            if self.data.family == u32::from(FAMILY_IPV6) { FAMILY_IPV6 } else { FAMILY_IPV4 };
+        (from_key(family, self.data.addr), self.prefix_len.saturating_sub(FAMILY_BITS))
     }
 }
 
@@ -195,11 +243,11 @@ pub struct Address {
 pub struct FlowKey {
     /// Of the endpoint.
     pub uid: u32,
-    /// Network byte order, as all that follow.
-    pub saddr: u32,
+    /// Source, as [`in_key`] makes it.
+    pub saddr: [u8; 16],
     /// Destination.
-    pub daddr: u32,
-    /// Source port.
+    pub daddr: [u8; 16],
+    /// Source port, network byte order.
     pub sport: u16,
     /// Destination port.
     pub dport: u16,
@@ -207,8 +255,10 @@ pub struct FlowKey {
     pub protocol: u8,
     /// [`Direction`] as a number.
     pub direction: u8,
+    /// Of the addresses.
+    pub family: u8,
     /// Zero.
-    pub pad: [u8; 2],
+    pub pad: u8,
 }
 
 /// [`Flow::flags`]: the destination gets translated; the packets are judged again after that.
@@ -244,11 +294,11 @@ pub struct Event {
     pub uid: u32,
     /// Host end of its veth.
     pub ifindex: u32,
-    /// Network byte order, as the next three.
-    pub saddr: u32,
+    /// Source, as [`in_key`] makes it.
+    pub saddr: [u8; 16],
     /// Destination.
-    pub daddr: u32,
-    /// Source port.
+    pub daddr: [u8; 16],
+    /// Source port, network byte order.
     pub sport: u16,
     /// Destination port.
     pub dport: u16,
@@ -258,8 +308,8 @@ pub struct Event {
     pub direction: u8,
     /// [`Reason`] as a number.
     pub reason: u8,
-    /// Zero.
-    pub pad: u8,
+    /// Of the addresses; 0 if the packet was none of IP.
+    pub family: u8,
     /// The rule that decided, 0 if none.
     pub rule: u32,
     /// Class of the other end.
@@ -280,7 +330,7 @@ pub struct Config {
 
 #[cfg(feature = "aya")]
 mod pod {
-    use super::{Address, Config, Endpoint, Event, Flow, FlowKey, Rule};
+    use super::{Address, AddressData, Config, Endpoint, Event, Flow, FlowKey, Rule};
 
     macro_rules! pod {
         ($($name:ident)+) => { $(
@@ -288,7 +338,7 @@ mod pod {
             unsafe impl aya::Pod for $name {}
         )+ };
     }
-    pod!(Address Config Endpoint Event Flow FlowKey Rule);
+    pod!(Address AddressData Config Endpoint Event Flow FlowKey Rule);
 }
 
 #[cfg(test)]
@@ -306,6 +356,9 @@ mod tests {
     #[test]
     fn a_class_key_reads_back() {
         let key = ClassKey::new(Ipv4Addr::new(10, 244, 1, 0), 24);
-        assert_eq!(key.network(), (Ipv4Addr::new(10, 244, 1, 0), 24));
+        assert_eq!(key.network(), ("10.244.1.0".parse().expect("an address"), 24));
+        assert_eq!(key.prefix_len, 56, "the family counts");
+        let key = ClassKey::host(Ipv6Addr::LOCALHOST);
+        assert_eq!(key.network(), (Ipv6Addr::LOCALHOST.into(), 128));
     }
 }

@@ -57,6 +57,8 @@ reasons! {
     Deferred = 4, "deferred", false;
     /// An ICMP error about a flow that is known.
     Related = 5, "related", false;
+    /// Neighbour discovery and multicast membership, without which there is no IPv6 on a link.
+    Neighbour = 6, "neighbour", false;
     /// ARP for or from the pod.
     Arp = 7, "arp", false;
     /// A pod that reaches itself through its Service.
@@ -87,8 +89,8 @@ reasons! {
     Encapsulation = 27, "encapsulation", true;
     /// The endpoint's table or class map is missing.
     NoTable = 28, "no-table", true;
-    /// IPv6 of a pod that policies select: the tables are IPv4's.
-    Ipv6 = 29, "ipv6", true;
+    /// IPv6 extension headers that hide what is behind them: too many, or another destination.
+    Extension = 29, "extension", true;
 }
 
 #[cfg(test)]

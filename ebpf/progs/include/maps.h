@@ -13,7 +13,7 @@
 
 #include "bpf.h"
 
-#define LAYOUT_VERSION 1
+#define LAYOUT_VERSION 2
 
 #define MAX_ENDPOINTS 4096
 #define MAX_TABLES 8192
@@ -28,6 +28,15 @@
 enum direction {
 	INGRESS = 0,
 	EGRESS = 1,
+};
+
+/* Families of addresses: part of every key that has one, so that no address of one is taken for the other's. */
+#define FAMILY_IPV4 4
+#define FAMILY_IPV6 6
+
+/* An address of either family: IPv4 is the first word, and the others are 0. */
+struct ip_addr {
+	__be32 words[4];
 };
 
 /* What an endpoint is allowed to do at all. There is no state "open without policy". */
@@ -56,7 +65,7 @@ struct endpoint {
 	__u32 class_map;
 	/* Key in `tables`. */
 	__u32 table;
-	/* Address of the pod. */
+	/* IPv4 address of the pod; 0 if it has none. */
 	__be32 addr;
 	/* MAC of the pod's end. */
 	__u8 mac[6];
@@ -64,12 +73,20 @@ struct endpoint {
 	__u8 flags;
 	/* Of the policies that are in force, for people: what the agent last compiled. */
 	__u64 revision;
+	/* IPv6 address of the pod; 0 if it has none. Its link-local address follows from the MAC. */
+	struct ip_addr addr6;
 };
 
-/* Key of a class map: LPM over an address. The value is the peer class, a __u32. */
+/* Bits of a key of a class map before the address. */
+#define FAMILY_BITS 32
+
+/* Key of a class map: LPM over the family, which is always whole, and an address of it. The value is the peer class, a
+ * __u32.
+ */
 struct class_key {
-	__u32 prefix_len; /* 0..32 */
-	__be32 addr;
+	__u32 prefix_len; /* FAMILY_BITS + 0..32 or 0..128 */
+	__u32 family;
+	struct ip_addr addr;
 };
 
 /* An address that has no entry in the class map: anything outside of what policies and pods mention. */
@@ -112,13 +129,14 @@ struct address {
 /* A flow of one endpoint, in the direction in which it was opened. */
 struct flow_key {
 	__u32 uid;
-	__be32 saddr;
-	__be32 daddr;
+	struct ip_addr saddr;
+	struct ip_addr daddr;
 	__be16 sport;
 	__be16 dport;
 	__u8 protocol;
 	__u8 direction;
-	__u8 pad[2];
+	__u8 family;
+	__u8 pad;
 };
 
 /* flow.flags: the destination gets translated; the packets are judged again after that. */
@@ -134,18 +152,24 @@ struct flow {
 	__u8 pad[6];
 };
 
+/* IPv6 identifies a datagram without its protocol (RFC 8200 §4.5): it is 0 there. */
 struct fragment_key {
 	__u32 uid;
-	__be32 saddr;
-	__be32 daddr;
-	__be16 id;
+	struct ip_addr saddr;
+	struct ip_addr daddr;
+	__be32 id;
 	__u8 protocol;
 	__u8 direction;
+	__u8 family;
+	__u8 pad;
 };
 
+/* What the first part of a datagram said. */
 struct fragment {
 	__be16 sport;
 	__be16 dport;
+	__u8 protocol;
+	__u8 pad[3];
 };
 
 /* Told to user space: a flow was dropped, or opened. */
@@ -153,14 +177,14 @@ struct event {
 	__u64 time_ns; /* CLOCK_MONOTONIC */
 	__u32 uid;
 	__u32 ifindex;
-	__be32 saddr;
-	__be32 daddr;
+	struct ip_addr saddr;
+	struct ip_addr daddr;
 	__be16 sport;
 	__be16 dport;
 	__u8 protocol;
 	__u8 direction;
 	__u8 reason;
-	__u8 pad;
+	__u8 family;
 	__u32 rule;
 	__u32 peer_class;
 };

@@ -4,7 +4,7 @@
  */
 #pragma once
 
-#include "parse.h"
+#include "neighbour.h"
 
 #define SECOND_NS 1000000000ULL
 /* As netfilter's conntrack, so that the two forget a flow at about the same time. */
@@ -26,20 +26,29 @@ static __always_inline int is_drop(int reason)
 	return reason >= FIRST_DROP;
 }
 
-static __always_inline __u32 address_flags(__be32 addr)
+/* Bits of a key that are enough for an address of either family. */
+#define WHOLE_ADDRESS (FAMILY_BITS + 128)
+
+static __always_inline __u32 address_flags(const struct packet *packet)
 {
-	struct class_key key = { .prefix_len = 32, .addr = addr };
+	struct class_key key = { .prefix_len = WHOLE_ADDRESS, .family = packet->family, .addr = packet->daddr };
 	struct address *found = bpf_map_lookup_elem(&addresses, &key);
 
 	return found ? found->flags : 0;
 }
 
-/* What policy says of a new flow between the endpoint and `peer`. `port` is the destination's, whatever the direction. */
-static __always_inline int judge(const struct endpoint *endpoint, __u8 direction, __be32 peer, __u8 protocol, __be16 port,
-				 struct basis *basis)
+/* The policy's port: ICMP has none, whatever stands there to tell flows apart. */
+static __always_inline __be16 policy_port(__u8 protocol, __be16 port)
 {
-	struct class_key class_key = { .prefix_len = 32, .addr = peer };
-	struct rule_key key = { .prefix_len = 64, .direction = direction, .protocol = protocol, .port = port };
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP ? port : 0;
+}
+
+/* What policy says of the flow that `flow` names, in its own direction. */
+static __always_inline int judge_flow(const struct endpoint *endpoint, const struct flow_key *flow, struct basis *basis)
+{
+	__u8 direction = flow->direction;
+	struct class_key class_key = { .prefix_len = WHOLE_ADDRESS, .family = flow->family };
+	struct rule_key key = { .prefix_len = 64, .direction = direction, .protocol = flow->protocol };
 	void *class_map, *table;
 	struct rule *rule;
 	__u32 *peer_class;
@@ -55,6 +64,8 @@ static __always_inline int judge(const struct endpoint *endpoint, __u8 direction
 	table = bpf_map_lookup_elem(&tables, &endpoint->table);
 	if (!class_map || !table)
 		return REASON_NO_TABLE;
+	class_key.addr = direction == INGRESS ? flow->saddr : flow->daddr;
+	key.port = policy_port(flow->protocol, flow->dport);
 	peer_class = bpf_map_lookup_elem(class_map, &class_key);
 	key.peer_class = peer_class ? *peer_class : CLASS_NONE;
 	basis->peer_class = key.peer_class;
@@ -67,33 +78,6 @@ static __always_inline int judge(const struct endpoint *endpoint, __u8 direction
 		return REASON_POLICY;
 	basis->rule = rule->id;
 	return rule->action == RULE_ALLOW ? REASON_ALLOWED : REASON_POLICY;
-}
-
-/* IPv6 passes where no policy selects the pod. Where one does it is dropped whatever it is, answers included: the tables
- * are IPv4's.
- */
-static __always_inline int judge_ipv6(const struct endpoint *endpoint, __u8 direction)
-{
-	if (endpoint->state == ENDPOINT_PENDING)
-		return REASON_PENDING;
-	if (endpoint->state != ENDPOINT_READY)
-		return REASON_LOCKED;
-	return endpoint->flags & (direction == INGRESS ? ISOLATED_INGRESS : ISOLATED_EGRESS) ? REASON_IPV6 :
-											       REASON_NOT_ISOLATED;
-}
-
-/* The policy's port: ICMP has none, whatever stands there to tell flows apart. */
-static __always_inline __be16 policy_port(__u8 protocol, __be16 port)
-{
-	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP ? port : 0;
-}
-
-/* What policy says of the flow that `key` names, in its own direction. */
-static __always_inline int judge_flow(const struct endpoint *endpoint, const struct flow_key *key, struct basis *basis)
-{
-	__be32 peer = key->direction == INGRESS ? key->saddr : key->daddr;
-
-	return judge(endpoint, key->direction, peer, key->protocol, policy_port(key->protocol, key->dport), basis);
 }
 
 static __always_inline int is_expired(const struct flow *flow, __u8 protocol, __u64 now)
@@ -161,6 +145,7 @@ static __always_inline void flow_key(const struct endpoint *endpoint, const stru
 	key->dport = packet->dport;
 	key->protocol = packet->protocol;
 	key->direction = direction;
+	key->family = packet->family;
 }
 
 /* The flow to which `key`'s packets would be the answer. */
@@ -174,6 +159,7 @@ static __always_inline void reverse(const struct flow_key *key, struct flow_key 
 	answered->dport = key->sport;
 	answered->protocol = key->protocol;
 	answered->direction = key->direction == INGRESS ? EGRESS : INGRESS;
+	answered->family = key->family;
 }
 
 /* An ICMP error is let through if the packet that it quotes belongs to a flow that is known. It came from the one who
@@ -184,21 +170,23 @@ static __always_inline int is_related(struct __sk_buff *skb, const struct endpoi
 {
 	__u8 towards = direction == INGRESS ? EGRESS : INGRESS;
 	struct packet quoted = {};
+	struct body body = {};
 	struct flow_key key, answered;
-	struct ip_header ip;
-	__u32 payload;
+	__u8 protocol;
 
-	if (parse_ip(skb, packet->inner, &ip, &payload))
+	if (parse_addresses(skb, packet->inner, packet->family, &quoted, &body))
 		return 0;
-	quoted.saddr = ip.saddr;
-	quoted.daddr = ip.daddr;
-	quoted.protocol = ip.protocol;
+	if (packet->family == FAMILY_IPV6 && skip_extensions(skb, &quoted, &body))
+		return 0;
+	if (body.is_later)
+		return 0;
 	/* Routers quote eight bytes: enough for ports, not for TCP's flags. */
-	if (ip.protocol == IPPROTO_TCP)
+	protocol = quoted.protocol;
+	if (protocol == IPPROTO_TCP)
 		quoted.protocol = IPPROTO_UDP;
-	if (parse_ports(skb, payload, &quoted) || quoted.is_error)
+	if (parse_ports(skb, body.offset, &quoted) || quoted.is_error)
 		return 0;
-	quoted.protocol = ip.protocol;
+	quoted.protocol = protocol;
 	flow_key(endpoint, &quoted, towards, &key);
 	if (bpf_map_lookup_elem(&flows, &key))
 		return 1;
@@ -274,20 +262,20 @@ static __always_inline void tell(const struct __sk_buff *skb, const struct endpo
 	event->protocol = packet->protocol;
 	event->direction = direction;
 	event->reason = reason;
-	event->pad = 0;
+	event->family = packet->family;
 	event->rule = basis->rule;
 	event->peer_class = basis->peer_class;
 	bpf_ringbuf_submit(event, 0);
 }
 
 /* Counts, tells, and says it to the kernel. Frames for others, which a bridge floods, are no news; nor is what goes on, nor
- * what is no IPv4.
+ * what is no IP.
  */
 static __always_inline int act(const struct __sk_buff *skb, const struct endpoint *endpoint, const struct packet *packet,
 			       __u8 direction, int reason, const struct basis *basis)
 {
 	count(direction, reason);
-	if (packet->protocol &&
+	if (packet->family &&
 	    (reason == REASON_ALLOWED || reason == REASON_NOT_ISOLATED || reason == REASON_DEFERRED ||
 	     (is_drop(reason) && reason != REASON_NOT_MINE && reason != REASON_OTHER_PROTOCOL)))
 		tell(skb, endpoint, packet, direction, reason, basis);
@@ -306,6 +294,12 @@ static __always_inline struct endpoint *deferred_by(const struct __sk_buff *skb)
 		return 0;
 	ifindex = bpf_map_lookup_elem(&slots, &slot);
 	return ifindex ? bpf_map_lookup_elem(&endpoints, ifindex) : 0;
+}
+
+/* The family of an Ethernet type; 0 if it is none of IP's. */
+static __always_inline __u8 family_of(__be16 type)
+{
+	return type == bpf_htons(ETH_P_IP) ? FAMILY_IPV4 : type == bpf_htons(ETH_P_IPV6) ? FAMILY_IPV6 : 0;
 }
 
 /* Egress of `sender`, now that the destination is the real one. Answers to it go to the address before translation. */

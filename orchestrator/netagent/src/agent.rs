@@ -152,6 +152,7 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
             caches: policy::task::Caches::new(&informers),
             network: network_known,
             cluster,
+            cluster6: None,
             vxlan_port: options.network.port,
             service_cidr: options.service_cidr,
             dns_ip: options.dns_ip,

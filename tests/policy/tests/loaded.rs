@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -13,7 +13,7 @@ use nix::sched::{CloneFlags, unshare};
 use orch_ebpf_loader::{ClassMap, Hook, Maps, Pins, RuleTable, install};
 use orch_ebpf_maps::{
     ADDRESS_NODE, ADDRESS_REMOTE_NODE, Action, ClassKey, Config, Endpoint, ISOLATED_EGRESS,
-    ISOLATED_INGRESS, LAYOUT_VERSION, Rule, RuleKey, state,
+    ISOLATED_INGRESS, LAYOUT_VERSION, Rule, RuleKey, in_key, state,
 };
 use orch_policy::{
     Class, Compiled, Direction, Name, PodFacts, Policy, Prefix, Row, RuleId, Table, World, compile,
@@ -113,8 +113,8 @@ impl Kernel {
         }
         for (node, ips) in &cluster.nodes {
             let flags = if node == NODE { ADDRESS_NODE } else { ADDRESS_REMOTE_NODE };
-            for ip in ips.iter().filter_map(v4) {
-                self.maps.put_address(ClassKey::host(ip), flags).expect("put");
+            for ip in ips {
+                self.maps.put_address(ClassKey::host(*ip), flags).expect("put");
             }
         }
         for (place, pod) in local_pods(cluster) {
@@ -122,7 +122,10 @@ impl Kernel {
             let endpoint = Endpoint {
                 uid,
                 generation: uid,
-                addr: address(pod).expect("is local").to_bits().to_be(),
+                addr: own(pod, true).map_or(0, |ip| {
+                    u32::from_ne_bytes(in_key(ip).1[..4].try_into().expect("four"))
+                }),
+                addr6: own(pod, false).map_or([0; 16], |ip| in_key(ip).1),
                 mac: mac(place),
                 state: state::PENDING,
                 ..Endpoint::default()
@@ -136,10 +139,7 @@ impl Kernel {
         let classes: Vec<(ClassKey, u32)> = compiled
             .peers
             .iter()
-            .filter_map(|(prefix, peer)| {
-                let addr = v4(&prefix.addr())?;
-                Some((ClassKey::new(addr, prefix.prefix_len()), peer.class.0))
-            })
+            .map(|(prefix, peer)| (ClassKey::new(prefix.addr(), prefix.prefix_len()), peer.class.0))
             .collect();
         let classes = ClassMap::build(classes.into_iter()).expect("built");
         let class_map = self.next();
@@ -186,19 +186,19 @@ impl Kernel {
     fn assert_equal(
         &self,
         cluster: &Cluster,
-        others: &[Ipv4Addr],
+        others: &[IpAddr],
         traffic: &[Traffic],
         syn: bool,
     ) -> [usize; 2] {
         let node = cluster.nodes.iter().find(|(name, _)| name == NODE).expect("there");
         let mut counts = [0; 2];
         for (place, pod) in local_pods(cluster) {
-            let own = address(pod).expect("is local");
             for (side, direction) in SIDES {
                 for (other, traffic) in
                     others.iter().flat_map(|other| traffic.iter().map(move |one| (*other, *one)))
                 {
-                    let to_node = direction == Direction::Egress && node.1.contains(&other.into());
+                    let Some(own) = own(pod, other.is_ipv4()) else { continue };
+                    let to_node = direction == Direction::Egress && node.1.contains(&other);
                     // A pod's packets to itself stay in it; VXLAN is not policy's.
                     if other == own || (traffic.protocol == "UDP" && traffic.port == VXLAN_PORT) {
                         continue;
@@ -212,7 +212,7 @@ impl Kernel {
                         }
                     };
                     let verdict = self.run(direction, self.links[place], &frame);
-                    let answer = cluster.end(pod, side, other.into(), traffic);
+                    let answer = cluster.end(pod, side, other, traffic);
                     let expected = if answer.allowed || to_node { NEXT } else { DROP };
                     assert_eq!(
                         verdict,
@@ -237,15 +237,9 @@ impl Drop for Kernel {
 
 const SIDES: [(Side, Direction); 2] = [(INGRESS, Direction::Ingress), (EGRESS, Direction::Egress)];
 
-fn v4(ip: &IpAddr) -> Option<Ipv4Addr> {
-    match ip {
-        IpAddr::V4(ip) => Some(*ip),
-        IpAddr::V6(_) => None,
-    }
-}
-
-fn address(pod: &Pod) -> Option<Ipv4Addr> {
-    addresses(pod).iter().find_map(v4)
+/// The pod's address of a family.
+fn own(pod: &Pod, is_ipv4: bool) -> Option<IpAddr> {
+    addresses(pod).into_iter().find(|ip| ip.is_ipv4() == is_ipv4)
 }
 
 fn mac(place: usize) -> [u8; 6] {
@@ -256,7 +250,7 @@ fn mac(place: usize) -> [u8; 6] {
 fn local_pods(cluster: &Cluster) -> Vec<(usize, &Pod)> {
     let is_local = |pod: &Pod| {
         let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
-        node == Some(NODE) && is_networked(pod) && address(pod).is_some()
+        node == Some(NODE) && is_networked(pod) && !addresses(pod).is_empty()
     };
     // Names are p1, p2, …, and stay when pods before them go.
     let place = |pod: &Pod| {
@@ -292,7 +286,10 @@ fn world(cluster: &Cluster) -> World {
             })
             .collect(),
         nodes: cluster.nodes.iter().cloned().collect::<BTreeMap<_, _>>(),
-        pod_ranges: Prefix::parse("10.244.0.0/16").into_iter().collect(),
+        pod_ranges: ["10.244.0.0/16", "fd00:10:244::/48"]
+            .into_iter()
+            .filter_map(Prefix::parse)
+            .collect(),
     }
 }
 
@@ -327,8 +324,8 @@ fn isolation(table: &Table) -> u8 {
 /// The first packet of a flow, or with `syn` false one of its middle.
 fn frame(
     from: [u8; 6],
-    src: Ipv4Addr,
-    dst: Ipv4Addr,
+    src: IpAddr,
+    dst: IpAddr,
     sport: u16,
     traffic: Traffic,
     syn: bool,
@@ -337,16 +334,30 @@ fn frame(
         "TCP" => 6,
         "UDP" => 17,
         "SCTP" => 132,
-        _ => 1,
+        _ => {
+            if src.is_ipv4() {
+                1
+            } else {
+                58
+            }
+        }
     };
     let mut frame = vec![2, 0, 0, 0, 0, 1];
     frame.extend(from);
-    frame.extend([0x08, 0x00, 0x45, 0, 0, 60, 0, 1, 0, 0, 64, protocol, 0, 0]);
-    frame.extend(src.octets());
-    frame.extend(dst.octets());
-    if protocol == 1 {
+    match (src, dst) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            frame.extend([0x08, 0x00, 0x45, 0, 0, 60, 0, 1, 0, 0, 64, protocol, 0, 0]);
+            frame.extend(src.octets());
+            frame.extend(dst.octets());
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => {
+            frame.extend(ipv6_header(src, dst, protocol, traffic.port))
+        }
+        _ => panic!("one family"),
+    }
+    if protocol == 1 || protocol == 58 {
         // An echo request with its id.
-        frame.extend([8, 0, 0, 0]);
+        frame.extend([if protocol == 1 { 8 } else { 128 }, 0, 0, 0]);
         frame.extend(sport.to_be_bytes());
         frame.extend([0; 34]);
     } else {
@@ -358,6 +369,21 @@ fn frame(
         frame.extend([0; 26]);
     }
     frame
+}
+
+/// With extension headers before what they carry for half of the ports.
+fn ipv6_header(src: Ipv6Addr, dst: Ipv6Addr, protocol: u8, port: u16) -> Vec<u8> {
+    let extended = port % 2 == 1;
+    let mut header = vec![0x86, 0xdd, 0x60, 0, 0, 0, 0, if extended { 64 } else { 40 }];
+    header.extend([if extended { 0 } else { protocol }, 64]);
+    header.extend(src.octets());
+    header.extend(dst.octets());
+    if extended {
+        // Hop-by-hop options of 8 bytes, destination options of 16; both only padding (PadN).
+        header.extend([60, 0, 1, 4, 0, 0, 0, 0]);
+        header.extend([protocol, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+    header
 }
 
 #[test]
@@ -385,8 +411,7 @@ fn loaded_programs_say_what_the_oracle_says_before_and_after_each_change() {
                 kernel.plug(&cluster);
                 let mut compiled = compile(&world(&cluster), &Compiled::default());
                 kernel.apply(&cluster, &compiled);
-                let others: Vec<Ipv4Addr> =
-                    interesting_addresses(&cluster).iter().filter_map(v4).collect();
+                let others: Vec<IpAddr> = interesting_addresses(&cluster).into_iter().collect();
                 let traffic: Vec<Traffic> = interesting_traffic(&cluster)
                     .into_iter()
                     .filter(|one| ![INGRESS_SOURCE, EGRESS_SOURCE].contains(&one.port))

@@ -1,5 +1,5 @@
-//! Pods that were attached without the plugin (policy was off, or the list was older): the plugin is called for them as
-//! the runtime would have called it, with what the runtime remembers of their ADD.
+//! Pods that were attached without the plugin (policy was off, or the list was older), or by one whose maps had another
+//! layout: the plugin is called for them as the runtime would have called it, with what the runtime remembers of their ADD.
 
 use std::collections::BTreeSet;
 
@@ -7,13 +7,13 @@ use cni_invoke::{CachedAttachment, Cni, Delegate};
 use cni_netlink::NetNs;
 use cni_spec::{Env, Error};
 use orch_config::Paths;
-use orch_ebpf_loader::Kept;
+use orch_ebpf_loader::{Announcement, Kept, Maps, Pins};
 use orch_policy::Name;
 use serde_json::{Map, Value, json};
 
 use super::{PLUGIN, plugin_conf, state_dir};
 
-/// Attachments of pods that `is_wanted`, and that the plugin knows nothing of.
+/// Attachments of pods that `is_wanted`, and that the plugin knows nothing of or has no row for.
 ///
 /// # Errors
 /// If the runtime's cache cannot be read.
@@ -21,6 +21,11 @@ pub(super) fn find(
     paths: &Paths,
     is_wanted: impl Fn(&Name) -> bool,
 ) -> Result<Vec<(Name, CachedAttachment)>, String> {
+    let rows = Maps::open(&Pins::below(paths.root())).and_then(|maps| maps.endpoints());
+    let rows = rows.map_err(|error| crate::chain(&error))?;
+    let has_row = |made: &Announcement| {
+        rows.iter().any(|(ifindex, row)| (*ifindex, row.uid) == (made.ifindex, made.uid))
+    };
     let cached = cni(paths).cached().map_err(|error| error.to_string())?;
     Ok(cached
         .into_iter()
@@ -29,7 +34,9 @@ pub(super) fn find(
             let kept = Kept::of(&state_dir(paths), one.network.as_ref());
             let id = &one.id;
             is_wanted(pod)
-                && kept.read(id.container_id.as_ref(), id.ifname.as_str()).is_none()
+                && !kept
+                    .read(id.container_id.as_ref(), id.ifname.as_str())
+                    .is_some_and(|made| has_row(&made))
                 && NetNs::is_nsfs(&one.attachment.netns)
         })
         .collect())

@@ -5,7 +5,6 @@
 //! program may still be reading them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use orch_ebpf_loader::{Announcement, ClassMap, Error, Maps, RuleTable};
@@ -271,7 +270,8 @@ fn desired(
         .map(|one| {
             // A container that is no pod of the API is selected by no policy.
             let Some(pod) = &one.pod else {
-                return (one.ifindex, Want::Open, one.addr.to_string());
+                let text: Vec<String> = one.addresses().map(|addr| addr.to_string()).collect();
+                return (one.ifindex, Want::Open, text.join(" "));
             };
             let name = Name::new(&pod.namespace, &pod.name);
             let text = name.to_string();
@@ -295,14 +295,11 @@ fn names<'a>(rows: impl Iterator<Item = &'a Endpoint>) -> (BTreeSet<u32>, BTreeS
     rows.map(|row| (row.class_map, row.table)).unzip()
 }
 
-/// The peers as a class map holds them. The maps are IPv4's; IPv6 of an isolated pod is dropped.
+/// The peers as a class map holds them.
 fn classes(peers: &BTreeMap<Prefix, Peer>) -> Vec<(ClassKey, u32)> {
     peers
         .iter()
-        .filter_map(|(prefix, peer)| match prefix.addr() {
-            IpAddr::V4(addr) => Some((ClassKey::new(addr, prefix.prefix_len()), peer.class.0)),
-            IpAddr::V6(_) => None,
-        })
+        .map(|(prefix, peer)| (ClassKey::new(prefix.addr(), prefix.prefix_len()), peer.class.0))
         .collect()
 }
 

@@ -1,10 +1,9 @@
 //! The node around its pods: which addresses are its own, and the programs on its ways out.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use cni_netlink::{Link, LinkKind, Netlink, NetlinkError};
-use ipnetwork::IpNetwork;
 use orch_ebpf_loader::{Error, Hook, Pins, attach, is_attached};
 
 /// What a look at the node found.
@@ -15,7 +14,7 @@ pub struct Seen {
     /// Links by which packets leave the node, by name and index.
     pub wires: Vec<(String, u32)>,
     /// The node's addresses.
-    pub addresses: Vec<Ipv4Addr>,
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Reads links and addresses.
@@ -27,12 +26,7 @@ pub fn observe(netlink: &Netlink) -> Result<Seen, NetlinkError> {
     let mut addresses = Vec::new();
     // Ports of bridges have no addresses of their own; there may be hundreds of them.
     for link in links.iter().filter(|link| link.master.is_none()) {
-        addresses.extend(netlink.addresses(link.index)?.iter().filter_map(
-            |address| match address {
-                IpNetwork::V4(address) => Some(address.ip()),
-                IpNetwork::V6(_) => None,
-            },
-        ));
+        addresses.extend(netlink.addresses(link.index)?.iter().map(|address| address.ip()));
     }
     addresses.sort_unstable();
     addresses.dedup();

@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use cni_netlink::Netlink;
 use futures::StreamExt as _;
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use orch_config::Paths;
-use orch_ebpf_loader::{Announcement, Answer, Kept, Pins, Request, install, sweep, uninstall};
+use orch_ebpf_loader::{
+    Announcement, Answer, Kept, Pins, Request, install, retire_others, sweep, uninstall,
+};
 use orch_ebpf_maps::state;
 use orch_policy::{Name, PodFacts};
 use orch_reconcile::{Informer, Informers};
@@ -214,6 +216,8 @@ pub(crate) struct Task {
     pub(crate) network: watch::Receiver<Option<Network>>,
     /// The pod network until etcd tells it.
     pub(crate) cluster: Ipv4Network,
+    /// Its IPv6 side, once etcd has told of one.
+    pub(crate) cluster6: Option<Ipv6Network>,
     pub(crate) vxlan_port: u16,
     pub(crate) service_cidr: Ipv4Network,
     /// The address of DNS is the node's own, also while nobody has put it there.
@@ -389,13 +393,15 @@ impl Task {
             if let Some(v4) = network.config.v4 {
                 self.cluster = v4.network;
             }
+            self.cluster6 = network.config.v6.map(|v6| v6.network);
             self.vxlan_port = network.config.port;
         }
         let local = Local {
             node: self.node_name.clone(),
-            addresses: vec![self.dns_ip],
+            addresses: vec![self.dns_ip.into()],
             endpoints: Vec::new(),
             pod_network: Some(self.cluster),
+            pod_network6: self.cluster6,
             service_cidr: Some(self.service_cidr),
         };
         let (paths, port) = (self.paths.clone(), self.vxlan_port);
@@ -627,12 +633,19 @@ fn adopt_all(paths: &Paths, wanted: &BTreeSet<Name>) -> Vec<String> {
     if !adopted.is_empty() {
         info!(pods = adopt::list(&adopted), "pods that were started without policy have it now");
     }
+    if open.is_empty() {
+        match retire_others(&Pins::below(paths.root())) {
+            Ok(true) => info!("policy programs of an earlier version are gone"),
+            Ok(false) => {}
+            Err(error) => open.push(format!("policy programs of an earlier version stay: {error}")),
+        }
+    }
     open
 }
 
 /// Notifies when links or addresses change; a broken socket is a reason to look, and is opened again.
 async fn watch_links(look: Arc<Notify>, cancel: CancellationToken) {
-    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
+    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
     while !cancel.is_cancelled() {
         match rtnetlink::new_multicast_connection(&groups) {
             Ok((connection, _handle, mut messages)) => {

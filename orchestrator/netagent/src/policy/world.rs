@@ -1,10 +1,10 @@
 //! From the API's objects to what the compiler reads. Each object is read once for each of its versions.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -33,11 +33,13 @@ pub struct Local {
     /// Name of the Node object.
     pub node: String,
     /// Addresses in its network namespace.
-    pub addresses: Vec<Ipv4Addr>,
+    pub addresses: Vec<IpAddr>,
     /// Endpoints that the plugin has made.
     pub endpoints: Vec<Announcement>,
     /// The whole pod network.
     pub pod_network: Option<Ipv4Network>,
+    /// The same of IPv6.
+    pub pod_network6: Option<Ipv6Network>,
     /// Where cluster IPs come from.
     pub service_cidr: Option<Ipv4Network>,
 }
@@ -83,10 +85,10 @@ impl Reader {
         });
         changed |= set(&mut self.world.namespaces, namespaces.collect());
         changed |= set(&mut self.world.nodes, nodes(cluster, local));
-        let ranges = local
-            .pod_network
-            .and_then(|network| Prefix::new(network.network().into(), network.prefix()));
-        changed | set(&mut self.world.pod_ranges, ranges.into_iter().collect())
+        let v4 = local.pod_network.map(IpNetwork::V4);
+        let ranges = v4.into_iter().chain(local.pod_network6.map(IpNetwork::V6));
+        let ranges = ranges.filter_map(|range| Prefix::new(range.network(), range.prefix()));
+        changed | set(&mut self.world.pod_ranges, ranges.collect())
     }
 
     /// A pod of this node has its address before the API server hears of it.
@@ -94,11 +96,10 @@ impl Reader {
         let mut announced: HashMap<Name, Vec<IpAddr>> = HashMap::new();
         for endpoint in &local.endpoints {
             if let Some(pod) = &endpoint.pod
-                && !endpoint.addr.is_unspecified()
                 && is_of(cluster, pod)
             {
                 let name = Name::new(&pod.namespace, &pod.name);
-                announced.entry(name).or_default().push(endpoint.addr.into());
+                announced.entry(name).or_default().extend(endpoint.addresses());
             }
         }
         let names: BTreeSet<Name> = cluster.pods.iter().map(|pod| name(&pod.metadata)).collect();
@@ -170,24 +171,36 @@ fn nodes(cluster: &Cluster, local: &Local) -> BTreeMap<String, Vec<IpAddr>> {
         let name = node.metadata.name.clone().unwrap_or_default();
         let status = node.status.as_ref().and_then(|status| status.addresses.as_deref());
         let told = status.unwrap_or_default().iter().filter_map(|one| one.address.parse().ok());
-        let subnet: Option<Ipv4Network> = node
-            .spec
-            .as_ref()
-            .and_then(|spec| spec.pod_cidr.as_deref())
-            .and_then(|cidr| cidr.parse().ok());
-        let own = subnet.into_iter().flat_map(|subnet| {
-            let base = subnet.network().to_bits();
-            [base, base + 1].map(|bits| IpAddr::V4(Ipv4Addr::from_bits(bits)))
+        let own = node.spec.iter().flat_map(|spec| {
+            spec.pod_cidr
+                .iter()
+                .chain(spec.pod_cidrs.iter().flatten())
+                .flat_map(|cidr| first_two(cidr))
         });
         all.insert(name, told.chain(own).collect::<Vec<IpAddr>>());
     }
     let here = all.entry(local.node.clone()).or_default();
-    here.extend(local.addresses.iter().map(|address| IpAddr::V4(*address)));
+    here.extend(&local.addresses);
     for ips in all.values_mut() {
         ips.sort_unstable();
         ips.dedup();
     }
     all
+}
+
+/// The first two addresses of a subnet.
+fn first_two(cidr: &str) -> Vec<IpAddr> {
+    match cidr.parse() {
+        Ok(IpNetwork::V4(subnet)) => {
+            let base = subnet.network().to_bits();
+            [base, base | 1].map(|bits| Ipv4Addr::from_bits(bits).into()).into()
+        }
+        Ok(IpNetwork::V6(subnet)) => {
+            let base = subnet.network().to_bits();
+            [base, base | 1].map(|bits| Ipv6Addr::from_bits(bits).into()).into()
+        }
+        Err(_) => Vec::new(),
+    }
 }
 
 /// What addresses are to this node, whatever policies say: the map `addresses`.
@@ -207,24 +220,20 @@ pub fn desired_addresses(
     // A node's own address wins over a Service that has it, too: what is not translated stays on this node.
     for (name, ips) in &world.nodes {
         for ip in ips {
-            if let IpAddr::V4(ip) = ip
-                && *name != world.node
-            {
+            if *name != world.node {
                 // It may be a Service's external address, too.
                 *all.entry(ClassKey::host(*ip)).or_insert(0) |= ADDRESS_REMOTE_NODE;
             }
         }
     }
     for ip in world.nodes.get(&world.node).into_iter().flatten() {
-        if let IpAddr::V4(ip) = ip {
-            all.insert(ClassKey::host(*ip), ADDRESS_NODE);
-        }
+        all.insert(ClassKey::host(*ip), ADDRESS_NODE);
     }
     all
 }
 
-/// Addresses beside the cluster IPs at which a Service is translated.
-fn outside_addresses(service: &Service) -> Vec<Ipv4Addr> {
+/// Addresses outside of the IPv4 range of cluster IPs at which a Service is translated.
+fn outside_addresses(service: &Service) -> Vec<IpAddr> {
     let spec = service.spec.as_ref();
     let external = spec.and_then(|spec| spec.external_ips.as_deref()).unwrap_or_default();
     let balancers = service
@@ -234,10 +243,13 @@ fn outside_addresses(service: &Service) -> Vec<Ipv4Addr> {
         .and_then(|balancer| balancer.ingress.as_deref())
         .unwrap_or_default();
     let balancers = balancers.iter().filter_map(|ingress| ingress.ip.as_deref());
+    let own = spec.and_then(|spec| spec.cluster_ips.as_deref()).unwrap_or_default();
+    let own = own.iter().map(String::as_str).filter(|ip| ip.contains(':'));
     external
         .iter()
         .map(String::as_str)
         .chain(balancers)
+        .chain(own)
         .filter_map(|text| text.parse().ok())
         .collect()
 }
@@ -262,6 +274,7 @@ mod tests {
             ifindex: 3,
             uid: 7,
             addr: Ipv4Addr::new(10, 244, 1, 9),
+            addr6: None,
             pod: Some(PodRef {
                 namespace: "a".to_owned(),
                 name: name.to_owned(),
@@ -315,14 +328,14 @@ mod tests {
         };
         let local = Local {
             node: "one".to_owned(),
-            addresses: vec![Ipv4Addr::new(10, 96, 0, 10)],
+            addresses: vec![Ipv4Addr::new(10, 96, 0, 10).into()],
             service_cidr: "10.96.0.0/12".parse().ok(),
             ..Local::default()
         };
         let mut reader = Reader::default();
         reader.read(&cluster, &local);
         let all = desired_addresses(reader.world(), &cluster, &local);
-        let flags = |text: &str| all[&ClassKey::host(text.parse().expect("an address"))];
+        let flags = |text: &str| all[&ClassKey::host(text.parse::<IpAddr>().expect("an address"))];
         for own in ["192.0.2.1", "10.244.1.0", "10.244.1.1", "10.96.0.10"] {
             assert_eq!(flags(own), ADDRESS_NODE, "{own}");
         }

@@ -1,7 +1,7 @@
 //! The policy engine on the kernel's maps: what the API server says becomes rows, classes and tables. Needs root; says so
 //! without.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -17,7 +17,9 @@ use orch_netagent::policy::world::{Cluster, Local, Reader};
 use serde_json::{Value, json};
 
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 2);
+const WEB6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, 2);
 const OTHER: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 9);
+const OTHER6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, 9);
 
 struct World {
     root: PathBuf,
@@ -33,7 +35,7 @@ fn pod(name: &str, node: &str, ip: Option<Ipv4Addr>, labels: Value) -> Arc<Pod> 
     let value = json!({
         "metadata": {"namespace": "shop", "name": name, "uid": format!("uid-{name}"), "labels": labels},
         "spec": {"nodeName": node, "containers": []},
-        "status": {"podIP": ip},
+        "status": {"podIP": ip, "podIPs": ip.iter().map(|_| json!({"ip": OTHER6})).collect::<Vec<_>>()},
     });
     Arc::new(serde_json::from_value(value).expect("a pod"))
 }
@@ -99,8 +101,13 @@ impl World {
             name: "web".to_owned(),
             uid: Some("uid-web".to_owned()),
         };
-        self.local.endpoints =
-            vec![Announcement { ifindex: self.link, uid, addr: WEB, pod: Some(pod) }];
+        self.local.endpoints = vec![Announcement {
+            ifindex: self.link,
+            uid,
+            addr: WEB,
+            addr6: Some(WEB6),
+            pod: Some(pod),
+        }];
     }
 
     fn look(&mut self) -> Report {
@@ -173,6 +180,9 @@ fn a_policy_is_in_force_with_one_write_and_old_maps_go_at_the_look_after() {
         let maps = w.maps();
         let class = |row: &Endpoint, ip| maps.class_of(row.class_map, ip).expect("read");
         assert_ne!(class(&first, OTHER), class(&first, Ipv4Addr::new(10, 244, 2, 8)));
+        let class6 = |ip: Ipv6Addr| maps.class_of(first.class_map, ip).expect("read");
+        assert_eq!(class6(OTHER6), class(&first, OTHER), "one pod, two families");
+        assert_ne!(class6(OTHER6), class6(Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, 8)));
 
         // Both directions now: another table, and for a moment both are there.
         let both = json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]});
@@ -236,7 +246,7 @@ fn ways_out_are_judged_and_ports_of_the_bridge_are_none() {
             node::observe(&netlink).expect("observed")
         };
         let seen = look();
-        assert!(seen.addresses.contains(&Ipv4Addr::new(192, 0, 2, 1)), "{seen:?}");
+        assert!(seen.addresses.contains(&Ipv4Addr::new(192, 0, 2, 1).into()), "{seen:?}");
         let new = node::ensure_wires(&w.pins, &seen).expect("attached");
         assert!(new.contains(&"eth0".to_owned()), "{new:?}");
         assert!(!new.contains(&"veth1".to_owned()) && !new.contains(&"cni0".to_owned()));

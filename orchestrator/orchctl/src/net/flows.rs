@@ -4,7 +4,7 @@
 //! node tells at most some thousands in a second; totals are in its metrics.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use orch_api::k8s_openapi::api::core::v1::Pod;
 use orch_client::{Api, Client, ListParams};
 use orch_ebpf_loader::{Announcement, Events, Kept, Pins};
-use orch_ebpf_maps::{Direction, Event, Reason};
+use orch_ebpf_maps::{Direction, Event, Reason, from_key};
 use orch_policy::PodFacts;
 use serde::Serialize;
 
@@ -144,12 +144,12 @@ impl Source {
         let pod = self.endpoints.get(&event.uid).and_then(|one| one.pod.as_ref());
         let ingress = event.direction == Direction::Ingress as u8;
         let own = pod.map(|pod| format!("{}/{}", pod.namespace, pod.name));
-        let end = |addr: u32, port: u16, is_own: bool| {
-            let ip = IpAddr::V4(Ipv4Addr::from_bits(u32::from_be(addr)));
+        let end = |addr: [u8; 16], port: u16, is_own: bool| {
+            let ip = from_key(event.family, addr);
             let name = if is_own { own.as_ref() } else { names.get(&ip) };
             let place = match u16::from_be(port) {
                 0 => ip.to_string(),
-                port => format!("{ip}:{port}"),
+                port => SocketAddr::new(ip, port).to_string(),
             };
             name.map_or_else(|| place.clone(), |name| format!("{name} ({place})"))
         };
@@ -176,6 +176,7 @@ fn protocol(number: u8) -> String {
         1 => "ICMP".to_owned(),
         6 => "TCP".to_owned(),
         17 => "UDP".to_owned(),
+        58 => "ICMPv6".to_owned(),
         132 => "SCTP".to_owned(),
         other => other.to_string(),
     }
