@@ -25,6 +25,7 @@ pub(crate) struct Wanted {
     pub(crate) port: u16,
     pub(crate) kubernetes_ip: std::net::Ipv4Addr,
     pub(crate) dns_ip: std::net::Ipv4Addr,
+    pub(crate) dns_ip_v6: Option<std::net::Ipv6Addr>,
 }
 
 /// Makes them, trying until it works; `has_roles` is called when the default roles are there.
@@ -58,19 +59,24 @@ async fn services(client: &Client, wanted: &Wanted) -> Result<(), Error> {
                   "ports": [{ "name": "https", "port": 443, "protocol": "TCP", "targetPort": wanted.port }] },
     }))
     .await?;
-    // Answered by the DNS of each node, at this very address: it is the endpoint too.
+    let dns_ips: Vec<String> = [wanted.dns_ip.to_string()]
+        .into_iter()
+        .chain(wanted.dns_ip_v6.map(|ip| ip.to_string()))
+        .collect();
+    // Answered by the DNS of each node, at these very addresses: they are the endpoints too.
     create::<Service>(Api::namespaced(client.clone(), "kube-system"), &json!({
         "metadata": { "name": "kube-dns", "annotations": { (DNS_NOTE.0): DNS_NOTE.1 },
                       "labels": { "k8s-app": "kube-dns", "kubernetes.io/cluster-service": "true",
                                   "kubernetes.io/name": "CoreDNS" } },
-        "spec": { "type": "ClusterIP", "clusterIP": wanted.dns_ip,
+        "spec": { "type": "ClusterIP", "clusterIP": wanted.dns_ip, "clusterIPs": dns_ips,
+                  "ipFamilyPolicy": "PreferDualStack",
                   "ports": [{ "name": "dns", "port": 53, "protocol": "UDP", "targetPort": 53 },
                             { "name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": 53 }] },
     }))
     .await?;
     create::<k8s_openapi::api::core::v1::Endpoints>(Api::namespaced(client.clone(), "kube-system"), &json!({
         "metadata": { "name": "kube-dns", "labels": { "k8s-app": "kube-dns" }, "annotations": { (DNS_NOTE.0): DNS_NOTE.1 } },
-        "subsets": [{ "addresses": [{ "ip": wanted.dns_ip }],
+        "subsets": [{ "addresses": dns_ips.iter().map(|ip| json!({ "ip": ip })).collect::<Vec<_>>(),
                       "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" },
                                 { "name": "dns-tcp", "port": 53, "protocol": "TCP" }] }],
     }))

@@ -17,6 +17,7 @@ mod compress;
 mod decode;
 mod discovery;
 mod events;
+mod families;
 mod health;
 mod impersonate;
 mod kubernetes_endpoints;

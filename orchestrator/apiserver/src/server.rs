@@ -1,6 +1,6 @@
 //! The server: from a connection to a handler, and the way in for components of the same process.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use orch_api::ApiError;
 use orch_client::{Body, Client, Error as ClientError, Transport, empty_body};
 use orch_store::cache::Feed;
@@ -71,8 +71,12 @@ pub struct Options {
     pub service_account_key_pem: String,
     pub service_account_issuer: String,
     pub service_cidr: Ipv4Network,
+    /// For Services that ask for IPv6.
+    pub service_cidr_v6: Option<Ipv6Network>,
     pub node_port_range: RangeInclusive<u16>,
     pub dns_ip: Ipv4Addr,
+    /// In `service_cidr_v6`.
+    pub dns_ip_v6: Option<Ipv6Addr>,
 }
 
 /// Why the server cannot start.
@@ -143,6 +147,7 @@ impl ApiServer {
                 server.shared.options.service_cidr.network().to_bits() + 1,
             ),
             dns_ip: server.shared.options.dns_ip,
+            dns_ip_v6: server.shared.options.dns_ip_v6,
         };
         let client = server.client("system:apiserver", &[MASTERS]);
         let (store, endpoint) = (server.shared.store.clone(), server.endpoint());

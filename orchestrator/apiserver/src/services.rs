@@ -6,15 +6,16 @@
 //! them.) The lock of this process only saves it from overtaking itself.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use orch_api::{ApiError, FieldError};
 use orch_store::Guard;
 use rand::Rng as _;
 use serde_json::{Value, json};
 
+use crate::families::{self, Ranges};
 use crate::read::{self, store_error};
 use crate::state::Shared;
 
@@ -24,15 +25,16 @@ const GUARD: &str = "/registry/ranges/services";
 /// What other Services hold.
 #[derive(Debug, Default, PartialEq)]
 struct Taken {
-    addresses: BTreeSet<Ipv4Addr>,
+    addresses: BTreeSet<IpAddr>,
     node_ports: BTreeSet<u16>,
 }
 
 impl Taken {
     fn add(&mut self, service: &Value) {
-        self.addresses.extend(
-            service["spec"]["clusterIP"].as_str().and_then(|ip| ip.parse::<Ipv4Addr>().ok()),
-        );
+        let spec = &service["spec"];
+        let listed = spec["clusterIPs"].as_array().into_iter().flatten();
+        let ips = listed.chain([&spec["clusterIP"]]).filter_map(Value::as_str);
+        self.addresses.extend(ips.filter_map(|ip| ip.parse::<IpAddr>().ok()));
         self.node_ports.extend(node_ports(service));
     }
 
@@ -77,8 +79,12 @@ pub(crate) async fn allocate(
     for object in stored.cache.snapshot().iter().filter(|object| *object.key != *own) {
         taken.add(&read::parse(&object.bytes)?);
     }
-    let (cidr, range) = (shared.options.service_cidr, &shared.options.node_port_range);
-    let errors = complete(service, old, &taken, cidr, range);
+    let options = &shared.options;
+    let ranges: Vec<IpNetwork> = [IpNetwork::V4(options.service_cidr)]
+        .into_iter()
+        .chain(options.service_cidr_v6.map(IpNetwork::V6))
+        .collect();
+    let errors = complete(service, old, &taken, &ranges, &options.node_port_range);
     let before = old.map(Taken::of).unwrap_or_default();
     let takes = !before.holds(&Taken::of(service));
     Ok(Allocation { errors, guard: takes.then_some(guard) })
@@ -89,7 +95,9 @@ fn node_ports(service: &Value) -> impl Iterator<Item = u16> {
         .as_array()
         .into_iter()
         .flatten()
-        .filter_map(|port| port["nodePort"].as_u64())
+        .map(|port| &port["nodePort"])
+        .chain([&service["spec"]["healthCheckNodePort"]])
+        .filter_map(Value::as_u64)
         .filter_map(|port| u16::try_from(port).ok())
         .filter(|port| *port > 0)
 }
@@ -99,7 +107,7 @@ fn complete(
     service: &mut Value,
     old: Option<&Value>,
     taken: &Taken,
-    cidr: Ipv4Network,
+    ranges: &Ranges,
     range: &RangeInclusive<u16>,
 ) -> Vec<FieldError> {
     let mut errors = Vec::new();
@@ -112,7 +120,8 @@ fn complete(
         }
         return errors;
     }
-    cluster_ip(service, old, taken, cidr, &mut errors);
+    let before = old.map_or(&Value::Null, |old| &old["spec"]);
+    families::complete(&mut service["spec"], before, &taken.addresses, ranges, &mut errors);
     if matches!(kind.as_str(), "NodePort" | "LoadBalancer") {
         assign_node_ports(service, old, taken, range, &mut errors);
     } else {
@@ -122,79 +131,8 @@ fn complete(
             }
         }
     }
+    health_check_port(&mut service["spec"], before, taken, range, &mut errors);
     errors
-}
-
-fn cluster_ip(
-    service: &mut Value,
-    old: Option<&Value>,
-    taken: &Taken,
-    cidr: Ipv4Network,
-    errors: &mut Vec<FieldError>,
-) {
-    let spec = &mut service["spec"];
-    let named = [&spec["clusterIP"], &spec["clusterIPs"][0]]
-        .into_iter()
-        .filter_map(Value::as_str)
-        .find(|ip| !ip.is_empty())
-        .map(str::to_owned);
-    let before = old
-        .and_then(|old| old["spec"]["clusterIP"].as_str())
-        .filter(|ip| !ip.is_empty())
-        .map(str::to_owned);
-    let chosen = match named.or(before.clone()) {
-        Some(ip) if ip == "None" => ip,
-        Some(ip) => {
-            let parsed: Option<Ipv4Addr> = ip.parse().ok();
-            match parsed {
-                Some(address) if taken.addresses.contains(&address) => errors.push(FieldError::invalid(
-                    "spec.clusterIPs",
-                    &json!([ip]),
-                    format!("failed to allocate IP {ip}: provided IP is already allocated"),
-                )),
-                Some(address) if cidr.contains(address) => {}
-                // The address it already has stays good when the range was changed.
-                _ if before.as_deref() == Some(&ip) => {}
-                _ => errors.push(FieldError::invalid(
-                    "spec.clusterIPs",
-                    &json!([ip]),
-                    format!("failed to allocate IP {ip}: the provided IP is not in the valid range. The range of valid IPs is {cidr}"),
-                )),
-            }
-            ip
-        }
-        None => match free_address(taken, cidr) {
-            Some(address) => address.to_string(),
-            None => {
-                errors.push(FieldError::forbidden(
-                    "spec.clusterIP",
-                    format!("the range {cidr} is full"),
-                ));
-                return;
-            }
-        },
-    };
-    spec["clusterIP"] = json!(chosen);
-    spec["clusterIPs"] = json!([chosen]);
-    if !spec["ipFamilies"].is_array() {
-        spec["ipFamilies"] = json!(["IPv4"]);
-    }
-    if !spec["ipFamilyPolicy"].is_string() {
-        spec["ipFamilyPolicy"] = json!("SingleStack");
-    }
-}
-
-/// A free address, from a random place on. The first 256 (or 1/16 of the range) are left to those who name one.
-fn free_address(taken: &Taken, cidr: Ipv4Network) -> Option<Ipv4Addr> {
-    let size = 1_u64 << (32 - cidr.prefix());
-    let reserved = (size / 16).clamp(0, 256).max(2);
-    let usable = size.checked_sub(reserved + 1).filter(|usable| *usable > 0)?;
-    let start = rand::rng().random_range(0..usable);
-    let base = u64::from(cidr.network().to_bits()) + reserved;
-    (0..usable)
-        .map(|step| base + (start + step) % usable)
-        .filter_map(|bits| u32::try_from(bits).ok().map(Ipv4Addr::from_bits))
-        .find(|address| !taken.addresses.contains(address))
 }
 
 fn assign_node_ports(
@@ -205,6 +143,8 @@ fn assign_node_ports(
     errors: &mut Vec<FieldError>,
 ) {
     let mut own: BTreeSet<u16> = node_ports(service).collect();
+    let none_wanted = service["spec"]["type"] == "LoadBalancer"
+        && service["spec"]["allocateLoadBalancerNodePorts"] == false;
     for (index, port) in service["spec"]["ports"].as_array_mut().into_iter().flatten().enumerate() {
         let field = format!("spec.ports[{index}].nodePort");
         let named = port["nodePort"].as_u64().filter(|port| *port > 0);
@@ -223,6 +163,9 @@ fn assign_node_ports(
             }
             continue;
         }
+        if none_wanted {
+            continue;
+        }
         // A port that the client left out keeps the number it had.
         let before = old
             .and_then(|old| old["spec"]["ports"].as_array())
@@ -232,14 +175,7 @@ fn assign_node_ports(
             .and_then(|before| before["nodePort"].as_u64())
             .and_then(|before| u16::try_from(before).ok())
             .filter(|before| *before > 0 && !own.contains(before));
-        let size = u32::from(range.end() - range.start()) + 1;
-        let start = rand::rng().random_range(0..size);
-        let free = (0..size)
-            .filter_map(|step| {
-                u16::try_from(u32::from(*range.start()) + (start + step) % size).ok()
-            })
-            .find(|number| !taken.node_ports.contains(number) && !own.contains(number));
-        match before.or(free) {
+        match before.or_else(|| free_port(taken, &own, range)) {
             Some(number) => {
                 own.insert(number);
                 port["nodePort"] = json!(number);
@@ -249,13 +185,62 @@ fn assign_node_ports(
     }
 }
 
+fn free_port(taken: &Taken, own: &BTreeSet<u16>, range: &RangeInclusive<u16>) -> Option<u16> {
+    let size = u32::from(range.end() - range.start()) + 1;
+    let start = rand::rng().random_range(0..size);
+    (0..size)
+        .filter_map(|step| u16::try_from(u32::from(*range.start()) + (start + step) % size).ok())
+        .find(|number| !taken.node_ports.contains(number) && !own.contains(number))
+}
+
+/// Where load balancers ask whether a node can serve: only with `externalTrafficPolicy: Local` do nodes differ.
+fn health_check_port(
+    spec: &mut Value,
+    old: &Value,
+    taken: &Taken,
+    range: &RangeInclusive<u16>,
+    errors: &mut Vec<FieldError>,
+) {
+    const FIELD: &str = "spec.healthCheckNodePort";
+    let wanted = spec["type"] == "LoadBalancer" && spec["externalTrafficPolicy"] == "Local";
+    let number = |spec: &Value| spec["healthCheckNodePort"].as_u64().filter(|port| *port > 0);
+    let (named, before) = (number(spec), number(old));
+    if !wanted {
+        if named.is_some() && named != before {
+            let detail = "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'";
+            errors.push(FieldError::invalid(FIELD, &spec["healthCheckNodePort"], detail));
+        } else if let Some(spec) = spec.as_object_mut() {
+            spec.shift_remove("healthCheckNodePort");
+        }
+        return;
+    }
+    let own: BTreeSet<u16> = node_ports(&json!({ "spec": spec })).collect();
+    match (named, before) {
+        (Some(named), Some(before)) if named != before => {
+            errors.push(FieldError::invalid(FIELD, &json!(named), "field is immutable"));
+        }
+        (Some(named), _) => {
+            let number = u16::try_from(named).ok();
+            if number.is_none_or(|number| taken.node_ports.contains(&number)) {
+                let detail = "provided port is already allocated";
+                errors.push(FieldError::invalid(FIELD, &json!(named), detail));
+            }
+        }
+        (None, Some(before)) => spec["healthCheckNodePort"] = json!(before),
+        (None, None) => match free_port(taken, &own, range) {
+            Some(number) => spec["healthCheckNodePort"] = json!(number),
+            None => errors.push(FieldError::forbidden(FIELD, "all node ports are taken")),
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn run(service: &mut Value, old: Option<&Value>, taken: &Taken) -> Vec<String> {
-        let cidr = "10.96.0.0/12".parse().expect("a network");
-        complete(service, old, taken, cidr, &(30000..=30002))
+        let ranges = ["10.96.0.0/12".parse().expect("a network")];
+        complete(service, old, taken, &ranges, &(30000..=30002))
             .iter()
             .map(ToString::to_string)
             .collect()
@@ -265,7 +250,7 @@ mod tests {
     fn an_address_is_given_kept_and_never_given_twice() {
         let mut service = json!({ "spec": { "type": "ClusterIP" } });
         assert!(run(&mut service, None, &Taken::default()).is_empty());
-        let ip: Ipv4Addr =
+        let ip: IpAddr =
             service["spec"]["clusterIP"].as_str().expect("an address").parse().expect("IPv4");
         let mut other = json!({ "spec": { "clusterIP": ip.to_string() } });
         let taken = Taken { addresses: [ip].into(), node_ports: BTreeSet::new() };
@@ -294,5 +279,23 @@ mod tests {
             json!({ "spec": { "type": "NodePort", "ports": [{ "port": 80, "nodePort": 30001 }] } });
         let others = Taken { addresses: BTreeSet::new(), node_ports: [30001].into() };
         assert!(run(&mut taken, None, &others)[0].contains("already allocated"));
+    }
+
+    #[test]
+    fn a_load_balancer_asks_nodes_at_a_port_of_its_own_if_they_differ() {
+        let spec = json!({ "type": "LoadBalancer", "externalTrafficPolicy": "Local",
+            "allocateLoadBalancerNodePorts": false, "ports": [{ "port": 80, "protocol": "TCP" }] });
+        let mut service = json!({ "spec": spec });
+        assert!(run(&mut service, None, &Taken::default()).is_empty());
+        let port = service["spec"]["healthCheckNodePort"].as_u64().expect("a port");
+        assert!((30000..=30002).contains(&port), "{port}");
+        assert!(service["spec"]["ports"][0]["nodePort"].is_null(), "it wants none");
+        let mut same = json!({ "spec": spec });
+        assert!(run(&mut same, Some(&service), &Taken::default()).is_empty());
+        assert_eq!(same["spec"]["healthCheckNodePort"], port);
+        let mut everywhere = service.clone();
+        everywhere["spec"]["externalTrafficPolicy"] = json!("Cluster");
+        assert!(run(&mut everywhere, Some(&service), &Taken::default()).is_empty());
+        assert!(everywhere["spec"]["healthCheckNodePort"].is_null());
     }
 }

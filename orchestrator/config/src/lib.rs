@@ -10,9 +10,9 @@ mod paths;
 
 pub use paths::Paths;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 
 /// Version of orch itself.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -49,6 +49,9 @@ pub const POD_CIDR: &str = "10.244.0.0/16";
 pub const NODE_SUBNET_LEN: u8 = 24;
 /// Network that ClusterIPs are allocated from.
 pub const SERVICE_CIDR: &str = "10.96.0.0/12";
+/// Network that the IPv6 ClusterIPs of Services are allocated from that ask for one. They lead somewhere once the pod
+/// network has IPv6.
+pub const SERVICE_CIDR_V6: &str = "fd00:10:96::/112";
 /// ClusterIP of the cluster's DNS Service.
 pub const DNS_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 
@@ -56,6 +59,12 @@ pub const DNS_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 #[must_use]
 pub fn kubernetes_service_ip(service_cidr: Ipv4Network) -> Ipv4Addr {
     Ipv4Addr::from_bits(service_cidr.network().to_bits() + 1)
+}
+
+/// IPv6 ClusterIP of the cluster's DNS Service: at the same place as the IPv4 one is by default.
+#[must_use]
+pub fn dns_ip_v6(service_cidr: Ipv6Network) -> Ipv6Addr {
+    Ipv6Addr::from_bits(service_cidr.network().to_bits() + 10)
 }
 
 #[cfg(test)]

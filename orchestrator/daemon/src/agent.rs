@@ -99,6 +99,7 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
     let domain = orch_config::CLUSTER_DOMAIN.to_owned();
     let pause_image = format!("orch/pause:{}", orch_config::VERSION);
 
+    let service_cidr_v6 = orch_config::SERVICE_CIDR_V6.parse().context("service CIDR")?;
     let network = orch_netagent::Options {
         node_name: flags.node_name.clone(),
         node_ip: flags.node_ip,
@@ -118,6 +119,7 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
         client: client.clone(),
         paths: paths.clone(),
         service_cidr: orch_config::SERVICE_CIDR.parse().context("service CIDR")?,
+        service_cidr_v6: Some(service_cidr_v6),
         dns_ip: orch_config::DNS_IP,
         cluster_domain: domain.clone(),
         upstream_dns: flags.upstream_dns,
@@ -132,6 +134,7 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
         client,
         runtime: Arc::new(runtime),
         dns_ip: orch_config::DNS_IP.into(),
+        dns_ip_v6: Some(orch_config::dns_ip_v6(service_cidr_v6).into()),
         cluster_domain: domain,
         serving_cert_pem: read("kubelet.crt")?,
         serving_key_pem: read("kubelet.key")?,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use orch_config::Paths;
 use orch_pki::{ClusterPki, ServerNames};
 use orch_store::{EtcdConfig, EtcdStore};
@@ -57,6 +57,9 @@ pub(crate) struct Flags {
     /// Network that ClusterIPs come from
     #[arg(long, default_value = orch_config::SERVICE_CIDR)]
     service_cidr: Ipv4Network,
+    /// The same for IPv6, for Services that ask for it; agents serve it once the pod network has IPv6
+    #[arg(long, default_value = orch_config::SERVICE_CIDR_V6)]
+    service_cidr_v6: Ipv6Network,
     /// Short failure timers: a dead node is noticed in seconds and its pods move at once. For labs; on a busy or
     /// flaky network it moves pods that were only slow to answer
     #[arg(long)]
@@ -254,7 +257,9 @@ fn api_options(
             orch_config::CLUSTER_DOMAIN
         ),
         service_cidr: flags.service_cidr,
+        service_cidr_v6: Some(flags.service_cidr_v6),
         node_port_range: 30000..=32767,
         dns_ip: orch_config::DNS_IP,
+        dns_ip_v6: Some(orch_config::dns_ip_v6(flags.service_cidr_v6)),
     })
 }

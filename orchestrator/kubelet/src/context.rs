@@ -71,7 +71,11 @@ impl Context {
             services: Services::new(options.client.clone()),
             events,
             machine,
-            dns: ClusterDns { ip: options.dns_ip, domain: options.cluster_domain.clone() },
+            dns: ClusterDns {
+                ip: options.dns_ip,
+                ip_v6: options.dns_ip_v6,
+                domain: options.cluster_domain.clone(),
+            },
             engine: "docker",
             starts: Semaphore::new(options.parallel_starts.max(1)),
             options,

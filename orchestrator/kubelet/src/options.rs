@@ -21,6 +21,8 @@ pub struct Options {
     pub runtime: Arc<dyn Runtime>,
     /// ClusterIP of the cluster's DNS, for pods' `resolv.conf`.
     pub dns_ip: IpAddr,
+    /// The same for pods that have IPv6 alone.
+    pub dns_ip_v6: Option<IpAddr>,
     pub cluster_domain: String,
     /// Resolver configuration of the node, for `dnsPolicy: Default`.
     pub resolv_conf: PathBuf,
@@ -64,6 +66,7 @@ impl Default for Options {
             client: Client::new(NoServer),
             runtime: Arc::new(DockerRuntime::new(Path::new("/var/run/docker.sock"), "")),
             dns_ip: orch_config::DNS_IP.into(),
+            dns_ip_v6: None,
             cluster_domain: orch_config::CLUSTER_DOMAIN.to_owned(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             serving_cert_pem: String::new(),

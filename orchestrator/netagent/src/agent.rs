@@ -10,10 +10,12 @@
 //! every part ──> status file
 //! ```
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::{Namespace, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use orch_client::ListParams;
@@ -28,12 +30,12 @@ use crate::dns::forward::Forwarder;
 use crate::dns::server::{Server, resolvers};
 use crate::dns::zone::Domain;
 use crate::files::{FileError, SubnetEnv};
-use crate::lease::{EtcdHealth, Identity, Keeper};
+use crate::lease::{EtcdHealth, Identity, Keeper, Network};
 use crate::overlay::task::Overlay;
 use crate::overlay::{NftNews, interface, nft_events};
 use crate::services::proxy::Follower;
 use crate::status::{NetStatus, write_changes};
-use crate::{Options, dns, mac, node, policy};
+use crate::{Options, dns, mac, node, policy, services as service_plane};
 
 /// The parts get this long to finish what they are doing; all of it is short.
 const GRACE: Duration = Duration::from_secs(5);
@@ -120,23 +122,29 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         overlay.run(network_known.clone(), status.clone(), news.overlay.clone(), stop.clone());
     spawn(&mut parts, "overlay", task);
     spawn(&mut parts, "watch on nftables", nft_events::follow(news.clone(), stop.clone()));
+    let own_node = ListParams {
+        field_selector: Some(format!("metadata.name={}", options.node_name)),
+        ..ListParams::default()
+    };
+    let nodes = informers.selected::<Node>(&own_node);
+    let (health, health_checks) = watch::channel(BTreeMap::new());
     let follower = Follower {
         services: services.clone(),
         slices: slices.clone(),
         network: network_known.clone(),
         cluster,
         service_cidr: options.service_cidr,
-        dns_ip: options.dns_ip,
+        service_cidr_v6: options.service_cidr_v6,
+        dns_ips: options.dns_ips(),
         node_name: options.node_name.clone(),
+        nodes: nodes.clone(),
+        health,
         status: status.clone(),
         firewall: news.services,
     };
     spawn(&mut parts, "service proxy", follower.run(stop.clone()));
-    let own_node = ListParams {
-        field_selector: Some(format!("metadata.name={}", options.node_name)),
-        ..ListParams::default()
-    };
-    let nodes = informers.selected::<Node>(&own_node);
+    let task = service_plane::health::serve(health_checks, stop.clone());
+    spawn(&mut parts, "health checks of load balancers", task);
     let mirror = node::mirror(
         options.client.clone(),
         nodes,
@@ -150,12 +158,12 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
             node_name: options.node_name.clone(),
             paths: paths.clone(),
             caches: policy::task::Caches::new(&informers),
-            network: network_known,
+            network: network_known.clone(),
             cluster,
             cluster6: None,
             vxlan_port: options.network.port,
             service_cidr: options.service_cidr,
-            dns_ip: options.dns_ip,
+            dns_ips: options.dns_ips(),
             status: status.clone(),
         };
         spawn(&mut parts, "policy", task.run(policy, stop.clone()));
@@ -164,18 +172,25 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
     let names =
         dns::task::follow(services, slices, informers.of::<Namespace>(), zone, stop.clone());
     spawn(&mut parts, "zone", names);
-    let server = Server {
-        address: SocketAddr::new(options.dns_ip.into(), DNS_PORT),
-        domain: Domain {
-            name: options.cluster_domain.clone(),
-            dns_ip: options.dns_ip,
-            networks: vec![cluster, options.service_cidr],
-        },
-        zone: zone_known,
-        forwarder: Forwarder::new(upstream(&options)),
-        status: status.clone(),
+    let domain = Domain {
+        name: options.cluster_domain.clone(),
+        dns_ips: options.dns_ips(),
+        networks: [IpNetwork::V4(cluster), options.service_cidr.into()]
+            .into_iter()
+            .chain(options.service_cidr_v6.map(IpNetwork::V6))
+            .collect(),
     };
-    spawn(&mut parts, "DNS", dns::task::serve(options.dns_ip, server, stop.clone()));
+    let forwarder = Arc::new(Forwarder::new(upstream(&options)));
+    for ip in options.dns_ips() {
+        let server = Server {
+            address: SocketAddr::new(ip, DNS_PORT),
+            domain: domain.clone(),
+            zone: zone_known.clone(),
+            forwarder: forwarder.clone(),
+            status: status.clone(),
+        };
+        spawn(&mut parts, "DNS", serve_dns(ip, server, network_known.clone(), stop.clone()));
+    }
     spawn(&mut parts, "etcd health", report_health(etcd_health, status.clone(), stop.clone()));
     spawn(
         &mut parts,
@@ -183,6 +198,28 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         write_changes(paths.net_status(), status.subscribe(), stop.clone()),
     );
     join(parts, &cancel, &stop).await
+}
+
+/// Serves DNS at one address; at that of IPv6 once the pod network has IPv6.
+async fn serve_dns(
+    ip: IpAddr,
+    server: Server,
+    mut network: watch::Receiver<Option<Network>>,
+    stop: CancellationToken,
+) {
+    if ip.is_ipv6() {
+        let has_ipv6 = |network: &Option<Network>| {
+            network.as_ref().is_some_and(|network| network.config.v6.is_some())
+        };
+        let has_come = tokio::select! {
+            () = stop.cancelled() => return,
+            waited = network.wait_for(has_ipv6) => waited.is_ok(),
+        };
+        if !has_come {
+            return stop.cancelled().await;
+        }
+    }
+    dns::task::serve(ip, server, stop).await;
 }
 
 /// Where other nodes send to; `None` if cancelled. A link that the operator chose may come up after the agent.
@@ -263,7 +300,7 @@ fn upstream(options: &Options) -> Vec<SocketAddr> {
     }
     let file = &options.resolv_conf;
     let found = match std::fs::read_to_string(file) {
-        Ok(text) => resolvers(&text, options.dns_ip),
+        Ok(text) => resolvers(&text, &options.dns_ips()),
         Err(error) => {
             warn!(file = %file.display(), %error, "the node's resolvers are not known");
             Vec::new()

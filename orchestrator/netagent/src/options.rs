@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use orch_client::Client;
 use orch_config::Paths;
 
@@ -41,7 +41,9 @@ pub struct Options {
     pub public_ipv6: Option<Ipv6Addr>,
     /// Where cluster IPs come from.
     pub service_cidr: Ipv4Network,
-    /// Address of the node's DNS server, the cluster IP of `kube-dns`.
+    /// The same for IPv6; in force while the pod network has IPv6.
+    pub service_cidr_v6: Option<Ipv6Network>,
+    /// Address of the node's DNS server, the cluster IP of `kube-dns`. The one of IPv6 follows from its network.
     pub dns_ip: Ipv4Addr,
     /// Domain of the cluster's names.
     pub cluster_domain: String,
@@ -51,6 +53,15 @@ pub struct Options {
     pub resolv_conf: PathBuf,
     /// Whether NetworkPolicies are enforced.
     pub policy: Mode,
+}
+
+impl Options {
+    /// The DNS server's addresses, IPv4 first.
+    #[must_use]
+    pub fn dns_ips(&self) -> Vec<IpAddr> {
+        let v6 = self.service_cidr_v6.map(orch_config::dns_ip_v6);
+        [IpAddr::V4(self.dns_ip)].into_iter().chain(v6.map(IpAddr::V6)).collect()
+    }
 }
 
 impl Default for Options {
@@ -75,6 +86,7 @@ impl Default for Options {
             public_ip: None,
             public_ipv6: None,
             service_cidr: cidr(orch_config::SERVICE_CIDR),
+            service_cidr_v6: orch_config::SERVICE_CIDR_V6.parse().ok(),
             dns_ip: orch_config::DNS_IP,
             cluster_domain: orch_config::CLUSTER_DOMAIN.to_owned(),
             upstream_dns: Vec::new(),

@@ -12,6 +12,7 @@ const RP_FILTER_LOOSE: &str = "2";
 const RP_FILTER_STRICT: &str = "1";
 const IPV6_FORWARDING: &str = "ipv6/conf/all/forwarding";
 const BRIDGE_NF: &str = "bridge/bridge-nf-call-iptables";
+const BRIDGE_NF_IPV6: &str = "bridge/bridge-nf-call-ip6tables";
 
 /// A setting that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +97,13 @@ pub fn plan_ipv6(seen: &BTreeMap<String, String>, underlay: &str) -> Vec<Setting
             why: "nodes forward between pods and other nodes",
         });
     }
+    if seen.get(BRIDGE_NF_IPV6).is_some_and(|value| value != "1") {
+        settings.push(Setting {
+            key: BRIDGE_NF_IPV6.to_owned(),
+            value: "1",
+            why: "IPv6 Services between pods of one node",
+        });
+    }
     settings
 }
 
@@ -115,6 +123,7 @@ pub fn ensure(links: &[&str], ipv6_underlay: Option<&str>) -> Report {
     keys.extend(links.iter().chain(&["all"]).map(|link| rp_filter(link)));
     keys.extend(ipv6_underlay.map(accept_ra));
     keys.extend(ipv6_underlay.map(|_| IPV6_FORWARDING.to_owned()));
+    keys.extend(ipv6_underlay.map(|_| BRIDGE_NF_IPV6.to_owned()));
     let seen: BTreeMap<String, String> = keys
         .into_iter()
         .filter_map(|key| {

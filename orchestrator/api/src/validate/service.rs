@@ -64,11 +64,42 @@ pub(super) fn service(object: &Value, old: &Value, errors: &mut Vec<FieldError>)
             errors.push(FieldError::invalid(format!("spec.externalIPs[{index}]"), ip, detail));
         }
     }
+    let distributions = ["PreferClose", "PreferSameNode", "PreferSameZone"];
+    one_of(&spec["trafficDistribution"], "spec.trafficDistribution", &distributions, errors);
+    source_ranges(spec, kind, errors);
     let policies = ["PreferDualStack", "RequireDualStack", "SingleStack"];
     one_of(&spec["ipFamilyPolicy"], "spec.ipFamilyPolicy", &policies, errors);
     for (index, family) in items(&spec["ipFamilies"]) {
         one_of(family, &format!("spec.ipFamilies[{index}]"), &["IPv4", "IPv6"], errors);
     }
+}
+
+fn source_ranges(spec: &Value, kind: &str, errors: &mut Vec<FieldError>) {
+    let field = "spec.loadBalancerSourceRanges";
+    for (index, range) in items(&spec["loadBalancerSourceRanges"]) {
+        if kind != "LoadBalancer" {
+            errors.push(FieldError::forbidden(
+                field,
+                "may only be used when `type` is 'LoadBalancer'",
+            ));
+            return;
+        }
+        let usable = range.as_str().is_some_and(|text| is_cidr(text.trim()));
+        if !usable {
+            let detail = "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)";
+            errors.push(FieldError::invalid(format!("{field}[{index}]"), range, detail));
+        }
+    }
+}
+
+fn is_cidr(text: &str) -> bool {
+    let Some((ip, prefix)) = text.split_once('/') else { return false };
+    let most = match ip.parse::<IpAddr>() {
+        Ok(IpAddr::V4(_)) => 32,
+        Ok(IpAddr::V6(_)) => 128,
+        Err(_) => return false,
+    };
+    prefix.parse::<u8>().is_ok_and(|prefix| prefix <= most)
 }
 
 fn external_name(spec: &Value, errors: &mut Vec<FieldError>) {

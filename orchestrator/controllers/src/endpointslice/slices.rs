@@ -8,7 +8,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
+use k8s_openapi::api::discovery::v1::{
+    Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use orch_api::meta;
 
@@ -50,7 +52,21 @@ fn family(address: IpAddr) -> &'static str {
     if address.is_ipv4() { "IPv4" } else { "IPv6" }
 }
 
-fn endpoint(backend: &Backend, address: IpAddr) -> Endpoint {
+/// For whom an endpoint is meant, by `trafficDistribution`: for its own zone, or its own node. Nodes judge whether that
+/// leaves anybody without one. Who is not ready is meant for nobody.
+fn hints(service: &Service, backend: &Backend) -> Option<EndpointHints> {
+    let wish = service.spec.as_ref()?.traffic_distribution.as_deref()?;
+    let same_node = wish == "PreferSameNode";
+    if !backend.ready || !(same_node || matches!(wish, "PreferClose" | "PreferSameZone")) {
+        return None;
+    }
+    let zones = backend.zone.clone().map(|name| vec![ForZone { name }]);
+    let nodes = backend.node.clone().filter(|_| same_node).map(|name| vec![ForNode { name }]);
+    (zones.is_some() || nodes.is_some())
+        .then_some(EndpointHints { for_nodes: nodes, for_zones: zones })
+}
+
+fn endpoint(service: &Service, backend: &Backend, address: IpAddr) -> Endpoint {
     Endpoint {
         addresses: vec![address.to_string()],
         conditions: Some(EndpointConditions {
@@ -62,6 +78,7 @@ fn endpoint(backend: &Backend, address: IpAddr) -> Endpoint {
         node_name: backend.node.clone(),
         target_ref: Some(backend.reference.clone()),
         zone: backend.zone.clone(),
+        hints: hints(service, backend),
         ..Endpoint::default()
     }
 }
@@ -156,7 +173,7 @@ pub(super) fn plan(
             let address = backend.addresses.iter().find(|ip| self::family(**ip) == *family);
             if let Some(address) = address {
                 let group = Group { family, ports: sorted(backend.ports.clone()) };
-                wanted.entry(group).or_default().push(endpoint(backend, *address));
+                wanted.entry(group).or_default().push(endpoint(service, backend, *address));
             }
         }
     }

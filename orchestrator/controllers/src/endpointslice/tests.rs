@@ -1,3 +1,4 @@
+use k8s_openapi::api::core::v1::Node;
 use serde_json::{Value, json};
 
 use super::plan::{Backend, backend};
@@ -147,4 +148,35 @@ fn a_headless_service_gives_hostnames_and_needs_no_ports() {
     assert_eq!(endpoint.hostname.as_deref(), Some("db-0"));
     let wanted = endpoints::desired(&service, &backends(&service, &pods), None);
     assert_eq!(wanted.subsets.map(|subsets| subsets[0].ports.is_none()), Some(true));
+}
+
+#[test]
+fn traffic_distribution_becomes_hints_of_ready_endpoints() {
+    let node: Node = serde_json::from_value(json!({
+        "metadata": { "name": "n", "labels": { "topology.kubernetes.io/zone": "a" } },
+    }))
+    .expect("a Node");
+    let pods = [pod(1, true, 8080, false), pod(2, false, 8080, false)];
+    for (wish, expected) in [
+        (json!(null), json!(null)),
+        (json!("PreferClose"), json!({ "forZones": [{ "name": "a" }] })),
+        (json!("PreferSameZone"), json!({ "forZones": [{ "name": "a" }] })),
+        (
+            json!("PreferSameNode"),
+            json!({ "forNodes": [{ "name": "n" }], "forZones": [{ "name": "a" }] }),
+        ),
+    ] {
+        let service = service(json!({ "trafficDistribution": wish }));
+        let backends: Vec<Backend> =
+            pods.iter().filter_map(|pod| backend(&service, pod, Some(&node))).collect();
+        let steps = slices::plan(&service, &backends, &[]);
+        let [Step::Create(slice)] = steps.as_slice() else { panic!("{steps:?}") };
+        let seen: Vec<Value> = slice
+            .endpoints
+            .iter()
+            .flatten()
+            .map(|one| serde_json::to_value(&one.hints).expect("JSON"))
+            .collect();
+        assert_eq!(seen, [expected, json!(null)], "{wish}: none for who is not ready");
+    }
 }

@@ -16,7 +16,16 @@ const MAX_SEARCHES: usize = 32;
 #[derive(Debug, Clone)]
 pub(crate) struct ClusterDns {
     pub(crate) ip: IpAddr,
+    pub(crate) ip_v6: Option<IpAddr>,
     pub(crate) domain: String,
+}
+
+impl ClusterDns {
+    /// The server that a pod with these addresses can reach.
+    fn server(&self, ips: &[IpAddr]) -> IpAddr {
+        let ipv6_alone = !ips.is_empty() && ips.iter().all(IpAddr::is_ipv6);
+        self.ip_v6.filter(|_| ipv6_alone).unwrap_or(self.ip)
+    }
 }
 
 /// The name a pod knows itself by.
@@ -109,7 +118,12 @@ impl Resolver {
 }
 
 /// The resolver configuration by the pod's `dnsPolicy` and `dnsConfig`.
-pub(crate) fn resolv_conf(pod: &Pod, dns: &ClusterDns, node_resolv: &str) -> String {
+pub(crate) fn resolv_conf(
+    pod: &Pod,
+    ips: &[IpAddr],
+    dns: &ClusterDns,
+    node_resolv: &str,
+) -> String {
     let spec = api::spec(pod);
     let policy = match spec.dns_policy.as_deref().unwrap_or("ClusterFirst") {
         // The node's network has the node's resolver, unless the other is asked for by name.
@@ -128,7 +142,7 @@ pub(crate) fn resolv_conf(pod: &Pod, dns: &ClusterDns, node_resolv: &str) -> Str
                 Resolver::parse(node_resolv).searches.into_iter().filter(|name| name != "."),
             );
             Resolver {
-                servers: vec![dns.ip.to_string()],
+                servers: vec![dns.server(ips).to_string()],
                 searches,
                 options: vec!["ndots:5".to_owned()],
             }
@@ -165,6 +179,7 @@ mod tests {
     fn dns() -> ClusterDns {
         ClusterDns {
             ip: "10.96.0.10".parse().expect("an address"),
+            ip_v6: "fd00:10:96::a".parse().ok(),
             domain: "cluster.local".to_owned(),
         }
     }
@@ -180,6 +195,7 @@ mod tests {
     fn the_cluster_comes_first_with_its_search_domains() {
         let text = resolv_conf(
             &pod(json!({ "containers": [] })),
+            &["10.244.1.2".parse().expect("an address")],
             &dns(),
             "nameserver 1.1.1.1\nsearch corp.example\n",
         );
@@ -190,16 +206,31 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_with_ipv6_alone_asks_over_ipv6() {
+        let [four, six] =
+            ["10.244.1.2", "fd00::2"].map(|ip| ip.parse::<IpAddr>().expect("an address"));
+        for (ips, server) in
+            [(vec![six], "fd00:10:96::a"), (vec![four, six], "10.96.0.10"), (vec![], "10.96.0.10")]
+        {
+            let text = resolv_conf(&pod(json!({ "containers": [] })), &ips, &dns(), "");
+            assert!(text.starts_with(&format!("nameserver {server}\n")), "{ips:?}: {text}");
+        }
+    }
+
+    #[test]
     fn policies_none_and_default_and_extra_options() {
         let none = pod(json!({ "containers": [], "dnsPolicy": "None", "dnsConfig": {
             "nameservers": ["9.9.9.9"], "searches": ["a.b"], "options": [{ "name": "ndots", "value": "2" }, { "name": "rotate" }],
         } }));
-        let text = resolv_conf(&none, &dns(), "");
+        let text = resolv_conf(&none, &[], &dns(), "");
         assert_eq!(text, "nameserver 9.9.9.9\nsearch a.b\noptions ndots:2 rotate\n");
         let default = pod(json!({ "containers": [], "dnsPolicy": "Default" }));
-        assert_eq!(resolv_conf(&default, &dns(), "nameserver 1.1.1.1\n"), "nameserver 1.1.1.1\n");
+        assert_eq!(
+            resolv_conf(&default, &[], &dns(), "nameserver 1.1.1.1\n"),
+            "nameserver 1.1.1.1\n"
+        );
         let host = pod(json!({ "containers": [], "hostNetwork": true }));
-        assert_eq!(resolv_conf(&host, &dns(), "nameserver 1.1.1.1\n"), "nameserver 1.1.1.1\n");
+        assert_eq!(resolv_conf(&host, &[], &dns(), "nameserver 1.1.1.1\n"), "nameserver 1.1.1.1\n");
     }
 
     #[test]

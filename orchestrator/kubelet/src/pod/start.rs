@@ -78,7 +78,7 @@ pub(crate) fn write_files(
     };
     std::fs::write(hosts_path(folder), hosts::hosts_file(pod, ips, &cx.dns, &node_hosts))?;
     let resolv = std::fs::read_to_string(&cx.options.resolv_conf).unwrap_or_default();
-    std::fs::write(resolv_path(folder), hosts::resolv_conf(pod, &cx.dns, &resolv))
+    std::fs::write(resolv_path(folder), hosts::resolv_conf(pod, ips, &cx.dns, &resolv))
 }
 
 /// Makes a sandbox, without starting it.

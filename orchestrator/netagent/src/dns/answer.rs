@@ -1,10 +1,10 @@
 //! From query to answer. Pure.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr as _;
 
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, ResponseCode};
-use hickory_proto::rr::rdata::{A, CNAME, NS, PTR, SOA, SRV, TXT};
+use hickory_proto::rr::rdata::{A, AAAA, CNAME, NS, PTR, SOA, SRV, TXT};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 
 use super::zone::{Backend, Domain, PortRecord, Records, Zone};
@@ -168,11 +168,13 @@ fn lookup(name: &Name, kind: RecordType, domain: &Domain, zone: &Zone, apex: &Na
         ["dns-version"] => {
             one(RecordType::TXT, RData::TXT(TXT::new(vec![SPECIFICATION.to_owned()])))
         }
-        ["ns", "dns"] => one(RecordType::A, RData::A(A(domain.dns_ip))),
+        ["ns", "dns"] => records(addresses(name, &wants, &mut domain.dns_ips.iter().copied())),
         ["svc" | "pod" | "dns"] => records(Vec::new()),
         [namespace, "svc" | "pod"] => existing(zone.namespaces.contains(*namespace)),
-        [address, namespace, "pod"] => match address.replace('-', ".").parse::<Ipv4Addr>() {
-            Ok(ip) if zone.namespaces.contains(*namespace) => one(RecordType::A, RData::A(A(ip))),
+        [address, namespace, "pod"] => match pod_address(address) {
+            Some(ip) if zone.namespaces.contains(*namespace) => {
+                records(addresses(name, &wants, &mut [ip].into_iter()))
+            }
             _ => Found::Nothing,
         },
         [rest @ .., service, namespace, "svc"] => {
@@ -191,6 +193,31 @@ fn lookup(name: &Name, kind: RecordType, domain: &Domain, zone: &Zone, apex: &Na
     }
 }
 
+/// The address that a pod's name is made of: dots or colons became dashes.
+fn pod_address(label: &str) -> Option<IpAddr> {
+    let v4 = label.replace('-', ".").parse::<Ipv4Addr>().map(IpAddr::V4);
+    v4.or_else(|_| label.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::V6)).ok()
+}
+
+/// A and AAAA records, as far as they are wanted.
+fn addresses(
+    name: &Name,
+    wants: &dyn Fn(RecordType) -> bool,
+    ips: &mut dyn Iterator<Item = IpAddr>,
+) -> Vec<Record> {
+    ips.map(data)
+        .filter(|data| wants(data.record_type()))
+        .map(|data| Record::from_rdata(name.clone(), TTL, data))
+        .collect()
+}
+
+fn data(ip: IpAddr) -> RData {
+    match ip {
+        IpAddr::V4(ip) => RData::A(A(ip)),
+        IpAddr::V6(ip) => RData::AAAA(AAAA(ip)),
+    }
+}
+
 /// Names at and below one Service; `base` is the Service's own.
 fn in_service(
     name: &Name,
@@ -199,10 +226,7 @@ fn in_service(
     wants: &dyn Fn(RecordType) -> bool,
     base: &Name,
 ) -> Found {
-    let address = |ip: Ipv4Addr| Record::from_rdata(name.clone(), TTL, RData::A(A(ip)));
-    let a_records = |ips: &mut dyn Iterator<Item = Ipv4Addr>| {
-        records(if wants(RecordType::A) { ips.map(address).collect() } else { Vec::new() })
-    };
+    let at = |ips: &mut dyn Iterator<Item = IpAddr>| records(addresses(name, wants, ips));
     match (labels, found) {
         ([], Records::External(target)) => {
             match Name::from_str(&format!("{}.", target.trim_end_matches('.'))) {
@@ -211,12 +235,10 @@ fn in_service(
             }
         }
         (_, Records::External(_)) => Found::Nothing,
-        ([], Records::Cluster(ips, _)) => a_records(&mut ips.iter().copied()),
+        ([], Records::Cluster(ips, _)) => at(&mut ips.iter().copied()),
         // Specification 2.4.1: no ready endpoint, no name.
         ([], Records::Headless(backends)) if backends.is_empty() => Found::Nothing,
-        ([], Records::Headless(backends)) => {
-            a_records(&mut backends.iter().map(|backend| backend.ip))
-        }
+        ([], Records::Headless(backends)) => at(&mut backends.iter().map(|backend| backend.ip)),
         ([protocol], _) if protocol.starts_with('_') => {
             let any = all_ports(found).any(|(port, _)| format!("_{}", port.protocol) == *protocol);
             if any { records(Vec::new()) } else { Found::Nothing }
@@ -226,8 +248,8 @@ fn in_service(
                 .iter()
                 .filter(|backend| backend.hostname == *hostname)
                 .map(|backend| backend.ip);
-            let found: Vec<Ipv4Addr> = ips.by_ref().collect();
-            if found.is_empty() { Found::Nothing } else { a_records(&mut found.into_iter()) }
+            let found: Vec<IpAddr> = ips.by_ref().collect();
+            if found.is_empty() { Found::Nothing } else { at(&mut found.into_iter()) }
         }
         ([port_name, protocol], _) => {
             let matching: Vec<_> = all_ports(found)
@@ -279,9 +301,8 @@ fn services(
             (None, Records::Cluster(ips, _)) => (base.clone(), ips.clone()),
             (None, _) => continue,
         };
-        additionals.extend(
-            ips.into_iter().map(|ip| Record::from_rdata(target.clone(), TTL, RData::A(A(ip)))),
-        );
+        additionals
+            .extend(ips.into_iter().map(|ip| Record::from_rdata(target.clone(), TTL, data(ip))));
         let weight = u16::try_from(100 / matching.len().max(1)).unwrap_or(1).max(1);
         answers.push(Record::from_rdata(
             name.clone(),
@@ -302,10 +323,7 @@ fn reverse(
     apex: &Name,
 ) -> Option<Outcome> {
     let ip = match name.parse_arpa_name().ok()? {
-        network if network.prefix_len() == 32 => match network.addr() {
-            IpAddr::V4(ip) => ip,
-            IpAddr::V6(_) => return None,
-        },
+        network if network.prefix_len() == network.max_prefix_len() => network.addr(),
         _ => return None,
     };
     let mut response = response.clone();

@@ -1,6 +1,6 @@
 //! The server's sockets.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ pub struct Server {
     /// The names, once they are known.
     pub zone: watch::Receiver<Option<Arc<Zone>>>,
     /// For all other names.
-    pub forwarder: Forwarder,
+    pub forwarder: Arc<Forwarder>,
     /// Told when the server answers.
     pub status: Arc<watch::Sender<NetStatus>>,
 }
@@ -76,7 +76,14 @@ impl Server {
             Err(error) => return error,
         };
         info!(address = %self.address, domain = self.domain.name, "cluster DNS answers");
-        self.status.send_modify(|status| status.dns = Some(self.address.ip().to_string()));
+        // Each family has a server; one of them is named.
+        self.status.send_if_modified(|status| {
+            let first = status.dns.is_none() || self.address.is_ipv4();
+            if first {
+                status.dns = Some(self.address.ip().to_string());
+            }
+            first
+        });
         // Dropped with this future, which ends the tasks.
         let stop = cancel.child_token();
         let _guard = stop.clone().drop_guard();
@@ -180,7 +187,8 @@ impl Server {
         match answer(query, &self.domain, zone.as_deref()) {
             Outcome::Done(mut response) => {
                 // Clients take the first address; let each endpoint be it equally often.
-                if response.answers.iter().all(|record| record.record_type() == RecordType::A) {
+                let address = |kind| matches!(kind, RecordType::A | RecordType::AAAA);
+                if response.answers.iter().all(|record| address(record.record_type())) {
                     response.answers.shuffle(&mut rand::rng());
                 }
                 Some(response)
@@ -227,13 +235,13 @@ async fn send(socket: &UdpSocket, client: SocketAddr, response: &Message, query:
     }
 }
 
-/// Resolvers of a `resolv.conf`, except `dns_ip` itself.
+/// Resolvers of a `resolv.conf`, except the node's own server.
 #[must_use]
-pub fn resolvers(resolv_conf: &str, dns_ip: Ipv4Addr) -> Vec<SocketAddr> {
+pub fn resolvers(resolv_conf: &str, own: &[IpAddr]) -> Vec<SocketAddr> {
     resolv_conf
         .lines()
         .filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok())
-        .filter(|ip| *ip != std::net::IpAddr::V4(dns_ip))
+        .filter(|ip| !own.contains(ip))
         .map(|ip| SocketAddr::new(ip, 53))
         .collect()
 }
@@ -246,7 +254,7 @@ mod tests {
     fn a_resolver_never_asks_itself() {
         let text = "# comment\nsearch x\nnameserver 192.0.2.53\nnameserver 10.96.0.10\n";
         assert_eq!(
-            resolvers(text, Ipv4Addr::new(10, 96, 0, 10)),
+            resolvers(text, &[[10, 96, 0, 10].into()]),
             ["192.0.2.53:53".parse().expect("address")]
         );
     }

@@ -1,11 +1,11 @@
 //! Keeps the zone and the server's address.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cni_netlink::{AddressOptions, Netlink, NetlinkError};
-use ipnetwork::{IpNetwork, Ipv4Network};
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::{Namespace, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use orch_reconcile::Informer;
@@ -62,7 +62,7 @@ pub(crate) async fn follow(
 }
 
 /// Keeps the server's address on the loopback link and serves there, until cancelled. The address stays.
-pub(crate) async fn serve(ip: Ipv4Addr, server: Server, cancel: CancellationToken) {
+pub(crate) async fn serve(ip: IpAddr, server: Server, cancel: CancellationToken) {
     let mut complained = false;
     // A server without its address could only fail.
     hold_address(ip, &mut complained).await;
@@ -83,7 +83,7 @@ pub(crate) async fn serve(ip: Ipv4Addr, server: Server, cancel: CancellationToke
     }
 }
 
-async fn hold_address(ip: Ipv4Addr, complained: &mut bool) {
+async fn hold_address(ip: IpAddr, complained: &mut bool) {
     match tokio::task::spawn_blocking(move || ensure_address(ip)).await {
         Ok(Ok(true)) => info!(%ip, "cluster DNS address added to lo"),
         Ok(Ok(false)) => *complained = false,
@@ -95,15 +95,16 @@ async fn hold_address(ip: Ipv4Addr, complained: &mut bool) {
     }
 }
 
-fn ensure_address(ip: Ipv4Addr) -> Result<bool, NetlinkError> {
+fn ensure_address(ip: IpAddr) -> Result<bool, NetlinkError> {
     let netlink = Netlink::open()?;
     let Some(loopback) = netlink.link("lo")? else { return Ok(false) };
     if !loopback.up {
         netlink.set_up(loopback.index)?;
     }
-    if netlink.addresses(loopback.index)?.iter().any(|address| address.ip() == IpAddr::V4(ip)) {
+    if netlink.addresses(loopback.index)?.iter().any(|address| address.ip() == ip) {
         return Ok(false);
     }
-    let address = IpNetwork::V4(Ipv4Network::from(ip));
-    netlink.add_address(loopback.index, address, &AddressOptions::default()).map(|()| true)
+    let address = IpNetwork::from(ip);
+    let options = AddressOptions { nodad: true, ..AddressOptions::default() };
+    netlink.add_address(loopback.index, address, &options).map(|()| true)
 }

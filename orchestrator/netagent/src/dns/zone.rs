@@ -1,10 +1,10 @@
 //! The cluster as names. Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::{Namespace, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 
@@ -25,7 +25,7 @@ pub struct PortRecord {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backend {
     /// Its address.
-    pub ip: Ipv4Addr,
+    pub ip: IpAddr,
     /// Its label below the Service's name: the pod's hostname, else the address with dashes.
     pub hostname: String,
     /// Its named ports.
@@ -36,7 +36,7 @@ pub struct Backend {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Records {
     /// Its cluster IPs and named ports.
-    Cluster(Vec<Ipv4Addr>, BTreeSet<PortRecord>),
+    Cluster(Vec<IpAddr>, BTreeSet<PortRecord>),
     /// Its ready endpoints.
     Headless(Vec<Backend>),
     /// Another name.
@@ -51,7 +51,7 @@ pub struct Zone {
     /// Names of namespaces: they exist as empty names.
     pub namespaces: HashSet<String>,
     /// Names of addresses, without the domain.
-    pub reverse: HashMap<Ipv4Addr, Vec<String>>,
+    pub reverse: HashMap<IpAddr, Vec<String>>,
 }
 
 /// What the zone is called and what belongs to it.
@@ -59,10 +59,10 @@ pub struct Zone {
 pub struct Domain {
     /// `cluster.local`.
     pub name: String,
-    /// Address of the DNS server.
-    pub dns_ip: Ipv4Addr,
+    /// Addresses of the DNS server.
+    pub dns_ips: Vec<IpAddr>,
     /// Networks whose addresses nobody else can name.
-    pub networks: Vec<Ipv4Network>,
+    pub networks: Vec<IpNetwork>,
 }
 
 /// Builds the zone.
@@ -124,7 +124,7 @@ fn records(service: &Service, slices: &[&EndpointSlice]) -> Option<Records> {
         )));
     }
     let texts = spec.cluster_ips.iter().flatten().chain(spec.cluster_ip.iter());
-    let ips: BTreeSet<Ipv4Addr> = texts.filter_map(|text| text.parse().ok()).collect();
+    let ips: BTreeSet<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
     if ips.is_empty() {
         return None;
     }
@@ -137,8 +137,8 @@ fn records(service: &Service, slices: &[&EndpointSlice]) -> Option<Records> {
 }
 
 fn backends(slices: &[&EndpointSlice], publish_not_ready: bool) -> Vec<Backend> {
-    let mut found: BTreeMap<(Ipv4Addr, String), BTreeSet<PortRecord>> = BTreeMap::new();
-    for slice in slices.iter().filter(|slice| slice.address_type == "IPv4") {
+    let mut found: BTreeMap<(IpAddr, String), BTreeSet<PortRecord>> = BTreeMap::new();
+    for slice in slices.iter().filter(|slice| slice.address_type != "FQDN") {
         let ports: BTreeSet<PortRecord> = slice
             .ports
             .iter()
@@ -158,11 +158,10 @@ fn backends(slices: &[&EndpointSlice], publish_not_ready: bool) -> Vec<Backend> 
             if !ready && !publish_not_ready {
                 continue;
             }
-            for ip in
-                endpoint.addresses.iter().filter_map(|address| address.parse::<Ipv4Addr>().ok())
+            for ip in endpoint.addresses.iter().filter_map(|address| address.parse::<IpAddr>().ok())
             {
                 let named = endpoint.hostname.clone().filter(|hostname| !hostname.is_empty());
-                let hostname = named.unwrap_or_else(|| ip.to_string().replace('.', "-"));
+                let hostname = named.unwrap_or_else(|| ip.to_string().replace(['.', ':'], "-"));
                 found.entry((ip, hostname)).or_default().extend(ports.iter().cloned());
             }
         }

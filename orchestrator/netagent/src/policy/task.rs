@@ -4,7 +4,7 @@
 //! ADD is answered when the endpoint's row is in force, and refused when it cannot be in time; the pod stays closed then.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -221,7 +221,7 @@ pub(crate) struct Task {
     pub(crate) vxlan_port: u16,
     pub(crate) service_cidr: Ipv4Network,
     /// The address of DNS is the node's own, also while nobody has put it there.
-    pub(crate) dns_ip: Ipv4Addr,
+    pub(crate) dns_ips: Vec<IpAddr>,
     pub(crate) status: Arc<watch::Sender<NetStatus>>,
 }
 
@@ -398,7 +398,7 @@ impl Task {
         }
         let local = Local {
             node: self.node_name.clone(),
-            addresses: vec![self.dns_ip.into()],
+            addresses: self.dns_ips.clone(),
             endpoints: Vec::new(),
             pod_network: Some(self.cluster),
             pod_network6: self.cluster6,

@@ -8,9 +8,9 @@
 //! the `conntrack` tool is not everywhere, and it deletes by address where ports decide.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 
 use super::model::{Port, Protocol};
 
@@ -30,12 +30,15 @@ const TUPLE_IP: u16 = 1;
 const TUPLE_PROTO: u16 = 2;
 const IP_V4_SRC: u16 = 1;
 const IP_V4_DST: u16 = 2;
+const IP_V6_SRC: u16 = 3;
+const IP_V6_DST: u16 = 4;
 const PROTO_NUM: u16 = 1;
 const PROTO_SRC_PORT: u16 = 2;
 const PROTO_DST_PORT: u16 = 3;
 const NESTED: u16 = 0x8000;
 const TYPE_MASK: u16 = 0x3fff;
 const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 const IPPROTO_UDP: u8 = 17;
 /// `struct nlmsghdr` and `struct nfgenmsg`.
 const HEADER: usize = 16;
@@ -45,9 +48,9 @@ const GENERIC: usize = 4;
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Flow {
     /// What the client sent to.
-    frontend: SocketAddrV4,
+    frontend: SocketAddr,
     /// Who answers: the endpoint, or the frontend itself if nothing was translated.
-    backend: SocketAddrV4,
+    backend: SocketAddr,
     /// The original tuple as the kernel wrote it, to name the flow in a deletion.
     tuple: Vec<u8>,
     /// Tells this flow from a later one of the same tuple.
@@ -64,23 +67,31 @@ pub(super) fn forget_stale(ports: &[Port]) -> io::Result<usize> {
     }
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
     socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    let stale: Vec<Flow> =
-        dump(&socket)?.into_iter().filter(|flow| is_stale(flow, ports)).collect();
+    socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
     let mut gone = 0;
-    for flow in &stale {
-        gone += usize::from(delete(&socket, flow)?);
+    for family in [AF_INET, AF_INET6] {
+        let has = |port: &Port| port.in_family(family == AF_INET6).is_some();
+        if !ports.iter().any(has) {
+            continue;
+        }
+        let flows = dump(&socket, family)?;
+        for flow in flows.iter().filter(|flow| is_stale(flow, ports)) {
+            gone += usize::from(delete(&socket, family, flow)?);
+        }
     }
     Ok(gone)
 }
 
 /// Whether a flow goes to a frontend of ours, but not to one of its endpoints. Pure.
 fn is_stale(flow: &Flow, ports: &[Port]) -> bool {
-    let (ip, port) = (*flow.frontend.ip(), flow.frontend.port());
+    let (ip, port) = (flow.frontend.ip(), flow.frontend.port());
+    let v6 = ip.is_ipv6();
     let translated = flow.frontend != flow.backend;
-    ports.iter().filter(|candidate| candidate.protocol == Protocol::Udp).any(|candidate| {
+    let udp = ports.iter().filter(|candidate| candidate.protocol == Protocol::Udp);
+    udp.filter_map(|candidate| candidate.in_family(v6)).any(|candidate| {
+        let outside = candidate.external_ips.iter().chain(&candidate.balancer_ips);
         let at_address = candidate.port == port
-            && candidate.cluster_ips.iter().chain(&candidate.external_ips).any(|own| *own == ip);
+            && candidate.cluster_ips.iter().chain(outside).any(|own| *own == ip);
         // Any of the node's addresses; a flow to the same port elsewhere is not translated.
         let at_node = candidate.node_port == Some(port) && translated;
         let leads_to = |flow: &Flow| {
@@ -89,7 +100,7 @@ fn is_stale(flow: &Flow, ports: &[Port]) -> bool {
             let local = candidate.pool(true);
             pool.iter()
                 .chain(&local)
-                .any(|one| one.ip == *flow.backend.ip() && one.port == flow.backend.port())
+                .any(|one| one.ip == flow.backend.ip() && one.port == flow.backend.port())
         };
         // An untranslated flow is from before the Service had an endpoint: it now keeps the client from it.
         let lost = translated || !candidate.endpoints.is_empty();
@@ -97,8 +108,8 @@ fn is_stale(flow: &Flow, ports: &[Port]) -> bool {
     })
 }
 
-fn dump(socket: &Socket) -> io::Result<Vec<Flow>> {
-    socket.send(&message(GET, FLAG_REQUEST | FLAG_DUMP, &[]), 0)?;
+fn dump(socket: &Socket, family: u8) -> io::Result<Vec<Flow>> {
+    socket.send(&message(GET, family, FLAG_REQUEST | FLAG_DUMP, &[]), 0)?;
     let mut flows = Vec::new();
     loop {
         let (datagram, _) = socket.recv_from_full()?;
@@ -113,13 +124,13 @@ fn dump(socket: &Socket) -> io::Result<Vec<Flow>> {
 }
 
 /// False: the flow was gone already.
-fn delete(socket: &Socket, flow: &Flow) -> io::Result<bool> {
+fn delete(socket: &Socket, family: u8, flow: &Flow) -> io::Result<bool> {
     let mut attributes = Vec::new();
     put(&mut attributes, TUPLE_ORIG | NESTED, &flow.tuple);
     if let Some(id) = flow.id {
         put(&mut attributes, ID, &id);
     }
-    socket.send(&message(DELETE, FLAG_REQUEST | FLAG_ACK, &attributes), 0)?;
+    socket.send(&message(DELETE, family, FLAG_REQUEST | FLAG_ACK, &attributes), 0)?;
     loop {
         let (datagram, _) = socket.recv_from_full()?;
         for (kind, payload) in messages(&datagram) {
@@ -134,7 +145,7 @@ fn delete(socket: &Socket, flow: &Flow) -> io::Result<bool> {
     }
 }
 
-fn message(kind: u16, flags: u16, attributes: &[u8]) -> Vec<u8> {
+fn message(kind: u16, family: u8, flags: u16, attributes: &[u8]) -> Vec<u8> {
     let length = u32::try_from(HEADER + GENERIC + attributes.len()).expect("one tuple is short");
     let mut out = Vec::with_capacity(HEADER + GENERIC + attributes.len());
     out.extend_from_slice(&length.to_ne_bytes());
@@ -142,7 +153,7 @@ fn message(kind: u16, flags: u16, attributes: &[u8]) -> Vec<u8> {
     out.extend_from_slice(&flags.to_ne_bytes());
     // Sequence and port: the socket has one request at a time.
     out.extend_from_slice(&[0; 8]);
-    out.extend_from_slice(&[AF_INET, 0, 0, 0]);
+    out.extend_from_slice(&[family, 0, 0, 0]);
     out.extend_from_slice(attributes);
     out
 }
@@ -188,7 +199,7 @@ fn error_of(payload: &[u8]) -> io::Result<()> {
     }
 }
 
-/// An entry's attributes; `None` if it is no UDP over IPv4.
+/// An entry's attributes; `None` if it is no UDP.
 fn parse(entry: &[u8]) -> Option<Flow> {
     let orig = attribute(entry, TUPLE_ORIG)?;
     let reply = attribute(entry, TUPLE_REPLY)?;
@@ -196,14 +207,18 @@ fn parse(entry: &[u8]) -> Option<Flow> {
     if protocol != [IPPROTO_UDP] {
         return None;
     }
-    let end = |tuple: &[u8], ip: u16, port: u16| {
-        let ip: [u8; 4] = *attribute(attribute(tuple, TUPLE_IP)?, ip)?.first_chunk()?;
+    let end = |tuple: &[u8], [v4, v6]: [u16; 2], port: u16| {
+        let ip = attribute(tuple, TUPLE_IP)?;
+        let ip = match (attribute(ip, v4), attribute(ip, v6)) {
+            (Some(ip), _) => IpAddr::from(Ipv4Addr::from(*ip.first_chunk::<4>()?)),
+            (None, ip) => IpAddr::from(Ipv6Addr::from(*ip?.first_chunk::<16>()?)),
+        };
         let port: [u8; 2] = *attribute(attribute(tuple, TUPLE_PROTO)?, port)?.first_chunk()?;
-        Some(SocketAddrV4::new(Ipv4Addr::from(ip), u16::from_be_bytes(port)))
+        Some(SocketAddr::new(ip, u16::from_be_bytes(port)))
     };
     Some(Flow {
-        frontend: end(orig, IP_V4_DST, PROTO_DST_PORT)?,
-        backend: end(reply, IP_V4_SRC, PROTO_SRC_PORT)?,
+        frontend: end(orig, [IP_V4_DST, IP_V6_DST], PROTO_DST_PORT)?,
+        backend: end(reply, [IP_V4_SRC, IP_V6_SRC], PROTO_SRC_PORT)?,
         tuple: orig.to_vec(),
         id: attribute(entry, ID).and_then(|id| id.first_chunk().copied()),
     })
@@ -216,18 +231,21 @@ mod tests {
 
     fn dns(endpoints: &[u8]) -> Port {
         let endpoint = |last: &u8| Endpoint {
-            ip: Ipv4Addr::new(10, 244, 1, *last),
+            ip: Ipv4Addr::new(10, 244, 1, *last).into(),
             port: 5353,
             local: true,
             ready: true,
+            near: true,
         };
         Port {
             id: "default/dns/udp/53".to_owned(),
             protocol: Protocol::Udp,
-            cluster_ips: vec![Ipv4Addr::new(10, 96, 3, 4)],
+            cluster_ips: vec![Ipv4Addr::new(10, 96, 3, 4).into()],
             port: 53,
             node_port: Some(30053),
             external_ips: Vec::new(),
+            balancer_ips: Vec::new(),
+            source_ranges: Vec::new(),
             external_local: false,
             internal_local: false,
             affinity: None,

@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::discovery::v1::{Endpoint as SliceEndpoint, EndpointSlice};
 
 /// Label that ties an EndpointSlice to its Service.
 pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -52,13 +53,24 @@ impl fmt::Display for Protocol {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Endpoint {
     /// Its address.
-    pub ip: Ipv4Addr,
+    pub ip: IpAddr,
     /// Its port.
     pub port: u16,
     /// Whether it is on this node.
     pub local: bool,
     /// False: it is going away, and serves only while there is no ready one.
     pub ready: bool,
+    /// False: `trafficDistribution` prefers others, and there are some.
+    pub near: bool,
+}
+
+/// Where we are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// Name of the Node object.
+    pub node: &'a str,
+    /// Its label `topology.kubernetes.io/zone`.
+    pub zone: Option<&'a str>,
 }
 
 /// One port of one Service.
@@ -68,14 +80,18 @@ pub struct Port {
     pub id: String,
     /// Transport.
     pub protocol: Protocol,
-    /// The cluster IPs (IPv4).
-    pub cluster_ips: Vec<Ipv4Addr>,
+    /// The cluster IPs: at most one of each family.
+    pub cluster_ips: Vec<IpAddr>,
     /// The port at them.
     pub port: u16,
     /// The port at every node.
     pub node_port: Option<u16>,
-    /// `externalIPs` and the load balancer's addresses.
-    pub external_ips: Vec<Ipv4Addr>,
+    /// `externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// The load balancer's addresses.
+    pub balancer_ips: Vec<IpAddr>,
+    /// `loadBalancerSourceRanges`: who may come to the load balancer's addresses; empty is everybody.
+    pub source_ranges: Vec<IpNetwork>,
     /// `externalTrafficPolicy: Local`.
     pub external_local: bool,
     /// `internalTrafficPolicy: Local`.
@@ -88,25 +104,48 @@ pub struct Port {
 
 impl Port {
     /// Endpoints for traffic of one policy: the ready ones, else those that still serve while they terminate.
+    ///
+    /// "Local" is a promise and beats `trafficDistribution`, which is a wish.
     #[must_use]
     pub fn pool(&self, local_only: bool) -> Vec<Endpoint> {
         let candidates =
             || self.endpoints.iter().filter(|endpoint| endpoint.local || !local_only).copied();
-        let ready: Vec<Endpoint> = candidates().filter(|endpoint| endpoint.ready).collect();
+        let ready: Vec<Endpoint> = candidates()
+            .filter(|endpoint| endpoint.ready && (endpoint.near || local_only))
+            .collect();
         if ready.is_empty() { candidates().collect() } else { ready }
+    }
+
+    /// The same port as it is in one family; `None` if the Service has no address there.
+    #[must_use]
+    pub fn in_family(&self, v6: bool) -> Option<Self> {
+        let of = |ips: &[IpAddr]| ips.iter().copied().filter(|ip| ip.is_ipv6() == v6).collect();
+        let cluster_ips: Vec<IpAddr> = of(&self.cluster_ips);
+        (!cluster_ips.is_empty()).then(|| Self {
+            cluster_ips,
+            external_ips: of(&self.external_ips),
+            balancer_ips: of(&self.balancer_ips),
+            endpoints: self
+                .endpoints
+                .iter()
+                .copied()
+                .filter(|one| one.ip.is_ipv6() == v6)
+                .collect(),
+            ..self.clone()
+        })
     }
 }
 
 /// Every port of every Service that the data plane serves, sorted by id.
 ///
-/// Headless and ExternalName Services live in DNS alone. `dns_ip` is answered by the node itself and so has no
+/// Headless and ExternalName Services live in DNS alone. `dns_ips` are answered by the node itself and so have no
 /// rules either.
 #[must_use]
 pub fn desired_ports(
     services: &[Arc<Service>],
     slices: &[Arc<EndpointSlice>],
-    node_name: &str,
-    dns_ip: Ipv4Addr,
+    place: Place<'_>,
+    dns_ips: &[IpAddr],
 ) -> Vec<Port> {
     let mut by_service: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
     for slice in slices {
@@ -119,7 +158,7 @@ pub fn desired_ports(
         .flat_map(|service| {
             let key = service_key(service);
             let slices = by_service.get(&key).map_or(&[][..], Vec::as_slice);
-            service_ports(service, slices, node_name, dns_ip)
+            service_ports(service, slices, place, dns_ips)
         })
         .collect();
     ports.sort_by(|a, b| a.id.cmp(&b.id));
@@ -142,26 +181,28 @@ pub fn slice_owner(slice: &EndpointSlice) -> Option<(&str, &str)> {
     Some((slice.metadata.namespace.as_deref().unwrap_or_default(), name))
 }
 
+/// Whether traffic for a Service is translated at all: headless and ExternalName Services are names only.
+fn is_translated(service: &Service) -> bool {
+    service.spec.as_ref().is_some_and(|spec| {
+        spec.type_.as_deref() != Some("ExternalName")
+            && !addresses(spec.cluster_ips.iter().flatten().chain(spec.cluster_ip.iter()))
+                .is_empty()
+    })
+}
+
 fn service_ports(
     service: &Service,
     slices: &[&EndpointSlice],
-    node_name: &str,
-    dns_ip: Ipv4Addr,
+    place: Place<'_>,
+    dns_ips: &[IpAddr],
 ) -> Vec<Port> {
-    let Some(spec) = &service.spec else { return Vec::new() };
-    if spec.type_.as_deref() == Some("ExternalName") {
+    let Some(spec) = service.spec.as_ref().filter(|_| is_translated(service)) else {
+        return Vec::new();
+    };
+    let cluster_ips = addresses(spec.cluster_ips.iter().flatten().chain(spec.cluster_ip.iter()));
+    if cluster_ips.iter().any(|ip| dns_ips.contains(ip)) {
         return Vec::new();
     }
-    let cluster_ips = ipv4s(spec.cluster_ips.iter().flatten().chain(spec.cluster_ip.iter()));
-    if cluster_ips.is_empty() || cluster_ips.contains(&dns_ip) {
-        return Vec::new();
-    }
-    let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
-    let balancer_ips =
-        balancer.and_then(|balancer| balancer.ingress.as_ref()).into_iter().flatten();
-    let external = ipv4s(
-        spec.external_ips.iter().flatten().chain(balancer_ips.filter_map(|one| one.ip.as_ref())),
-    );
     let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
         let config =
             spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
@@ -170,6 +211,9 @@ fn service_ports(
             .and_then(|secs| u64::try_from(secs).ok());
         seconds.map_or(DEFAULT_AFFINITY, Duration::from_secs)
     });
+    let ranges = spec.load_balancer_source_ranges.iter().flatten();
+    let source_ranges: BTreeSet<IpNetwork> =
+        ranges.filter_map(|range| range.trim().parse().ok()).collect();
     let (namespace, name) = service_key(service);
     let ports = spec.ports.iter().flatten().filter_map(|port| {
         let protocol = Protocol::parse(port.protocol.as_deref())?;
@@ -184,30 +228,64 @@ fn service_ports(
                 .node_port
                 .and_then(|port| u16::try_from(port).ok())
                 .filter(|port| *port != 0),
-            external_ips: external.clone(),
+            external_ips: addresses(spec.external_ips.iter().flatten()),
+            balancer_ips: balancer_ips(service),
+            source_ranges: source_ranges.iter().copied().collect(),
             external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
             internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
             affinity,
-            endpoints: endpoints(slices, &label, protocol, node_name),
+            endpoints: endpoints(slices, &label, protocol, place),
         })
     });
     ports.collect()
 }
 
-fn ipv4s<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<Ipv4Addr> {
-    let unique: BTreeSet<Ipv4Addr> = texts.filter_map(|text| text.parse().ok()).collect();
+/// `ipMode: Proxy` says that the load balancer wants to see the traffic even if it comes from inside.
+fn balancer_ips(service: &Service) -> Vec<IpAddr> {
+    let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+    let ingress = balancer.and_then(|balancer| balancer.ingress.as_ref()).into_iter().flatten();
+    addresses(
+        ingress
+            .filter(|one| one.ip_mode.as_deref() != Some("Proxy"))
+            .filter_map(|one| one.ip.as_ref()),
+    )
+}
+
+fn addresses<'a>(texts: impl Iterator<Item = &'a String>) -> Vec<IpAddr> {
+    let unique: BTreeSet<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
     unique.into_iter().collect()
+}
+
+/// What an endpoint's hints say to us.
+#[derive(Debug, Clone, Copy)]
+struct Hints {
+    /// Whether they name this node; `None`: they name no node.
+    node: Option<bool>,
+    /// The same for the zone.
+    zone: Option<bool>,
+}
+
+impl Hints {
+    fn of(endpoint: &SliceEndpoint, place: Place<'_>) -> Self {
+        let hints = endpoint.hints.as_ref();
+        let nodes = hints.and_then(|hints| hints.for_nodes.as_ref()).filter(|all| !all.is_empty());
+        let zones = hints.and_then(|hints| hints.for_zones.as_ref()).filter(|all| !all.is_empty());
+        Self {
+            node: nodes.map(|nodes| nodes.iter().any(|one| one.name == place.node)),
+            zone: zones.map(|all| all.iter().any(|one| Some(one.name.as_str()) == place.zone)),
+        }
+    }
 }
 
 fn endpoints(
     slices: &[&EndpointSlice],
     port_name: &str,
     protocol: Protocol,
-    node_name: &str,
+    place: Place<'_>,
 ) -> Vec<Endpoint> {
     // The same address may be in two slices while it moves from one to the other; ready in one is ready.
-    let mut found: BTreeMap<(Ipv4Addr, u16), Endpoint> = BTreeMap::new();
-    for slice in slices.iter().filter(|slice| slice.address_type == "IPv4") {
+    let mut found: BTreeMap<(IpAddr, u16), (Endpoint, Hints)> = BTreeMap::new();
+    for slice in slices.iter().filter(|slice| slice.address_type != "FQDN") {
         let number = slice.ports.iter().flatten().find_map(|port| {
             let same = port.name.as_deref().unwrap_or_default() == port_name
                 && Protocol::parse(port.protocol.as_deref()) == Some(protocol);
@@ -225,100 +303,99 @@ fn endpoints(
             if !ready && !leaving_but_serving {
                 continue;
             }
-            let local = endpoint.node_name.as_deref() == Some(node_name);
-            for ip in endpoint.addresses.iter().filter_map(|address| address.parse().ok()) {
-                let entry = found.entry((ip, port)).or_insert(Endpoint { ip, port, local, ready });
+            let local = endpoint.node_name.as_deref() == Some(place.node);
+            let parsed = endpoint.addresses.iter().filter_map(|address| address.parse().ok());
+            for ip in parsed.filter(|ip: &IpAddr| is_of(*ip, &slice.address_type)) {
+                let (entry, hints) = found.entry((ip, port)).or_insert((
+                    Endpoint { ip, port, local, ready, near: true },
+                    Hints::of(endpoint, place),
+                ));
+                if ready && !entry.ready {
+                    *hints = Hints::of(endpoint, place);
+                }
                 entry.ready |= ready;
                 entry.local |= local;
             }
         }
     }
-    found.into_values().collect()
+    let mut found: Vec<(Endpoint, Hints)> = found.into_values().collect();
+    for v6 in [false, true] {
+        prefer_near(&mut found, v6);
+    }
+    found.into_iter().map(|(endpoint, _)| endpoint).collect()
+}
+
+fn is_of(ip: IpAddr, address_type: &str) -> bool {
+    ip.is_ipv6() == (address_type == "IPv6")
+}
+
+/// Hints count only if every ready endpoint has some, and some name us: else somebody could be left with none, or one
+/// endpoint with all. The node's before the zone's. (The same rule as kube-proxy's.)
+fn prefer_near(found: &mut [(Endpoint, Hints)], v6: bool) {
+    for hint in [|hints: &Hints| hints.node, |hints: &Hints| hints.zone] {
+        let ready = found.iter().filter(|(one, _)| one.ready && one.ip.is_ipv6() == v6);
+        let all: Option<Vec<bool>> = ready.map(|(_, hints)| hint(hints)).collect();
+        if all.is_some_and(|all| all.contains(&true)) {
+            for (endpoint, hints) in found.iter_mut().filter(|(one, _)| one.ip.is_ipv6() == v6) {
+                endpoint.near = hint(hints) == Some(true);
+            }
+            return;
+        }
+    }
+}
+
+/// Services with a `healthCheckNodePort`: the port, and how many of its endpoints are on this node.
+///
+/// Load balancers ask there which nodes can serve a Service with `externalTrafficPolicy: Local`.
+#[must_use]
+pub fn desired_health_checks(
+    services: &[Arc<Service>],
+    slices: &[Arc<EndpointSlice>],
+    node_name: &str,
+) -> BTreeMap<u16, HealthCheck> {
+    let checked = services.iter().filter_map(|service| {
+        let spec = service.spec.as_ref()?;
+        let wanted = spec.type_.as_deref() == Some("LoadBalancer")
+            && spec.external_traffic_policy.as_deref() == Some("Local");
+        let port = u16::try_from(spec.health_check_node_port?).ok()?;
+        if !wanted || port == 0 {
+            return None;
+        }
+        let (namespace, name) = service_key(service);
+        let local: BTreeSet<&String> = slices
+            .iter()
+            .filter(|slice| slice_owner(slice) == Some((namespace, name)))
+            .flat_map(|slice| slice.endpoints.iter().flatten())
+            .filter(|endpoint| endpoint.node_name.as_deref() == Some(node_name))
+            .filter(|endpoint| {
+                endpoint.conditions.as_ref().and_then(|all| all.ready).unwrap_or(true)
+            })
+            // A pod has an address in each family.
+            .filter_map(|endpoint| {
+                let target = endpoint.target_ref.as_ref().and_then(|target| target.name.as_ref());
+                target.or(endpoint.addresses.first())
+            })
+            .collect();
+        let check = HealthCheck {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            local: local.len(),
+        };
+        Some((port, check))
+    });
+    checked.collect()
+}
+
+/// What a health check tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// Namespace of the Service.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Ready endpoints on this node.
+    pub local: usize,
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    pub(crate) const DNS_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
-
-    pub(crate) fn service(value: serde_json::Value) -> Arc<Service> {
-        Arc::new(serde_json::from_value(value).expect("a Service"))
-    }
-
-    pub(crate) fn slice(value: serde_json::Value) -> Arc<EndpointSlice> {
-        Arc::new(serde_json::from_value(value).expect("an EndpointSlice"))
-    }
-
-    fn web(spec: serde_json::Value) -> Arc<Service> {
-        service(json!({"metadata": {"name": "web", "namespace": "default"}, "spec": spec}))
-    }
-
-    fn web_slice(name: &str, endpoints: serde_json::Value) -> Arc<EndpointSlice> {
-        slice(json!({
-            "metadata": {"name": name, "namespace": "default", "labels": {SERVICE_NAME: "web"}},
-            "addressType": "IPv4",
-            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
-            "endpoints": endpoints,
-        }))
-    }
-
-    fn ports(services: &[Arc<Service>], slices: &[Arc<EndpointSlice>]) -> Vec<Port> {
-        desired_ports(services, slices, "node-1", DNS_IP)
-    }
-
-    #[test]
-    fn ready_endpoints_of_all_slices_serve_the_port_of_their_name() {
-        let service = web(json!({
-            "clusterIP": "10.96.3.4",
-            "ports": [{"name": "http", "port": 80, "nodePort": 30080}, {"name": "other", "port": 81}],
-        }));
-        let slices = [
-            web_slice(
-                "a",
-                json!([
-                    {"addresses": ["10.244.1.2"], "nodeName": "node-1", "conditions": {"ready": true}},
-                    {"addresses": ["10.244.1.9"], "conditions": {"ready": false, "serving": false}},
-                ]),
-            ),
-            web_slice("b", json!([{"addresses": ["10.244.2.2"], "nodeName": "node-2"}])),
-        ];
-        let ports = ports(&[service], &slices);
-        assert_eq!(ports.len(), 2);
-        let http = &ports[0];
-        assert_eq!(http.id, "default/web/tcp/80");
-        assert_eq!(http.node_port, Some(30080));
-        let seen: Vec<_> =
-            http.endpoints.iter().map(|one| (one.ip.to_string(), one.local)).collect();
-        assert_eq!(seen, [("10.244.1.2".to_owned(), true), ("10.244.2.2".to_owned(), false)]);
-        assert!(ports[1].endpoints.is_empty(), "no slice has a port named other");
-    }
-
-    #[test]
-    fn terminating_endpoints_serve_only_while_none_is_ready() {
-        let service =
-            web(json!({"clusterIP": "10.96.3.4", "ports": [{"name": "http", "port": 80}]}));
-        let leaving = json!({
-            "addresses": ["10.244.1.2"],
-            "conditions": {"ready": false, "serving": true, "terminating": true},
-        });
-        let alone = ports(std::slice::from_ref(&service), &[web_slice("a", json!([leaving]))]);
-        assert_eq!(alone[0].pool(false).len(), 1);
-        let relieved =
-            ports(&[service], &[web_slice("a", json!([leaving, {"addresses": ["10.244.2.2"]}]))]);
-        let pool = relieved[0].pool(false);
-        assert_eq!(pool.iter().map(|one| one.ip.to_string()).collect::<Vec<_>>(), ["10.244.2.2"]);
-    }
-
-    #[test]
-    fn headless_external_name_and_the_dns_service_have_no_rules() {
-        let services = [
-            web(json!({"clusterIP": "None", "ports": [{"port": 80}]})),
-            web(json!({"type": "ExternalName", "externalName": "example.org"})),
-            web(json!({"clusterIP": "10.96.0.10", "ports": [{"port": 53, "protocol": "UDP"}]})),
-        ];
-        assert_eq!(ports(&services, &[]), []);
-    }
-}
+pub(crate) mod tests;

@@ -7,13 +7,14 @@
 //! there is none, masquerade alone is set up. Translations of established flows are conntrack's and outlive every
 //! change of rules, so a replaced table drops nobody.
 
-use std::net::Ipv4Addr;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cni_nftables::{Nft, NftError, Table};
-use ipnetwork::Ipv4Network;
-use k8s_openapi::api::core::v1::Service;
+use cni_nftables::{Family, Nft, NftError, Table};
+use ipnetwork::{Ipv4Network, Ipv6Network};
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use orch_reconcile::Informer;
 use tokio::sync::{Notify, watch};
@@ -22,8 +23,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::conntrack;
-use super::model::{Port, Protocol, desired_ports};
-use super::ruleset::{Networks, desired_table};
+use super::model::{HealthCheck, Place, Port, Protocol, desired_health_checks, desired_ports};
+use super::ruleset::{Networks, TABLE, desired_table};
 use crate::chain;
 use crate::lease::Network;
 use crate::status::{NetStatus, ServiceStatus};
@@ -37,12 +38,15 @@ const RETRY: Duration = Duration::from_secs(1);
 /// The Service through which agents and pods reach the API server.
 const KUBERNETES: &str = "default/kubernetes/";
 
-/// The table in the kernel, and what we know of it.
+/// Label of a Node that says in which zone it is.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// The tables in the kernel, one of each family, and what we know of them.
 #[derive(Debug, Default)]
 pub struct Proxy {
     nft: Nft,
-    applied: Option<Applied>,
-    /// Whether this run has written the table.
+    applied: Vec<Applied>,
+    /// Whether this run has written the tables.
     ours: bool,
     /// UDP ports whose flows were looked after.
     udp: Option<Vec<Port>>,
@@ -56,12 +60,13 @@ struct Applied {
 }
 
 impl Proxy {
-    /// Makes the kernel hold the table of `ports`; false if it did already.
+    /// Makes the kernel hold the tables of `ports`, one for each family in `networks`; false if it did already.
     ///
     /// # Errors
-    /// If nft refuses. What was in force before still is; the next call writes the whole table.
-    pub fn apply(&mut self, ports: &[Port], networks: &Networks) -> Result<bool, NftError> {
-        let changed = self.write(desired_table(ports, networks))?;
+    /// If nft refuses. What was in force before still is; the next call writes the whole tables.
+    pub fn apply(&mut self, ports: &[Port], networks: &[Networks]) -> Result<bool, NftError> {
+        let changed =
+            self.write(networks.iter().map(|networks| desired_table(ports, networks)).collect())?;
         // The rules first: a flow that is forgotten too early would be made anew by the old ones.
         self.forget_stale_flows(ports);
         Ok(changed)
@@ -71,32 +76,63 @@ impl Proxy {
     ///
     /// # Errors
     /// If nft cannot be run or refuses.
-    pub fn prepare(&mut self, networks: &Networks) -> Result<bool, NftError> {
-        let bare = desired_table(&[], networks);
-        if !self.ours && self.nft.listing(&bare)?.is_some() {
+    pub fn prepare(&mut self, networks: &[Networks]) -> Result<bool, NftError> {
+        let bare: Vec<Table> =
+            networks.iter().map(|networks| desired_table(&[], networks)).collect();
+        // The first of them speaks for all: they are written together.
+        if !self.ours
+            && let Some(first) = bare.first()
+            && self.nft.listing(first)?.is_some()
+        {
             return Ok(false);
         }
         self.write(bare)
     }
 
-    fn write(&mut self, want: Table) -> Result<bool, NftError> {
-        let script = match &self.applied {
-            Some(applied) => want.update_script(&applied.table),
-            None => want.replace_script(),
-        };
+    /// All tables in one transaction.
+    fn write(&mut self, want: Vec<Table>) -> Result<bool, NftError> {
+        let mut script = String::new();
+        for table in &want {
+            script += &match self.applied(table.family) {
+                Some(applied) => table.update_script(&applied.table),
+                None => table.replace_script(),
+            };
+        }
+        if self.applied.is_empty() || self.applied.len() > want.len() {
+            for family in [Family::Ip, Family::Ip6] {
+                if !want.iter().any(|table| table.family == family) {
+                    script += &self.removal(family)?;
+                }
+            }
+        }
         if script.is_empty() {
             return Ok(false);
         }
         let outcome = self.nft.apply(&script);
         crate::metrics::nft_applied(outcome.is_ok());
-        if let Err(error) = outcome {
-            self.applied = None;
-            return Err(error);
+        let before = std::mem::take(&mut self.applied);
+        outcome?;
+        for table in want {
+            // What did not change is not asked for again.
+            let known = before.iter().find(|applied| applied.table == table);
+            let listing = match known {
+                Some(applied) => applied.listing.clone(),
+                None => self.nft.listing(&table)?,
+            };
+            self.applied.push(Applied { table, listing });
         }
-        let listing = self.nft.listing(&want)?;
-        self.applied = Some(Applied { table: want, listing });
         self.ours = true;
         Ok(true)
+    }
+
+    fn applied(&self, family: Family) -> Option<&Applied> {
+        self.applied.iter().find(|applied| applied.table.family == family)
+    }
+
+    /// A script that removes our table of a family that has no Services any more; empty if there is none.
+    fn removal(&self, family: Family) -> Result<String, NftError> {
+        let there = self.nft.listing(&Table::new(family, TABLE))?.is_some();
+        Ok(if there { format!("delete table {family} {TABLE}\n") } else { String::new() })
     }
 
     fn forget_stale_flows(&mut self, ports: &[Port]) {
@@ -125,10 +161,12 @@ impl Proxy {
     /// # Errors
     /// If nft cannot be asked.
     pub fn verify(&mut self) -> Result<bool, NftError> {
-        let Some(applied) = &self.applied else { return Ok(false) };
-        let intact = self.nft.listing(&applied.table)? == applied.listing;
+        let mut intact = !self.applied.is_empty();
+        for applied in &self.applied {
+            intact &= self.nft.listing(&applied.table)? == applied.listing;
+        }
         if !intact {
-            self.applied = None;
+            self.applied.clear();
         }
         Ok(intact)
     }
@@ -142,8 +180,14 @@ pub(crate) struct Follower {
     /// The pod network until etcd tells it.
     pub(crate) cluster: Ipv4Network,
     pub(crate) service_cidr: Ipv4Network,
-    pub(crate) dns_ip: Ipv4Addr,
+    pub(crate) service_cidr_v6: Option<Ipv6Network>,
+    /// One of each family that has Services, IPv4 first.
+    pub(crate) dns_ips: Vec<IpAddr>,
     pub(crate) node_name: String,
+    /// The own Node alone, for its zone.
+    pub(crate) nodes: Informer<Node>,
+    /// What load balancers are told.
+    pub(crate) health: watch::Sender<BTreeMap<u16, HealthCheck>>,
     pub(crate) status: Arc<watch::Sender<NetStatus>>,
     /// Somebody removed the table.
     pub(crate) firewall: Arc<Notify>,
@@ -155,6 +199,7 @@ impl Follower {
         let mut proxy = Proxy::default();
         let mut known_api = Vec::new();
         let (mut services, mut slices) = (self.services.changed(), self.slices.changed());
+        let mut nodes = self.nodes.changed();
         let mut check = interval(CHECK_INTERVAL);
         check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut complained = None;
@@ -166,13 +211,8 @@ impl Follower {
         while !cancel.is_cancelled() {
             services.borrow_and_update();
             slices.borrow_and_update();
-            if let Some(v4) =
-                self.network.borrow_and_update().as_ref().and_then(|network| network.config.v4)
-            {
-                self.cluster = v4.network;
-            }
-            let networks =
-                Networks { cluster: self.cluster, service: self.service_cidr, dns_ip: self.dns_ip };
+            nodes.borrow_and_update();
+            let networks = self.networks();
             let ports = known.then(|| self.ports(&mut known_api));
             let check_first = std::mem::take(&mut verify);
             let counts = ports.as_deref().map(counts);
@@ -236,6 +276,7 @@ impl Follower {
                 }
                 changed = services.changed() => if changed.is_err() { break },
                 changed = slices.changed() => if changed.is_err() { break },
+                changed = nodes.changed() => if changed.is_err() { break },
                 changed = self.network.changed() => if changed.is_err() { break },
                 () = self.firewall.notified() => verify = true,
                 _ = check.tick() => verify = true,
@@ -244,10 +285,43 @@ impl Follower {
     }
 
     fn ports(&self, known_api: &mut Vec<Port>) -> Vec<Port> {
-        let mut ports =
-            desired_ports(&self.services.list(), &self.slices.list(), &self.node_name, self.dns_ip);
+        let node = self.nodes.get("", &self.node_name);
+        let zone = node.as_ref().and_then(|node| node.metadata.labels.as_ref()?.get(ZONE));
+        let place = Place { node: &self.node_name, zone: zone.map(String::as_str) };
+        let (services, slices) = (self.services.list(), self.slices.list());
+        let mut ports = desired_ports(&services, &slices, place, &self.dns_ips);
         keep_api_endpoints(&mut ports, known_api);
+        let checks = desired_health_checks(&services, &slices, &self.node_name);
+        self.health.send_if_modified(|health| {
+            let changed = *health != checks;
+            *health = checks;
+            changed
+        });
         ports
+    }
+
+    /// What the rules name, one for each family that has Services.
+    fn networks(&mut self) -> Vec<Networks> {
+        let network = self.network.borrow_and_update();
+        let config = network.as_ref().map(|network| &network.config);
+        if let Some(v4) = config.and_then(|config| config.v4) {
+            self.cluster = v4.network;
+        }
+        let cluster_v6 = config.and_then(|config| config.v6).map(|v6| v6.network);
+        let dns_ip = |v6| self.dns_ips.iter().copied().find(|ip| ip.is_ipv6() == v6);
+        let v4 = dns_ip(false).map(|dns_ip| Networks {
+            cluster: self.cluster.into(),
+            service: self.service_cidr.into(),
+            dns_ip,
+        });
+        // Without a pod network of the family no Service has an endpoint there.
+        let v6 = self.service_cidr_v6.zip(dns_ip(true)).zip(cluster_v6);
+        let v6 = v6.map(|((service, dns_ip), cluster)| Networks {
+            cluster: cluster.into(),
+            service: service.into(),
+            dns_ip,
+        });
+        v4.into_iter().chain(v6).collect()
     }
 
     fn report(&self, counts: Option<ServiceStatus>, in_force: bool) {
@@ -277,10 +351,10 @@ struct Looked {
 fn look(
     proxy: &mut Proxy,
     ports: Option<&[Port]>,
-    networks: &Networks,
+    networks: &[Networks],
     check_first: bool,
 ) -> Result<Looked, NftError> {
-    let was_damaged = check_first && proxy.applied.is_some() && !proxy.verify()?;
+    let was_damaged = check_first && !proxy.applied.is_empty() && !proxy.verify()?;
     let changed = match ports {
         Some(ports) => proxy.apply(ports, networks)?,
         None => proxy.prepare(networks)?,
@@ -302,6 +376,8 @@ fn keep_api_endpoints(ports: &mut [Port], known: &mut Vec<Port>) {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::super::model::{Endpoint, Protocol};
     use super::*;
 
@@ -309,10 +385,12 @@ mod tests {
         Port {
             id: id.to_owned(),
             protocol: Protocol::Tcp,
-            cluster_ips: vec![Ipv4Addr::new(10, 96, 0, 1)],
+            cluster_ips: vec![Ipv4Addr::new(10, 96, 0, 1).into()],
             port: 443,
             node_port: None,
             external_ips: Vec::new(),
+            balancer_ips: Vec::new(),
+            source_ranges: Vec::new(),
             external_local: false,
             internal_local: false,
             affinity: None,
@@ -322,8 +400,13 @@ mod tests {
 
     #[test]
     fn the_api_server_keeps_its_last_known_endpoints_and_others_do_not() {
-        let endpoint =
-            Endpoint { ip: Ipv4Addr::new(192, 0, 2, 1), port: 6443, local: false, ready: true };
+        let endpoint = Endpoint {
+            ip: Ipv4Addr::new(192, 0, 2, 1).into(),
+            port: 6443,
+            local: false,
+            ready: true,
+            near: true,
+        };
         let mut known = Vec::new();
         for id in ["default/kubernetes/tcp/443", "default/web/tcp/80"] {
             keep_api_endpoints(&mut [port(id, vec![endpoint])], &mut known);

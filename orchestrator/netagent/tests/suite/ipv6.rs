@@ -1,12 +1,16 @@
 //! Overlays that carry IPv6, beside IPv4 or alone.
 
-use std::net::Ipv6Addr;
+use std::net::{Ipv6Addr, UdpSocket};
 use std::time::Duration;
 
+use crate::support::api::{FakeApi, NAMESPACES, SERVICES, SLICES};
 use crate::support::netns::Netns;
 use crate::support::overlay::{Node, Pod, World, eventually};
 use crate::support::stream::Streams;
+use hickory_proto::op::{Message, Query};
+use hickory_proto::rr::{Name, RecordType};
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use serde_json::json;
 
 const VXLAN: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
 
@@ -313,4 +317,96 @@ fn a_node_without_ipv6_says_that_it_cannot_take_part_in_ipv6_alone() {
     world.configure(DUAL);
     eventually("it has a subnet", || without.env().ipv4.map(drop));
     eventually("and is well", || (without.status().etcd == "healthy").then_some(()));
+}
+
+#[test]
+fn dual_stack_services_and_names_answer_pods_of_both_nodes() {
+    let world = World::new();
+    world.configure(DUAL);
+    let api = FakeApi::default();
+    api.put(NAMESPACES, json!({"metadata": {"name": "default"}}));
+    let nodes = [1, 2].map(|last| {
+        let host = world.host(last);
+        host.ip(&format!("address add 2001:db8::{last}/64 dev eth0 nodad"));
+        world.node_in(host, last, |options| options.client = api.client())
+    });
+    let pods = [nodes[0].pod(2), nodes[1].pod(2)];
+    let ips = [0, 1].map(|index| {
+        let (_, subnet) = eventually("an IPv6 subnet", || nodes[index].env().ipv6);
+        pods[index].add_ipv6(&nodes[index].netns, subnet, 2)
+    });
+    api.put(
+        SERVICES,
+        json!({"metadata": {"name": "web", "namespace": "default"}, "spec": {
+            "type": "LoadBalancer",
+            "externalTrafficPolicy": "Local",
+            "healthCheckNodePort": 31000,
+            "clusterIP": "10.96.3.4",
+            "clusterIPs": ["10.96.3.4", "fd00:10:96::304"],
+            "ports": [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30080}],
+        }}),
+    );
+    let slice = |family: &str, ip: String, port: u16| {
+        api.put(
+            SLICES,
+            json!({
+                "metadata": {"name": format!("web-{family}"), "namespace": "default",
+                             "labels": {"kubernetes.io/service-name": "web"}},
+                "addressType": family,
+                "ports": [{"name": "http", "port": port, "protocol": "TCP"}],
+                "endpoints": [{"addresses": [ip], "nodeName": "node-2",
+                               "targetRef": {"kind": "Pod", "name": "web-1"}}],
+            }),
+        );
+    };
+    slice("IPv4", pods[1].ip.to_string(), 8080);
+    slice("IPv6", ips[1].to_string(), 8081);
+
+    // From another node the pod sees the client itself, in either family.
+    for (address, client) in
+        [("10.96.3.4:80", pods[0].ip.to_string()), ("[fd00:10:96::304]:80", ips[0].to_string())]
+    {
+        eventually(address, || {
+            (pods[0].netns.ask(address).ok()? == format!("pod {client}")).then_some(())
+        });
+    }
+    world.server.ip("address add 2001:db8::3/64 dev eth0 nodad");
+    eventually("the node port keeps the client", || {
+        let answer = world.server.ask("[2001:db8::2]:30080").ok()?;
+        (answer == "pod 2001:db8::3").then_some(())
+    });
+    // Names, asked over IPv6.
+    let answers = pods[0].netns.within(|| {
+        let mut query = Message::query();
+        let name = Name::from_ascii("web.default.svc.cluster.local.").expect("a name");
+        query.add_query(Query::query(name, RecordType::AAAA));
+        let socket = UdpSocket::bind("[::]:0").expect("bind");
+        socket.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+        socket.send_to(&query.to_vec().expect("a query"), "[fd00:10:96::a]:53").expect("send");
+        let mut buffer = [0; 1500];
+        let (length, _) = socket.recv_from(&mut buffer).expect("an answer");
+        let response = Message::from_vec(&buffer[..length]).expect("a message");
+        response.answers.iter().map(|one| one.data.to_string()).collect::<Vec<_>>()
+    });
+    assert_eq!(answers, ["fd00:10:96::304"]);
+    // A load balancer learns which node can serve.
+    for (address, status, count) in [
+        ("192.0.2.1:31000", "HTTP/1.1 503", 0),
+        ("192.0.2.2:31000", "HTTP/1.1 200", 1),
+        ("[2001:db8::2]:31000", "HTTP/1.1 200", 1),
+    ] {
+        let answer = eventually(address, || world.server.http(address).ok());
+        assert!(answer.starts_with(status), "{address}: {answer}");
+        assert!(answer.contains(&format!("\"localEndpoints\":{count}")), "{address}: {answer}");
+    }
+    // Without IPv6 in the pod network there is no table for it.
+    world.configure(VXLAN);
+    eventually("the IPv6 table is gone", || {
+        let tables = nodes[0].nft("list tables ip6");
+        (!tables.lines().any(|line| line == "table ip6 orch")).then_some(())
+    });
+    assert_eq!(
+        pods[0].netns.ask("10.96.3.4:80").expect("IPv4 goes on"),
+        format!("pod {}", pods[0].ip)
+    );
 }

@@ -145,8 +145,11 @@ fn remove_network() -> anyhow::Result<()> {
         }
     }
     if let Some(lo) = netlink.link("lo")? {
+        let v6 = orch_config::SERVICE_CIDR_V6.parse().context("a constant")?;
+        let dns_ips: [std::net::IpAddr; 2] =
+            [orch_config::DNS_IP.into(), orch_config::dns_ip_v6(v6).into()];
         for address in netlink.addresses(lo.index)? {
-            if address.ip() == std::net::IpAddr::V4(orch_config::DNS_IP) {
+            if dns_ips.contains(&address.ip()) {
                 netlink.delete_address(lo.index, address)?;
             }
         }

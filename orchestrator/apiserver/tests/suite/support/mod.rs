@@ -96,8 +96,10 @@ impl Cluster {
             service_account_key_pem: read("sa.key"),
             service_account_issuer: "https://kubernetes.default.svc.cluster.local".to_owned(),
             service_cidr: "10.96.0.0/12".parse().expect("a network"),
+            service_cidr_v6: "fd00:10:96::/112".parse().ok(),
             node_port_range: 30000..=32767,
             dns_ip: Ipv4Addr::new(10, 96, 0, 10),
+            dns_ip_v6: "fd00:10:96::a".parse().ok(),
         }
     }
 

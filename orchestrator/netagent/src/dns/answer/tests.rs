@@ -12,10 +12,11 @@ use crate::services::model::tests::{service, slice};
 fn domain() -> Domain {
     Domain {
         name: "cluster.local".to_owned(),
-        dns_ip: Ipv4Addr::new(10, 96, 0, 10),
+        dns_ips: vec![[10, 96, 0, 10].into(), "fd00:10:96::a".parse().expect("address")],
         networks: vec![
             "10.96.0.0/12".parse().expect("CIDR"),
             "10.244.0.0/16".parse().expect("CIDR"),
+            "fd00:10:96::/112".parse().expect("CIDR"),
         ],
     }
 }
@@ -35,7 +36,16 @@ fn zone() -> Zone {
                 "ports": [{"name": "http", "port": 80}, {"port": 81}, {"name": "dns", "port": 53, "protocol": "UDP"}],
             }),
         ),
+        named(
+            "both",
+            json!({
+                "clusterIP": "10.96.3.6",
+                "clusterIPs": ["10.96.3.6", "fd00:10:96::36"],
+                "ports": [{"name": "http", "port": 80}],
+            }),
+        ),
         named("db", json!({"clusterIP": "None", "ports": [{"name": "sql", "port": 5432}]})),
+        named("six", json!({"clusterIP": "None", "ports": [{"name": "sql", "port": 5432}]})),
         named("empty", json!({"clusterIP": "None"})),
         named("out", json!({"type": "ExternalName", "externalName": "www.example.org"})),
         named(
@@ -57,6 +67,15 @@ fn zone() -> Zone {
             {"addresses": ["10.244.2.9"], "conditions": {"ready": false}},
         ],
     }))];
+    let slices = [
+        slices[0].clone(),
+        slice(json!({
+            "metadata": {"name": "six-1", "namespace": "default", "labels": {SERVICE_NAME: "six"}},
+            "addressType": "IPv6",
+            "ports": [{"name": "sql", "port": 5432, "protocol": "TCP"}],
+            "endpoints": [{"addresses": ["fd00:10:244:2::8"]}],
+        })),
+    ];
     desired_zone(&services, &slices, &[namespace("default"), namespace("lonely")])
 }
 
@@ -245,4 +264,28 @@ fn unknown_versions_and_operations_are_refused_by_their_codes() {
     assert!(
         matches!(outcome, Outcome::Done(response) if response.metadata.response_code == ResponseCode::NotImp)
     );
+}
+
+#[test]
+fn ipv6_addresses_have_names_both_ways() {
+    use RecordType::{A, AAAA, ANY, PTR, SRV};
+    check("both.default.svc.cluster.local.", A, NoError, &["10.96.3.6"]);
+    check("both.default.svc.cluster.local.", AAAA, NoError, &["fd00:10:96::36"]);
+    check("both.default.svc.cluster.local.", ANY, NoError, &["10.96.3.6", "fd00:10:96::36"]);
+    check("ns.dns.cluster.local.", AAAA, NoError, &["fd00:10:96::a"]);
+    check("six.default.svc.cluster.local.", AAAA, NoError, &["fd00:10:244:2::8"]);
+    let own = "fd00-10-244-2--8.six.default.svc.cluster.local.";
+    check(own, AAAA, NoError, &["fd00:10:244:2::8"]);
+    check("fd00-10-244-2--8.default.pod.cluster.local.", AAAA, NoError, &["fd00:10:244:2::8"]);
+    check("fd00-10-244-2--8.default.pod.cluster.local.", A, NoError, &[]);
+    let arpa = |ip: &str| Name::from(ip.parse::<std::net::Ipv6Addr>().expect("address"));
+    check(&arpa("fd00:10:96::36").to_string(), PTR, NoError, &["both.default.svc.cluster.local."]);
+    check(&arpa("fd00:10:244:2::8").to_string(), PTR, NoError, &[own]);
+    check(&arpa("fd00:10:96::99").to_string(), PTR, NXDomain, &[]);
+    let name = "_http._tcp.both.default.svc.cluster.local.";
+    let Outcome::Done(response) = answer(&query(name, SRV), &domain(), Some(&zone())) else {
+        panic!("ours");
+    };
+    let glue: Vec<_> = response.additionals.iter().map(|one| one.data.to_string()).collect();
+    assert_eq!(glue, ["10.96.3.6", "fd00:10:96::36"]);
 }

@@ -104,10 +104,19 @@ impl Netns {
 
     /// The same over UDP.
     pub fn serve_udp(&self, name: &str, port: u16) {
+        self.serve_datagrams(name, (Ipv4Addr::UNSPECIFIED, port).into());
+    }
+
+    /// The same over IPv6.
+    pub fn serve_udp6(&self, name: &str, port: u16) {
+        self.serve_datagrams(name, (Ipv6Addr::UNSPECIFIED, port).into());
+    }
+
+    fn serve_datagrams(&self, name: &str, address: SocketAddr) {
         let name = name.to_owned();
         let (ready, started) = std::sync::mpsc::channel();
         self.spawn(move || {
-            let socket = UdpSocket::bind(("0.0.0.0", port)).expect("bind");
+            let socket = UdpSocket::bind(address).expect("bind");
             ready.send(()).expect("the test waits");
             let mut buffer = [0; 64];
             while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
@@ -129,11 +138,25 @@ impl Netns {
         })
     }
 
+    /// What an HTTP server there says to `GET /`, with its headers.
+    pub fn http(&self, address: &str) -> std::io::Result<String> {
+        let address: SocketAddr = address.parse().expect("address");
+        self.within(move || {
+            let mut stream = TcpStream::connect_timeout(&address, LIMIT)?;
+            stream.set_read_timeout(Some(LIMIT))?;
+            stream.write_all(b"GET / HTTP/1.1\r\nHost: node\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(text)
+        })
+    }
+
     /// What a UDP server there says.
     pub fn ask_udp(&self, address: &str) -> std::io::Result<String> {
         let address: SocketAddr = address.parse().expect("address");
         self.within(move || {
-            let socket = UdpSocket::bind("0.0.0.0:0")?;
+            let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            let socket = UdpSocket::bind(any)?;
             socket.set_read_timeout(Some(LIMIT))?;
             socket.connect(address)?;
             socket.send(b"?")?;
