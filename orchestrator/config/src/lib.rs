@@ -35,6 +35,8 @@ pub const VXLAN_VNI: u32 = 1;
 pub const VXLAN_PORT: u16 = 8472;
 /// Name of the VXLAN device. No dot: sysctl paths use dots as separators.
 pub const VXLAN_DEVICE: &str = "vxlan-orch";
+/// Comment of the rules that accept the pod network's packets in a firewall of others; they are found again by it.
+pub const FIREWALL_COMMENT: &str = "orch pod network";
 /// Bridge that the pods of a node are attached to.
 pub const POD_BRIDGE: &str = "cni0";
 

@@ -11,9 +11,8 @@ use std::fs;
 use std::process::{Command, Stdio};
 
 use ipnetwork::Ipv4Network;
+use orch_config::FIREWALL_COMMENT as COMMENT;
 
-/// Marks our rules, here and in `iptables -S`.
-const COMMENT: &str = "orch pod network";
 const FORWARD: &str = "FORWARD";
 const DOCKER_USER: &str = "DOCKER-USER";
 /// Names of the tables of the old iptables in this network namespace.

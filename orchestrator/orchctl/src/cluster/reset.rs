@@ -1,9 +1,9 @@
 //! `orchctl reset`: takes this host out of its cluster and leaves it as it was before `init` or `join`.
 
 use std::fs;
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -73,6 +73,7 @@ pub(crate) async fn run(flags: Flags) -> anyhow::Result<()> {
         }
         troubles.note(remove_network());
         troubles.note(remove_tables());
+        troubles.note(remove_accepts());
         troubles.note(remove_programs(&host));
         clean.done("");
     }
@@ -185,6 +186,56 @@ fn remove_tables() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The rules that let the pod network through the firewalls of others, of the new and of the old iptables.
+fn remove_accepts() -> anyhow::Result<()> {
+    // Asked first: the tools make the tables that they look into.
+    if cni_netlink::nft_ip_chain_exists("filter", "FORWARD")? {
+        remove_accepts_with("iptables-nft")?;
+    }
+    let legacy = fs::read_to_string("/proc/self/net/ip_tables_names").unwrap_or_default();
+    if legacy.lines().any(|table| table == "filter") {
+        remove_accepts_with("iptables-legacy")?;
+    }
+    Ok(())
+}
+
+fn remove_accepts_with(program: &str) -> anyhow::Result<()> {
+    let run = |name: &str, args: &[&str], input: &str| -> anyhow::Result<String> {
+        let mut child = Command::new(name)
+            .args(args)
+            .env("PATH", crate::lab::programs::search_path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("run {name}"))?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(input.as_bytes()).with_context(|| format!("write to {name}"))?;
+        }
+        let out = child.wait_with_output().with_context(|| format!("run {name}"))?;
+        if !out.status.success() {
+            anyhow::bail!("{name}: {}", String::from_utf8_lossy(&out.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    };
+    let steps = deletions(&run(program, &["-w", "5", "-S"], "")?);
+    if !steps.is_empty() {
+        run(&format!("{program}-restore"), &["-w", "5", "--noflush"], &steps)?;
+    }
+    Ok(())
+}
+
+/// What `iptables-restore` needs to remove our rules from those that `iptables -S` prints; empty when there are none.
+fn deletions(rules: &str) -> String {
+    let comment = format!("\"{}\"", orch_config::FIREWALL_COMMENT);
+    let ours: Vec<String> = rules
+        .lines()
+        .filter(|rule| rule.contains(&comment))
+        .filter_map(|rule| Some(format!("-D {}\n", rule.trim().strip_prefix("-A ")?)))
+        .collect();
+    if ours.is_empty() { String::new() } else { format!("*filter\n{}COMMIT\n", ours.concat()) }
+}
+
 fn is_ours(table: &str) -> bool {
     table == "orch" || table.starts_with("orch-") || table.starts_with("orch_")
 }
@@ -250,6 +301,18 @@ mod tests {
     fn only_tables_of_ours_are_taken_away() {
         assert!(is_ours("orch") && is_ours("orch-portmap") && is_ours("orch_policy"));
         assert!(!is_ours("orchard") && !is_ours("filter") && !is_ours("cni_orch"));
+    }
+
+    #[test]
+    fn rules_in_the_firewalls_of_others_are_taken_away_by_their_comment() {
+        let theirs = "-P FORWARD DROP\n-N DOCKER-USER\n-A DOCKER-USER -j RETURN\n";
+        assert_eq!(deletions(theirs), "");
+        let ours =
+            "DOCKER-USER -s 10.244.0.0/16 -m comment --comment \"orch pod network\" -j ACCEPT";
+        assert_eq!(
+            deletions(&format!("{theirs}-A {ours}\n")),
+            format!("*filter\n-D {ours}\nCOMMIT\n")
+        );
     }
 
     #[test]
