@@ -12,7 +12,7 @@ LAB_NODES ?= 3
 BENCH_ROUNDS ?= 20
 FUZZ_CASES ?= 20000
 
-.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes test-ha test-provision deb dist check bench bench-cni bench-overlay bench-footprint fuzz install-cni
+.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes test-ha test-provision test-hosts deb dist check bench bench-cni bench-overlay bench-footprint fuzz install-cni
 
 help: ## list the tasks
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -53,6 +53,10 @@ test-ha: build ## three control planes die in turn under a writer and clients of
 test-provision: build ## orchctl init, join and reset on two hosts made of network namespaces
 	@scripts/test-provision $(OUT)
 
+test-hosts: build ## the packages: lintian, vagrant, tarballs; then a cluster of two Debian hosts with systemd (10 minutes)
+	@scripts/test-packages $(OUT)
+	@scripts/test-hosts $(TARGET)/deb
+
 deb: build ## Debian packages in target/deb: orch, orch-cni
 	@scripts/deb $(OUT)
 
@@ -65,6 +69,7 @@ check: deps ## what must hold for every commit: format, clippy, docs, dependency
 	# Private items are documented too, so links to them lead somewhere.
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --release --workspace --no-deps --document-private-items
 	cargo test --release -q -p tests-arch
+	@if command -v vagrant >/dev/null; then scripts/check-vagrant; else echo "vagrant is not installed: the Vagrantfile is not checked"; fi
 
 bench: build ## ratios against references in the same run, in the lab (started if need be)
 	@$(OUT)/orchctl lab up --nodes $(LAB_NODES)
