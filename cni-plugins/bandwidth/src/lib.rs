@@ -4,25 +4,21 @@
 //! container waits in a token bucket at the way out of the host's end. What comes from it is handed to an intermediate
 //! functional block with a token bucket of its own, because a way in has no queue.
 //!
-//! The block is the only thing that outlives the pair. Its name follows from network, container and interface, and it is
-//! made in the network's link group, so DEL needs neither namespace nor previous result, and GC finds what was left.
+//! The block is the only thing that outlives the pair. Its name follows from network and container, it is made in the
+//! network's link group, and its alias says whose it is, so DEL needs neither namespace nor previous result, and GC finds
+//! what was left (`block.rs`). The name is the one that the reference gives it: each plugin can check and remove what the
+//! other has made.
 
+mod block;
 mod conf;
 
-use std::collections::BTreeSet;
 use std::process::ExitCode;
 
-use cni_netlink::{IfbDevice, Link, LinkKind, NetNs, Netlink, NetlinkError, TokenBucket};
+use cni_netlink::{IfbDevice, Link, LinkKind, NetNs, Netlink, NetlinkError, TokenBucket, mac_text};
 use cni_skel::{AddRequest, CheckRequest, DelRequest, GcRequest, Plugin, StatusRequest};
-use cni_spec::{AddResult, AttachmentId, Error, Interface, NetworkName, code, stable_hash};
+use cni_spec::{AddResult, AttachmentId, Error, Interface, NetworkName, code};
 
 pub use crate::conf::{NetConf, Rates, RuntimeConfig};
-
-/// Begins the name of every block, as in the reference.
-const PREFIX: &str = "bwp";
-/// Hexadecimal digits after it; together the 15 bytes of an interface name.
-const DIGITS: usize = 12;
-const IFB: &str = "ifb";
 
 /// The plugin.
 #[derive(Debug, Clone, Copy, Default)]
@@ -65,7 +61,7 @@ impl Plugin for Bandwidth {
             let block = shape_egress(&netlink, &veth, bucket, &req.name, &req.attachment())?;
             result.interfaces.push(Interface {
                 name: block.name,
-                mac: block.mac.map(|byte| format!("{byte:02x}")).join(":"),
+                mac: mac_text(block.mac),
                 mtu: Some(block.mtu),
                 ..Interface::default()
             });
@@ -75,11 +71,15 @@ impl Plugin for Bandwidth {
 
     fn del(&self, req: DelRequest<NetConf>) -> Result<(), Error> {
         let netlink = Netlink::open().map_err(failed)?;
-        let name = block_name(&req.name, &req.attachment());
-        match netlink.link(&name).map_err(failed)? {
-            Some(link) if is_block(&link) => netlink.delete_link(link.index).map_err(failed),
-            _ => Ok(()),
+        let id = req.attachment();
+        let mut failures = Vec::new();
+        for name in block::names(&req.name, &id) {
+            let link = netlink.link(&name).map_err(failed)?;
+            if let Some(link) = link.filter(|link| block::is_of(link, &req.name, &id)) {
+                failures.extend(netlink.delete_link(link.index).map_err(failed).err());
+            }
         }
+        Error::join(failures).map_or(Ok(()), Err)
     }
 
     fn check(&self, req: CheckRequest<NetConf>) -> Result<(), Error> {
@@ -94,13 +94,16 @@ impl Plugin for Bandwidth {
             failures.extend(compare(&netlink, &veth, bucket)?);
         }
         if let Some(bucket) = &limits.egress {
-            let name = block_name(&req.name, &req.attachment());
-            match netlink.link(&name).map_err(failed)?.filter(|link| link.up) {
+            let id = req.attachment();
+            match find_block(&netlink, &req.name, &id)?.filter(|link| link.up) {
                 Some(block) => failures.extend(compare(&netlink, &block, bucket)?),
-                None => failures.push(differs(format!("the link {name} is missing or down"))),
+                None => {
+                    let names = block::names(&req.name, &id).join(" or ");
+                    failures.push(differs(format!("the link {names} is missing or down")));
+                }
             }
             if !netlink.has_redirect(veth.index).map_err(failed)? {
-                let msg = format!("what comes in by {} is not redirected to {name}", veth.name);
+                let msg = format!("what comes in by {} is not redirected", veth.name);
                 failures.push(differs(msg));
             }
         }
@@ -109,11 +112,8 @@ impl Plugin for Bandwidth {
 
     fn gc(&self, req: GcRequest<NetConf>) -> Result<(), Error> {
         let netlink = Netlink::open().map_err(failed)?;
-        let valid: BTreeSet<String> =
-            req.valid.iter().map(|attachment| block_name(&req.name, attachment)).collect();
-        let stale = netlink.links().map_err(failed)?.into_iter().filter(|link| {
-            is_block(link) && link.group == req.name.link_group() && !valid.contains(&link.name)
-        });
+        let links = netlink.links().map_err(failed)?.into_iter();
+        let stale = links.filter(|link| block::is_stale(link, &req.name, &req.valid));
         let failures =
             stale.filter_map(|link| netlink.delete_link(link.index).err()).map(failed).collect();
         Error::join(failures).map_or(Ok(()), Err)
@@ -134,14 +134,19 @@ fn differs(msg: String) -> Error {
     Error::new(code::CHECK_FAILED, msg)
 }
 
-fn block_name(network: &NetworkName, id: &AttachmentId) -> String {
-    let hash = stable_hash(&[network.as_str(), id.container_id.as_str(), id.ifname.as_str()]);
-    // The lower bits of FNV are the better mixed ones.
-    format!("{PREFIX}{:0DIGITS$x}", hash & ((1 << (4 * DIGITS)) - 1))
-}
-
-fn is_block(link: &Link) -> bool {
-    link.name.starts_with(PREFIX) && link.kind == LinkKind::Other(IFB.to_owned())
+/// The block of an attachment, whoever made it.
+fn find_block(
+    netlink: &Netlink,
+    network: &NetworkName,
+    id: &AttachmentId,
+) -> Result<Option<Link>, Error> {
+    for name in block::names(network, id) {
+        let link = netlink.link(&name).map_err(failed)?;
+        if let Some(link) = link.filter(|link| block::is_of(link, network, id)) {
+            return Ok(Some(link));
+        }
+    }
+    Ok(None)
 }
 
 /// The host's end of the container's pair. A result with one pair leaves no choice; else the container's end says which.
@@ -180,20 +185,24 @@ fn shape_egress(
     network: &NetworkName,
     id: &AttachmentId,
 ) -> Result<Link, Error> {
-    let device = IfbDevice {
-        name: block_name(network, id),
-        mtu: Some(veth.mtu),
-        group: Some(network.link_group()),
-    };
-    let block = match netlink.create_ifb(&device) {
+    let block = match find_block(netlink, network, id)? {
         // What an earlier ADD of this attachment left goes on, with new values.
-        Err(error) if error.is_exists() => {
-            match netlink.link(&device.name).map_err(failed)?.filter(is_block) {
-                Some(link) => netlink.set_up(link.index).map(|()| link),
-                None => Err(error),
+        Some(link) => netlink.set_up(link.index).map(|()| link),
+        None => {
+            let [first, second] = block::names(network, id);
+            let create = |name| {
+                netlink.create_ifb(&IfbDevice {
+                    name,
+                    mtu: Some(veth.mtu),
+                    group: Some(network.link_group()),
+                })
+            };
+            match create(first) {
+                // Another interface of the container has it.
+                Err(error) if error.is_exists() => create(second),
+                made => made,
             }
         }
-        made => made,
     };
     let block = block.map_err(|error| {
         let unsupported = error.is_unsupported();
@@ -201,7 +210,7 @@ fn shape_egress(
         if unsupported { error.context("the kernel needs the module ifb") } else { error }
     })?;
     let shape = || -> Result<(), NetlinkError> {
-        netlink.set_alias(block.index, &alias(network, id))?;
+        netlink.set_alias(block.index, &block::alias(network, id))?;
         netlink.set_token_bucket(block.index, bucket)?;
         netlink.redirect_ingress(veth.index, block.index)
     };
@@ -216,13 +225,6 @@ fn shape_egress(
     }
 }
 
-/// For people who look at the host's links; at most the kernel's 255 bytes, and names are ASCII.
-fn alias(network: &NetworkName, id: &AttachmentId) -> String {
-    let mut alias = format!("cni:{network}/{id}");
-    alias.truncate(255);
-    alias
-}
-
 fn compare(netlink: &Netlink, link: &Link, want: &TokenBucket) -> Result<Option<Error>, Error> {
     let msg = match netlink.token_bucket(link.index).map_err(failed)? {
         Some(seen) if (seen.rate, seen.limit) == (want.rate, want.limit) => return Ok(None),
@@ -232,23 +234,4 @@ fn compare(netlink: &Netlink, link: &Link, want: &TokenBucket) -> Result<Option<
         None => format!("{} is not limited", link.name),
     };
     Ok(Some(differs(msg)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_name_of_a_block_never_changes_and_fits() {
-        let id = |container: &str| AttachmentId {
-            container_id: container.parse().expect("good"),
-            ifname: "eth0".parse().expect("good"),
-        };
-        let network: NetworkName = "net".parse().expect("good");
-        let name = block_name(&network, &id("c1"));
-        // A changed value would leave the blocks of a node behind at the upgrade.
-        assert_eq!(name.len(), 15);
-        assert!(name.ends_with("3b17bf5d534"), "as the pair's, {name}");
-        assert_ne!(name, block_name(&network, &id("c2")));
-    }
 }

@@ -1,11 +1,11 @@
 //! CHECK: what ADD answered, compared with what is there.
 
-use cni_netlink::{Link, Netlink};
+use cni_netlink::{Link, Netlink, parse_mac};
 use cni_skel::CheckRequest;
 use cni_spec::{AddResult, Error, Interface, code};
 use ipnetwork::IpNetwork;
 
-use crate::conf::{NetConf, Settings, parse_mac};
+use crate::conf::{NetConf, Settings};
 use crate::kernel::netlink_error;
 use crate::name::host_veth_name;
 use crate::pod::SeenPod;

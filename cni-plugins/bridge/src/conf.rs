@@ -1,6 +1,6 @@
 //! The configuration: as it is written, and as it is meant.
 
-use cni_netlink::{MacBytes, PortVlan};
+use cni_netlink::{MacBytes, PortVlan, parse_unicast_mac};
 use cni_spec::{CniArgs, Dns, Error, IfName, code};
 use serde::{Deserialize, Deserializer};
 
@@ -278,27 +278,9 @@ impl NetConf {
             text.filter(|text| !text.is_empty()).map(|text| (place, text, code))
         });
         let Some((place, text, code)) = asked else { return Ok(None) };
-        match parse_mac(text) {
-            Some(mac) if mac[0] & 1 == 0 && mac != [0; 6] => Ok(Some(mac)),
-            _ => Err(Error::new(
-                code,
-                format!("{place} is \"{text}\" and has to be the MAC of one interface"),
-            )),
-        }
+        let wrong = || format!("{place} is \"{text}\" and has to be the MAC of one interface");
+        parse_unicast_mac(text).map(Some).ok_or_else(|| Error::new(code, wrong()))
     }
-}
-
-/// `aa:bb:cc:dd:ee:ff`, or with dashes.
-pub(crate) fn parse_mac(text: &str) -> Option<MacBytes> {
-    let mut mac = MacBytes::default();
-    let mut parts = text.split([':', '-']);
-    for byte in &mut mac {
-        let part = parts
-            .next()
-            .filter(|part| part.len() == 2 && part.bytes().all(|c| c.is_ascii_hexdigit()))?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    parts.next().is_none().then_some(mac)
 }
 
 #[cfg(test)]

@@ -24,7 +24,6 @@ mod pod;
 mod spoof;
 
 use std::collections::BTreeSet;
-use std::env;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::path::Path;
@@ -33,8 +32,9 @@ use std::thread;
 
 use cni_netlink::{
     Change, Link, LinkKind, MacBytes, Neighbour, NetNs, Netlink, NetlinkError, Started, VethPair,
+    mac_text,
 };
-use cni_nftables::Flows;
+use cni_nftables::{Flows, Nft};
 use cni_skel::{AddRequest, CheckRequest, DelRequest, GcRequest, Plugin, StatusRequest};
 use cni_spec::{AddResult, Error, Interface, IpConfig, code};
 
@@ -48,8 +48,6 @@ pub use crate::name::{host_veth_alias, host_veth_name};
 
 /// Keys of `CNI_ARGS` that may come without `IgnoreUnknown=1`: ours, and that of host-local.
 const KNOWN_ARGS: &[&str] = &["MAC", "IP"];
-/// Where programs are looked for when `PATH` is not set.
-const DEFAULT_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The plugin.
 #[derive(Debug, Clone, Copy, Default)]
@@ -137,7 +135,7 @@ impl Plugin for Bridge {
                 settings.bridge
             )));
         }
-        if (settings.masquerade || settings.check_spoofing) && !has_program("nft") {
+        if (settings.masquerade || settings.check_spoofing) && !Nft::default().is_installed() {
             return Err(unavailable(
                 "the program `nft` is missing: install the package nftables".to_owned(),
             ));
@@ -365,7 +363,7 @@ fn result(
     let sandboxes = ["", "", sandbox];
     result.interfaces.extend(links.into_iter().zip(sandboxes).map(|(link, sandbox)| Interface {
         name: link.name.clone(),
-        mac: name::mac_text(link.mac),
+        mac: mac_text(link.mac),
         mtu: Some(link.mtu),
         sandbox: sandbox.to_owned(),
         ..Interface::default()
@@ -456,11 +454,6 @@ fn release_stale(req: &GcRequest<NetConf>, gone: Vec<String>) -> Result<(), Erro
     }
     stale.extend(gone);
     spoof::release(&stale.into_iter().collect::<Vec<_>>())
-}
-
-fn has_program(name: &str) -> bool {
-    let path = env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
-    env::split_paths(&path).any(|dir| dir.join(name).is_file())
 }
 
 #[cfg(test)]

@@ -84,11 +84,6 @@ fn unicast(random: u64) -> MacBytes {
     [(bytes[2] & 0xfc) | 2, bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]]
 }
 
-/// `aa:bb:cc:dd:ee:ff`
-pub(crate) fn mac_text(mac: MacBytes) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
-}
-
 /// A short name for a text, for objects of nftables.
 pub(crate) fn short(text: &str) -> String {
     format!("{:016x}", stable_hash(&[text]))

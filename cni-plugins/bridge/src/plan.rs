@@ -235,6 +235,8 @@ mod tests {
             up: true,
             carrier: true,
             promiscuous: false,
+            all_multicast: false,
+            queue_length: 1000,
             master: None,
             peer: None,
             alias: None,

@@ -1,12 +1,12 @@
 //! MAC spoof check: a port that is checked lets in frames of its pod's MAC only.
 
-use cni_netlink::MacBytes;
+use cni_netlink::{MacBytes, mac_text};
 use std::collections::BTreeSet;
 
 use cni_nftables::{Family, Nft, NftError, Table};
 use cni_spec::{Error, NetworkName, code};
 
-use crate::name::{mac_text, short};
+use crate::name::short;
 
 const TABLE: &str = "bridge cni_spoofcheck";
 const TABLE_NAME: &str = "cni_spoofcheck";

@@ -29,6 +29,8 @@ fn link(name: &str, index: u32, kind: LinkKind) -> Link {
         up: true,
         carrier: true,
         promiscuous: false,
+        all_multicast: false,
+        queue_length: 1000,
         master: None,
         peer: None,
         alias: None,

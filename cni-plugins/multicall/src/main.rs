@@ -11,13 +11,15 @@ use std::process::ExitCode;
 type Main = fn() -> ExitCode;
 
 /// Each plugin by its name.
-const PLUGINS: [(&str, Main); 7] = [
+const PLUGINS: [(&str, Main); 9] = [
     ("bandwidth", cni_bandwidth::main),
     ("bridge", cni_bridge::main),
+    ("firewall", cni_firewall::main),
     ("host-local", || cni_skel::main(&cni_ipam::HostLocal)),
     ("loopback", cni_loopback::main),
     ("policy", cni_policy::main),
     ("portmap", cni_portmap::main),
+    ("tuning", cni_tuning::main),
     ("vxlan", || cni_skel::main(&cni_vxlan::Vxlan)),
 ];
 

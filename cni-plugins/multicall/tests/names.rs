@@ -8,8 +8,17 @@ use std::process::{Command, Output, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const NAMES: [&str; 7] =
-    ["bandwidth", "bridge", "host-local", "loopback", "policy", "portmap", "vxlan"];
+const NAMES: [&str; 9] = [
+    "bandwidth",
+    "bridge",
+    "firewall",
+    "host-local",
+    "loopback",
+    "policy",
+    "portmap",
+    "tuning",
+    "vxlan",
+];
 
 fn installed() -> TempDir {
     let dir = tempfile::tempdir().expect("temporary folder");

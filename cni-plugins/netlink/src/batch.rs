@@ -8,10 +8,11 @@ use ipnetwork::IpNetwork;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 
-use crate::neighbour::{fdb_message, mac_text, neighbour_message, put_neighbour_message};
+use crate::neighbour::{fdb_message, neighbour_message, put_neighbour_message};
 use crate::socket::append;
 use crate::{
-    AddressOptions, FdbEntry, Neighbour, Netlink, NetlinkError, Route, address, link, route,
+    AddressOptions, FdbEntry, Neighbour, Netlink, NetlinkError, Route, address, link, mac_text,
+    route,
 };
 
 /// So many refusals still fit into a socket's default receive buffer (208 KiB; an answer takes about 1 KiB of it), so
@@ -140,10 +141,10 @@ impl Change {
                 format!("remove neighbour {} from link {}", neighbour.ip, neighbour.link)
             }
             Self::PutFdb(entry) => {
-                format!("set forwarding entry {} on link {}", mac_text(&entry.mac), entry.link)
+                format!("set forwarding entry {} on link {}", mac_text(entry.mac), entry.link)
             }
             Self::DeleteFdb(entry) => {
-                format!("remove forwarding entry {} from link {}", mac_text(&entry.mac), entry.link)
+                format!("remove forwarding entry {} from link {}", mac_text(entry.mac), entry.link)
             }
         }
     }

@@ -15,6 +15,7 @@ mod address;
 mod batch;
 mod error;
 mod link;
+mod mac;
 mod neighbour;
 mod netfilter;
 mod netns;
@@ -29,6 +30,7 @@ pub use error::NetlinkError;
 pub use link::{
     Bridge, BridgePort, IfbDevice, Link, LinkKind, PortVlan, VethPair, Vxlan, VxlanDevice,
 };
+pub use mac::{mac_text, parse_mac, parse_unicast_mac};
 pub use neighbour::{FdbEntry, Neighbour};
 pub use netfilter::{nft_chain_exists, nft_ip_chain_exists};
 pub use netns::{NetNs, Started};

@@ -42,7 +42,7 @@ const IFLA_INET_CONF: u16 = 1;
 const IPV4_DEVCONF_ARP_NOTIFY: u16 = 22;
 
 /// A link as the kernel holds it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Link {
     /// Index, unique in its namespace.
     pub index: u32,
@@ -60,6 +60,10 @@ pub struct Link {
     pub carrier: bool,
     /// Whether somebody asked for all frames.
     pub promiscuous: bool,
+    /// Whether it takes all multicast frames.
+    pub all_multicast: bool,
+    /// Packets that may wait at its way out.
+    pub queue_length: u32,
     /// Index of the bridge, or other link, that it is a port of.
     pub master: Option<u32>,
     /// Index of the other end of a veth pair, or of the link below.
@@ -73,7 +77,7 @@ pub struct Link {
 }
 
 /// What a link is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum LinkKind {
     /// A bridge.
     Bridge {
@@ -87,6 +91,7 @@ pub enum LinkKind {
     /// Another kind, by the kernel's name for it.
     Other(String),
     /// A physical link, or the loopback.
+    #[default]
     Plain,
 }
 
@@ -405,6 +410,22 @@ impl Netlink {
         self.set_flags(index, LinkFlags::Promisc, on, "set promiscuous mode of")
     }
 
+    /// Lets a link take all multicast frames, or only those of its groups.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_all_multicast(&self, index: u32, on: bool) -> Result<(), NetlinkError> {
+        self.set_flags(index, LinkFlags::Allmulti, on, "set all-multicast mode of")
+    }
+
+    /// Sets how many packets may wait at the way out.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_queue_length(&self, index: u32, packets: u32) -> Result<(), NetlinkError> {
+        self.set(index, LinkAttribute::TxQueueLen(packets), "set queue length of")
+    }
+
     fn set_flags(
         &self,
         index: u32,
@@ -626,6 +647,8 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
         up: flags.contains(LinkFlags::Up),
         carrier: flags.contains(LinkFlags::LowerUp),
         promiscuous: flags.contains(LinkFlags::Promisc),
+        all_multicast: flags.contains(LinkFlags::Allmulti),
+        queue_length: number(libc::IFLA_TXQLEN).unwrap_or_default(),
         master,
         peer: number(libc::IFLA_LINK).filter(|peer| *peer != 0),
         alias: attribute(attributes, libc::IFLA_IFALIAS).and_then(text),

@@ -10,7 +10,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::address::{family_of, parse_ip};
 use crate::socket::{attribute, read_u16, read_u32};
-use crate::{MacBytes, Netlink, NetlinkError};
+use crate::{MacBytes, Netlink, NetlinkError, mac_text};
 
 const HEADER_BYTES: usize = 12;
 const LINK_AT: usize = 4;
@@ -107,7 +107,7 @@ impl Netlink {
     /// If the kernel refuses.
     pub fn replace_fdb(&self, entry: &FdbEntry) -> Result<(), NetlinkError> {
         let request =
-            || format!("set forwarding entry {} on link {}", mac_text(&entry.mac), entry.link);
+            || format!("set forwarding entry {} on link {}", mac_text(entry.mac), entry.link);
         self.change(
             NLM_F_CREATE | NLM_F_REPLACE,
             RouteNetlinkMessage::NewNeighbour(fdb_message(entry)),
@@ -121,16 +121,12 @@ impl Netlink {
     /// If the kernel refuses.
     pub fn delete_fdb(&self, entry: &FdbEntry) -> Result<(), NetlinkError> {
         let request =
-            || format!("remove forwarding entry {} from link {}", mac_text(&entry.mac), entry.link);
+            || format!("remove forwarding entry {} from link {}", mac_text(entry.mac), entry.link);
         match self.change(0, RouteNetlinkMessage::DelNeighbour(fdb_message(entry)), request) {
             Err(error) if error.is_not_found() => Ok(()),
             result => result,
         }
     }
-}
-
-pub(crate) fn mac_text(mac: &MacBytes) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 fn address(ip: IpAddr) -> NeighbourAttribute {
@@ -168,7 +164,7 @@ pub(crate) fn fdb_message(entry: &FdbEntry) -> NeighbourMessage {
     message
 }
 
-fn parse_mac(attributes: &[u8]) -> Option<MacBytes> {
+fn read_mac(attributes: &[u8]) -> Option<MacBytes> {
     attribute(attributes, ATTRIBUTE_MAC)?.try_into().ok()
 }
 
@@ -177,7 +173,7 @@ fn parse_neighbour(payload: &[u8]) -> Option<Neighbour> {
     Some(Neighbour {
         link: read_u32(payload, LINK_AT)?,
         ip: attribute(attributes, ATTRIBUTE_DST).and_then(parse_ip)?,
-        mac: parse_mac(attributes)?,
+        mac: read_mac(attributes)?,
         permanent: read_u16(payload, STATE_AT)? & STATE_PERMANENT != 0,
     })
 }
@@ -186,7 +182,7 @@ fn parse_fdb(payload: &[u8]) -> Option<FdbEntry> {
     let attributes = payload.get(HEADER_BYTES..)?;
     Some(FdbEntry {
         link: read_u32(payload, LINK_AT)?,
-        mac: parse_mac(attributes)?,
+        mac: read_mac(attributes)?,
         dst: attribute(attributes, ATTRIBUTE_DST).and_then(parse_ip),
     })
 }

@@ -19,6 +19,8 @@ mod tool;
 mod wire;
 
 pub use conntrack::{Flows, forget_flows};
-pub use netfilter::{COMMENT_MAX, Element, Netfilter, NetfilterError, Target, Transaction};
+pub use netfilter::{
+    COMMENT_MAX, Element, Netfilter, NetfilterError, Rule, Target, Transaction, undisturbed,
+};
 pub use table::{Base, Chain, Family, Hook, Set, SetKind, Table};
 pub use tool::{Nft, NftError};

@@ -8,6 +8,8 @@
 
 use std::cell::Cell;
 use std::io;
+use std::thread::sleep;
+use std::time::Duration;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
@@ -19,6 +21,12 @@ use crate::wire::{attribute, attributes, message, messages, put, put_nested, put
 const RECEIVE_BYTES: usize = 64 * 1024;
 /// How often a dump that changes interrupted is read again.
 const DUMP_ATTEMPTS: u32 = 50;
+/// How often a change is planned anew because others changed the ruleset between look and step. Each time somebody got
+/// something done, so this many in a row are a storm.
+const ATTEMPTS: u32 = 100;
+/// First and longest pause between two of them.
+const PAUSE_MIN: Duration = Duration::from_micros(200);
+const PAUSE_MAX: Duration = Duration::from_millis(20);
 /// Bytes of a comment: the kernel keeps 256 bytes of user data, two of which say what it is, and a zero ends the text.
 pub const COMMENT_MAX: usize = 253;
 
@@ -26,7 +34,9 @@ const SUBSYSTEM: u16 = 10;
 const MESSAGE_GET_TABLE: u16 = 1;
 const MESSAGE_DELETE_TABLE: u16 = 2;
 const MESSAGE_GET_CHAIN: u16 = 4;
+const MESSAGE_DELETE_CHAIN: u16 = 5;
 const MESSAGE_GET_RULE: u16 = 7;
+const MESSAGE_DELETE_RULE: u16 = 8;
 const MESSAGE_NEW_ELEMENT: u16 = 12;
 const MESSAGE_GET_ELEMENT: u16 = 13;
 const MESSAGE_DELETE_ELEMENT: u16 = 14;
@@ -49,6 +59,10 @@ const CHAIN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 const RULE_TABLE: u16 = 1;
 const RULE_CHAIN: u16 = 2;
+const RULE_HANDLE: u16 = 3;
+const RULE_EXPRESSIONS: u16 = 4;
+const EXPRESSION_DATA: u16 = 2;
+const IMMEDIATE_DATA: u16 = 2;
 const LIST_TABLE: u16 = 1;
 const LIST_SET: u16 = 2;
 const LIST_ELEMENTS: u16 = 3;
@@ -98,6 +112,37 @@ impl NetfilterError {
     pub fn is_missing(&self) -> bool {
         self.errno() == Some(libc::ENOENT)
     }
+}
+
+/// Looks and steps until nobody was in between.
+///
+/// # Errors
+/// That of the attempt; [`NetfilterError::is_outdated`] if the ruleset changes all the time.
+pub fn undisturbed<T>(
+    mut attempt: impl FnMut() -> Result<T, NetfilterError>,
+) -> Result<T, NetfilterError> {
+    let mut pause = PAUSE_MIN;
+    let mut tries = 1;
+    loop {
+        match attempt() {
+            Err(error) if error.is_outdated() && tries < ATTEMPTS => {
+                // Processes that wait differently long do not meet again.
+                sleep(pause * (1 + std::process::id() % 4) / 4);
+                pause = (pause * 2).min(PAUSE_MAX);
+                tries += 1;
+            }
+            done => return done,
+        }
+    }
+}
+
+/// A rule, as far as it says where packets go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// Its number in its table.
+    pub handle: u64,
+    /// The chain that it jumps or goes to.
+    pub chain: Option<String>,
 }
 
 /// What an element of a map leads to.
@@ -163,10 +208,30 @@ impl Transaction {
         self.messages.push((MESSAGE_DELETE_TABLE, 0, attributes));
     }
 
+    /// Deletes a rule.
+    pub fn delete_rule(&mut self, chain: &str, handle: u64) {
+        let mut attributes = self.chain(RULE_TABLE, RULE_CHAIN, chain);
+        put(&mut attributes, RULE_HANDLE, &handle.to_be_bytes());
+        self.messages.push((MESSAGE_DELETE_RULE, 0, attributes));
+    }
+
+    /// Deletes a chain with its rules; none of other chains may lead to it.
+    pub fn delete_chain(&mut self, chain: &str) {
+        self.messages.push((MESSAGE_DELETE_RULE, 0, self.chain(RULE_TABLE, RULE_CHAIN, chain)));
+        self.messages.push((MESSAGE_DELETE_CHAIN, 0, self.chain(CHAIN_TABLE, CHAIN_NAME, chain)));
+    }
+
     /// Whether it changes nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.messages.is_empty()
+    }
+
+    fn chain(&self, table_kind: u16, chain_kind: u16, chain: &str) -> Vec<u8> {
+        let mut out = Vec::new();
+        put_text(&mut out, table_kind, &self.table);
+        put_text(&mut out, chain_kind, chain);
+        out
     }
 
     fn elements(&self, set: &str, element: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
@@ -244,6 +309,18 @@ fn parse_element(bytes: &[u8]) -> Option<Element> {
     };
     let comment = attribute(bytes, ELEMENT_USER_DATA).and_then(comment).unwrap_or_default();
     Some(Element { key, target, comment })
+}
+
+fn parse_rule(payload: &[u8]) -> Option<Rule> {
+    let handle = u64::from_be_bytes(*attribute(payload, RULE_HANDLE)?.first_chunk()?);
+    let target = |expression: &[u8]| -> Option<String> {
+        let data = attribute(attribute(expression, EXPRESSION_DATA)?, IMMEDIATE_DATA)?;
+        let verdict = attribute(data, DATA_VERDICT)?;
+        attribute(verdict, VERDICT_CHAIN).map(without_zero)
+    };
+    let expressions = attribute(payload, RULE_EXPRESSIONS).unwrap_or_default();
+    let chain = attributes(expressions).find_map(|(_, expression)| target(expression));
+    Some(Rule { handle, chain })
 }
 
 fn comment(mut data: &[u8]) -> Option<String> {
@@ -351,6 +428,25 @@ impl Netfilter {
         let request = format!("list rules of {table}");
         self.dump(MESSAGE_GET_RULE, family, &attributes, &request, |payload, found| {
             found.extend(attribute(payload, RULE_CHAIN).map(without_zero));
+        })
+    }
+
+    /// The rules of a chain, in order; none if there is no such chain.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn rules(
+        &self,
+        family: Family,
+        table: &str,
+        chain: &str,
+    ) -> Result<Vec<Rule>, NetfilterError> {
+        let mut attributes = Vec::new();
+        put_text(&mut attributes, RULE_TABLE, table);
+        put_text(&mut attributes, RULE_CHAIN, chain);
+        let request = format!("list rules of {table} {chain}");
+        self.dump(MESSAGE_GET_RULE, family, &attributes, &request, |payload, found| {
+            found.extend(parse_rule(payload));
         })
     }
 
@@ -524,6 +620,16 @@ mod tests {
         put_element(&mut bytes, &element);
         let read = parse_element(&bytes).expect("an element");
         assert_eq!(read.comment, "ä".repeat(126));
+    }
+
+    #[test]
+    fn damaged_rules_are_none_or_lead_nowhere() {
+        assert_eq!(parse_rule(&[]), None);
+        assert_eq!(parse_rule(&[8, 0, 3, 0, 1, 2, 3, 4]), None);
+        let mut bytes = Vec::new();
+        put(&mut bytes, RULE_HANDLE, &7_u64.to_be_bytes());
+        put(&mut bytes, RULE_EXPRESSIONS, &[200, 0, 1, 0]);
+        assert_eq!(parse_rule(&bytes), Some(Rule { handle: 7, chain: None }));
     }
 
     #[test]

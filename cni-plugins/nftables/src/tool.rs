@@ -1,10 +1,14 @@
 //! The `nft` executable.
 
+use std::env;
 use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
 
 use crate::table::{Family, Table};
+
+/// Where programs are looked for when `PATH` is not set.
+const DEFAULT_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Why the kernel does not hold the wanted table.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +53,13 @@ impl Default for Nft {
 }
 
 impl Nft {
+    /// Whether there is such a program.
+    #[must_use]
+    pub fn is_installed(&self) -> bool {
+        let path = env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
+        env::split_paths(&path).any(|dir| dir.join(&self.program).is_file())
+    }
+
     /// Applies a script as one transaction. An empty script is no call at all.
     ///
     /// # Errors

@@ -237,22 +237,9 @@ impl PortMapping {
 /// The container's address of each family, with its subnet: the first that is not of an interface of the host.
 pub(crate) fn container_addresses(result: &AddResult) -> Result<Vec<IpNetwork>, Error> {
     let mut found: Vec<IpNetwork> = Vec::new();
-    for ip in &result.ips {
-        let on_host = match ip.interface {
-            None => false,
-            Some(index) => match result.interfaces.get(index) {
-                Some(interface) => interface.sandbox.is_empty(),
-                None => {
-                    return Err(invalid(format!(
-                        "\"prevResult\": the address {} is of interface {index}, and there are {}",
-                        ip.address,
-                        result.interfaces.len()
-                    )));
-                }
-            },
-        };
-        if !on_host && !found.iter().any(|known| known.is_ipv4() == ip.address.is_ipv4()) {
-            found.push(ip.address);
+    for address in result.container_addresses()? {
+        if !found.iter().any(|known| known.is_ipv4() == address.is_ipv4()) {
+            found.push(address);
         }
     }
     Ok(found)

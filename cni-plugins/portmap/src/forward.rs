@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use cni_nftables::{COMMENT_MAX, Element, Target, Transaction};
-use cni_spec::{AttachmentId, Error, NetworkName, code, stable_hash};
+use cni_spec::{AttachmentId, Error, NetworkName, Owner, code};
 use ipnetwork::IpNetwork;
 
 use crate::conf::{Mapping, Protocol, Settings};
@@ -18,25 +18,9 @@ const WITH_SNAT: &str = "cni-snat:";
 /// … and of one that has none.
 const WITHOUT_SNAT: &str = "cni:";
 
-/// Whose a forward is: network, container and interface. What is too long for a comment is hashed.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Owner(String);
-
-impl Owner {
-    pub(crate) fn new(network: &NetworkName, id: &AttachmentId) -> Self {
-        let text = format!("{network}/{id}");
-        if text.len() + WITH_SNAT.len() <= COMMENT_MAX {
-            return Self(text);
-        }
-        Self(format!("#{:016x}/{:016x}", stable_hash(&[network.as_str()]), stable_hash(&[&text])))
-    }
-
-    /// Whether it is of this network.
-    pub(crate) fn is_of(&self, network: &NetworkName) -> bool {
-        let begins =
-            |prefix: &str| self.0.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('/'));
-        begins(network.as_str()) || begins(&format!("#{:016x}", stable_hash(&[network.as_str()])))
-    }
+/// Whose a forward is.
+pub(crate) fn owner(network: &NetworkName, id: &AttachmentId) -> Owner {
+    Owner::new(network, id, COMMENT_MAX - WITH_SNAT.len())
 }
 
 /// One port of the host that leads to a container.
@@ -91,7 +75,7 @@ impl Forward {
             to: parse_ip(value.get(..bytes)?)?,
             to_port: parse_port(value.get(bytes..)?)?,
             snat,
-            owner: Owner(owner.to_owned()),
+            owner: Owner::of_comment(owner),
         })
     }
 
@@ -111,7 +95,7 @@ impl Forward {
         let mut value = ip_bytes(self.to);
         value.extend(port_bytes(self.to_port));
         let prefix = if self.snat { WITH_SNAT } else { WITHOUT_SNAT };
-        let comment = format!("{prefix}{}", self.owner.0);
+        let comment = format!("{prefix}{}", self.owner);
         Element { key: self.key(), target: Target::Value(value), comment }
     }
 
@@ -229,7 +213,7 @@ pub(crate) fn plan_add(
                     forward.describe(),
                     other.describe(),
                     std::net::SocketAddr::new(other.to, other.to_port),
-                    other.owner.0,
+                    other.owner,
                 ),
             ));
         }
@@ -299,14 +283,8 @@ mod tests {
     use crate::conf::NetConf;
 
     fn owner(id: &str) -> Owner {
-        Owner::new(&"net".parse().expect("good"), &attachment(id))
-    }
-
-    fn attachment(id: &str) -> AttachmentId {
-        AttachmentId {
-            container_id: id.parse().expect("good"),
-            ifname: "eth0".parse().expect("good"),
-        }
+        let (container_id, ifname) = (id.parse().expect("good"), "eth0".parse().expect("good"));
+        super::owner(&"net".parse().expect("good"), &AttachmentId { container_id, ifname })
     }
 
     fn forward(host: &str, to: &str, id: &str) -> Forward {
@@ -430,16 +408,6 @@ mod tests {
             add(&Present::default(), &want, "10.1.0.2/24", "a").expect_err("twice").code,
             code::INVALID_CONFIG
         );
-    }
-
-    #[test]
-    fn an_owner_belongs_to_its_network_however_long_the_names_are() {
-        let network: NetworkName = "n".repeat(200).parse().expect("good");
-        let long = Owner::new(&network, &attachment(&"c".repeat(200)));
-        assert!(long.0.len() < 40 && long.is_of(&network), "{long:?}");
-        assert!(!long.is_of(&"n".parse().expect("good")));
-        assert!(owner("a").is_of(&"net".parse().expect("good")));
-        assert!(!owner("a").is_of(&"ne".parse().expect("good")));
     }
 }
 

@@ -21,21 +21,18 @@ mod rules;
 mod table;
 
 use std::collections::BTreeSet;
-use std::env;
 use std::process::ExitCode;
 
+use cni_nftables::{Nft, NftError};
 use cni_skel::{AddRequest, CheckRequest, DelRequest, GcRequest, Plugin, StatusRequest};
-use cni_spec::{AddResult, Error, code};
+use cni_spec::{AddResult, Error, Owner, code};
 use ipnetwork::IpNetwork;
 
 use crate::conf::container_addresses;
-use crate::forward::{Forward, Owner, desired};
+use crate::forward::{Forward, desired, owner};
 use crate::table::Tables;
 
 pub use crate::conf::{NetConf, PortMapping, RuntimeConfig};
-
-/// Where programs are looked for when `PATH` is not set.
-const DEFAULT_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The plugin.
 #[derive(Debug, Clone, Copy, Default)]
@@ -61,7 +58,7 @@ impl Plugin for Portmap {
     fn add(&self, req: AddRequest<NetConf>) -> Result<AddResult, Error> {
         let settings = req.conf.settings()?;
         let mappings = req.conf.mappings()?;
-        let owner = Owner::new(&req.name, &req.attachment());
+        let owner = owner(&req.name, &req.attachment());
         let result = req.prev_result.ok_or_else(|| {
             Error::new(
                 code::INVALID_CONFIG,
@@ -85,7 +82,7 @@ impl Plugin for Portmap {
     }
 
     fn del(&self, req: DelRequest<NetConf>) -> Result<(), Error> {
-        let owner = Owner::new(&req.name, &req.attachment());
+        let owner = owner(&req.name, &req.attachment());
         Tables::open()?.remove(|forward| forward.owner == owner, false)
     }
 
@@ -95,7 +92,7 @@ impl Plugin for Portmap {
         if mappings.is_empty() {
             return Ok(());
         }
-        let owner = Owner::new(&req.name, &req.attachment());
+        let owner = owner(&req.name, &req.attachment());
         let addresses = reached(container_addresses(&req.prev_result)?, &mappings);
         let want = desired(&mappings, &addresses, &settings, &owner);
         let differences = Tables::open()?.differences(&want, &addresses, &settings)?;
@@ -106,7 +103,7 @@ impl Plugin for Portmap {
 
     fn gc(&self, req: GcRequest<NetConf>) -> Result<(), Error> {
         let valid: BTreeSet<Owner> =
-            req.valid.iter().map(|attachment| Owner::new(&req.name, attachment)).collect();
+            req.valid.iter().map(|attachment| owner(&req.name, attachment)).collect();
         let is_gone =
             |forward: &Forward| forward.owner.is_of(&req.name) && !valid.contains(&forward.owner);
         Tables::open()?.remove(is_gone, true)
@@ -114,17 +111,13 @@ impl Plugin for Portmap {
 
     fn status(&self, req: StatusRequest<NetConf>) -> Result<(), Error> {
         req.conf.settings()?;
-        let unavailable = |msg: String| Error::new(code::NOT_AVAILABLE, msg);
         Tables::open()?
             .probe()
             .map_err(|error| Error::from_chain(code::NOT_AVAILABLE, &error).context("nftables"))?;
-        let path = env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
-        if !env::split_paths(&path).any(|dir| dir.join("nft").is_file()) {
-            return Err(unavailable(
-                "the program `nft` is missing: install the package nftables".to_owned(),
-            ));
+        if Nft::default().is_installed() {
+            return Ok(());
         }
-        Ok(())
+        Err(Error::new(code::NOT_AVAILABLE, NftError::Missing("nft".to_owned()).to_string()))
     }
 }
 

@@ -1,24 +1,19 @@
 //! The tables in the kernel: observed, and changed.
 
 use std::net::IpAddr;
-use std::thread::sleep;
-use std::time::Duration;
 
 use cni_nftables::{
-    Family, Flows, Netfilter, NetfilterError, Nft, NftError, Transaction, forget_flows,
+    Family, Flows, Netfilter, NetfilterError, Nft, NftError, Transaction, forget_flows, undisturbed,
 };
-use cni_spec::{Error, code};
+use cni_spec::{Error, Owner, code};
 use ipnetwork::IpNetwork;
 
 use crate::conf::{Protocol, RuleOptions, Settings};
-use crate::forward::{Forward, MAPS, Owner, Plan, Present, parse_ip, plan_add, plan_remove};
+use crate::forward::{Forward, MAPS, Plan, Present, parse_ip, plan_add, plan_remove};
 use crate::rules::{CHAIN_ALL, RULE_COUNTS, TABLE_PREFIX, script, subnet_chain, table_name};
 
-/// How often a change is planned anew because others changed the ruleset between our look and our step. Each time
-/// somebody got something done, so this many in a row are a storm.
-const ATTEMPTS: u32 = 100;
-/// Longest pause between two of them.
-const PAUSE_MAX: Duration = Duration::from_millis(20);
+/// How often the rules are written because others took them away before an element was added.
+const RULE_ATTEMPTS: u32 = 10;
 
 /// The tables of this namespace.
 pub(crate) struct Tables {
@@ -165,36 +160,20 @@ impl Tables {
         Ok(present)
     }
 
-    /// Looks and steps until nobody was in between.
+    /// Looks and steps until nobody was in between and no rules are missing.
     fn retry(
         &self,
         attempt: impl Fn() -> Result<Attempt, NetfilterError>,
         write_rules: impl Fn() -> Result<(), Error>,
     ) -> Result<Plan, Error> {
-        let mut pause = Duration::from_micros(200);
-        let mut last = None;
-        for _ in 0..ATTEMPTS {
-            match attempt() {
-                Ok(Attempt::Done(plan)) => return Ok(plan),
-                Ok(Attempt::Refused(error)) => return Err(error),
-                Ok(Attempt::Rules) => write_rules()?,
-                Err(error) if error.is_outdated() => {
-                    last = Some(error);
-                    // Processes that wait differently long do not meet again.
-                    sleep(pause * (1 + std::process::id() % 4) / 4);
-                    pause = (pause * 2).min(PAUSE_MAX);
-                }
-                Err(error) => return Err(failed(&error)),
+        for _ in 0..RULE_ATTEMPTS {
+            match undisturbed(&attempt).map_err(|error| failed(&error))? {
+                Attempt::Done(plan) => return Ok(plan),
+                Attempt::Refused(error) => return Err(error),
+                Attempt::Rules => write_rules()?,
             }
         }
-        let why = last.map_or_else(
-            || "the rules vanish again and again".to_owned(),
-            |error| Error::from_chain(code::TRY_AGAIN, &error).msg,
-        );
-        Err(Error::new(
-            code::TRY_AGAIN,
-            format!("the nftables ruleset changes all the time: {why}"),
-        ))
+        Err(Error::new(code::TRY_AGAIN, "the nftables rules for host ports vanish again and again"))
     }
 }
 

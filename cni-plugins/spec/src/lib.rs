@@ -13,6 +13,7 @@ mod conf;
 mod env;
 mod error;
 mod name;
+mod owner;
 mod result;
 mod version;
 
@@ -23,6 +24,7 @@ pub use conf::{
 pub use env::{Command, Env};
 pub use error::{Error, code};
 pub use name::{AttachmentId, ContainerId, IfName, NameError, NetworkName, stable_hash};
+pub use owner::Owner;
 pub use result::{AddResult, Dns, Interface, IpConfig, Route, parse_cidr};
 pub use version::Version;
 

@@ -311,6 +311,34 @@ impl AddResult {
         Ok(result)
     }
 
+    /// Addresses that are not of an interface of the host, with their subnets.
+    ///
+    /// # Errors
+    /// Code 7 if one is of an interface that the result does not have.
+    pub fn container_addresses(&self) -> Result<Vec<IpNetwork>, Error> {
+        let mut found = Vec::new();
+        for ip in &self.ips {
+            let on_host = match ip.interface {
+                None => false,
+                Some(index) => match self.interfaces.get(index) {
+                    Some(interface) => interface.sandbox.is_empty(),
+                    None => {
+                        let msg = format!(
+                            "\"prevResult\": the address {} is of interface {index}, and there are {}",
+                            ip.address,
+                            self.interfaces.len()
+                        );
+                        return Err(Error::new(code::INVALID_CONFIG, msg));
+                    }
+                },
+            };
+            if !on_host {
+                found.push(ip.address);
+            }
+        }
+        Ok(found)
+    }
+
     fn from_old(old: OldResult) -> Self {
         let mut result = Self { dns: old.dns, ..Self::default() };
         for half in [old.ip4, old.ip6].into_iter().flatten() {

@@ -41,6 +41,8 @@ const TEXT: &str = "hello from the container";
 /// The machine outside and this one as it sees it.
 const OUTSIDE: [&str; 2] = ["192.0.2.2/24", "192.0.2.1/24"];
 const HOST_PORT: u16 = 18080;
+/// A value that no kernel has by itself.
+const SOMAXCONN: &str = "4099";
 /// How long a container may take until it serves, or is gone.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -120,6 +122,14 @@ fn conflist(t: &Bed) -> Value {
     if has_portmap(t) {
         plugins.push(json!({"type": "portmap", "capabilities": {"portMappings": true}}));
     }
+    // As in podman's own list.
+    if t.plugins.join("firewall").exists() {
+        plugins.push(json!({"type": "firewall"}));
+        plugins.push(json!({
+            "type": "tuning", "sysctl": {"net.core.somaxconn": SOMAXCONN},
+            "dataDir": t.state.path().join("tuning"),
+        }));
+    }
     json!({"cniVersion": "1.0.0", "name": NETWORK, "plugins": plugins})
 }
 
@@ -131,6 +141,15 @@ fn leases(t: &Bed) -> Result<Vec<String>> {
         leases.extend(name.parse::<IpAddr>().is_ok().then_some(name));
     }
     Ok(leases)
+}
+
+/// Makes iptables forward nothing, as Docker does: what gets through is `firewall`'s doing.
+fn close(t: &Bed) -> Result {
+    if t.plugins.join("firewall").exists() {
+        t.nft("add table ip filter")?;
+        t.nft("add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }")?;
+    }
+    Ok(())
 }
 
 /// Asks for the page until it comes.
@@ -170,6 +189,9 @@ fn gone(t: &Bed) -> Result {
     }
     let rules = t.nft("list ruleset")?;
     ensure!(!rules.contains(&HOST_PORT.to_string()), "the port is still mapped: {rules}");
+    ensure!(!rules.contains("comment \"cni:"), "elements of a container are left: {rules}");
+    let kept = fs::read_dir(t.state.path().join("tuning")).map_or(0, Iterator::count);
+    ensure!(kept == 0, "tuning has kept {kept} files");
     Ok(())
 }
 
@@ -231,6 +253,7 @@ impl Drop for Podman<'_> {
 
 fn podman(t: &Bed) -> Result {
     let outside = t.outside(OUTSIDE[1], OUTSIDE[0])?;
+    close(t)?;
     let podman = Podman::new(t)?;
     let tar = t.state.path().join("image.tar");
     let (root, tar) = (root_folder(t)?, tar.to_str().context("path")?);
@@ -281,6 +304,10 @@ fn podman(t: &Bed) -> Result {
         .run(&["exec", "client", "/bin/ping", "-c", "1", "-W", "2", "192.0.2.2"])
         .context("masqueraded")?;
 
+    if t.plugins.join("tuning").exists() {
+        let tuned = podman.run(&["exec", "client", "/bin/cat", "/proc/sys/net/core/somaxconn"])?;
+        ensure!(tuned == SOMAXCONN, "net.core.somaxconn is {tuned}");
+    }
     if has_portmap(t) {
         fetch(&outside, ip("192.0.2.1")?, HOST_PORT).context("the mapped port, from outside")?;
         fetch(&t.host, ip("192.0.2.1")?, HOST_PORT).context("the mapped port, from the host")?;
@@ -423,6 +450,7 @@ fn image(t: &Bed, name: &str) -> Result<PathBuf> {
 fn pods(t: &Bed) -> Result {
     const IMAGE: &str = "localhost/box:1";
     let outside = t.outside(OUTSIDE[1], OUTSIDE[0])?;
+    close(t)?;
     let net_d = t.state.path().join("net.d");
     fs::create_dir_all(&net_d)?;
     let mut list = conflist(t);

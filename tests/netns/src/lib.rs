@@ -23,8 +23,17 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Names under which the executable is put on `CNI_PATH`.
-const PLUGINS: &[&str] =
-    &["bandwidth", "bridge", "host-local", "loopback", "policy", "portmap", "vxlan"];
+const PLUGINS: &[&str] = &[
+    "bandwidth",
+    "bridge",
+    "firewall",
+    "host-local",
+    "loopback",
+    "policy",
+    "portmap",
+    "tuning",
+    "vxlan",
+];
 /// How long a connection may take that is expected to work.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 

@@ -24,8 +24,17 @@ const STOP_GRACE: Duration = Duration::from_secs(15);
 /// How long the API server may take to be ready: etcd's first start fsyncs a lot on slow disks.
 const SERVER_LIMIT: Duration = Duration::from_secs(90);
 const NODES_LIMIT: Duration = Duration::from_secs(120);
-pub(crate) const CNI_PLUGINS: [&str; 7] =
-    ["bandwidth", "bridge", "host-local", "loopback", "policy", "portmap", "vxlan"];
+pub(crate) const CNI_PLUGINS: [&str; 9] = [
+    "bandwidth",
+    "bridge",
+    "firewall",
+    "host-local",
+    "loopback",
+    "policy",
+    "portmap",
+    "tuning",
+    "vxlan",
+];
 
 /// The daemon of a host: `server` on the server, `agent` on a node.
 pub(crate) fn daemon(lab: &Lab, host: &str) -> Daemon {

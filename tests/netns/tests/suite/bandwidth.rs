@@ -162,6 +162,60 @@ fn del_and_gc_find_the_block_of_a_container_that_is_gone() -> Result {
     Ok(())
 }
 
+/// As the reference names it, without alias or group: it was there before we came.
+#[test]
+fn the_block_of_the_reference_is_checked_replaced_and_removed() -> Result {
+    // `printf netpod0 | sha512sum`
+    const NAME: &str = "bwp3f366ffe522c";
+    let t = Testbed::new()?;
+    let (pod, result) = attached(&t)?;
+    assert_eq!(pod.id, "pod0");
+    let conf = shape(&result, egress());
+    let answer = t.add(&pod, &conf)?;
+    assert_eq!(answer["interfaces"][3]["name"], NAME, "the reference's DEL finds it");
+    t.del(&pod, &conf)?;
+    let foreign = cni_netlink::IfbDevice { name: NAME.to_owned(), ..Default::default() };
+    t.netlink.create_ifb(&foreign)?;
+    t.add(&pod, &conf)?;
+    t.attachment("CHECK", &pod, &conf)?.success()?;
+    assert_eq!(blocks(&t)?.len(), 1);
+    t.del(&pod, &conf)?;
+    assert!(blocks(&t)?.is_empty());
+    t.netlink.create_ifb(&foreign)?;
+    t.del(&pod, &conf)?;
+    assert!(blocks(&t)?.is_empty());
+    Ok(())
+}
+
+/// For which the reference has one name.
+#[test]
+fn two_interfaces_of_a_container_have_a_block_each() -> Result {
+    let t = Testbed::new()?;
+    let pod = t.pod()?;
+    let path = pod.path();
+    let mut confs = Vec::new();
+    for ifname in ["eth0", "eth1"] {
+        let variables =
+            [("CNI_CONTAINERID", &*pod.id), ("CNI_NETNS", &*path), ("CNI_IFNAME", ifname)];
+        let result = t.call("bridge", "ADD", &variables, &t.conf(&[SUBNET]))?.success()?;
+        let conf = shape(&result, egress());
+        t.call("bandwidth", "ADD", &variables, &conf)?.success()?;
+        confs.push((variables, conf));
+    }
+    assert_eq!(blocks(&t)?.len(), 2);
+    for (variables, conf) in &confs {
+        t.call("bandwidth", "CHECK", variables, conf)?.success()?;
+    }
+    let (variables, conf) = &confs[0];
+    t.call("bandwidth", "DEL", variables, conf)?.success()?;
+    assert_eq!(blocks(&t)?.len(), 1);
+    let (variables, conf) = &confs[1];
+    t.call("bandwidth", "CHECK", variables, conf)?.success()?;
+    t.call("bandwidth", "DEL", variables, conf)?.success()?;
+    assert!(blocks(&t)?.is_empty());
+    Ok(())
+}
+
 #[test]
 fn what_cannot_be_done_is_refused_and_nothing_is_left() -> Result {
     let t = Testbed::new()?;

@@ -1,6 +1,7 @@
-//! A chain of `bridge`, `portmap` and `bandwidth` that is killed at every one of its system calls that change something:
+//! A chain of `bridge`, `portmap`, `bandwidth`, `firewall` and `tuning` that is killed at every one of its system calls that change something:
 //! what it leaves is found by GC, by DEL and by the next ADD.
 
+use std::fs;
 use std::process::Command;
 
 use anyhow::Context as _;
@@ -23,7 +24,7 @@ const CALLS: [&str; 9] = [
     "setns",
 ];
 
-fn chain(t: &Testbed) -> [Value; 3] {
+fn chain(t: &Testbed) -> [Value; 5] {
     let mut bridge = t.conf(&["10.88.0.0/16", "fd88::/64"]);
     bridge["ipMasq"] = json!(true);
     bridge["hairpinMode"] = json!(true);
@@ -36,10 +37,18 @@ fn chain(t: &Testbed) -> [Value; 3] {
         "ingressRate": 80_000_000, "ingressBurst": 800_000,
         "egressRate": 80_000_000, "egressBurst": 800_000,
     });
+    let mut firewall = plugin("firewall", Value::Null);
+    firewall["ingressPolicy"] = json!("isolated");
+    let mut tuning = plugin("tuning", Value::Null);
+    tuning["mtu"] = json!(1300);
+    tuning["sysctl"] = json!({"net.core.somaxconn": "499"});
+    tuning["dataDir"] = json!(t.state.path().join("tuning"));
     [
         bridge,
         plugin("portmap", json!({"portMappings": ports})),
         plugin("bandwidth", json!({"bandwidth": rates})),
+        firewall,
+        tuning,
     ]
 }
 
@@ -77,10 +86,15 @@ fn left(t: &Testbed) -> Result<Vec<String>> {
         .map(|link| link.name)
         .collect();
     left.extend(t.leases()?.iter().map(ToString::to_string));
+    for entry in fs::read_dir(t.state.path().join("tuning")).into_iter().flatten() {
+        left.push(entry?.path().display().to_string());
+    }
     let rules = t.nft("list ruleset")?;
-    let elements = rules
-        .lines()
-        .filter(|line| line.contains("comment \"cni") || line.contains("jump from_10"));
+    let elements = rules.lines().filter(|line| {
+        line.contains("comment \"cni")
+            || line.contains("jump from_10")
+            || line.contains("elements = { \"cni0\"")
+    });
     left.extend(elements.map(ToOwned::to_owned));
     Ok(left)
 }

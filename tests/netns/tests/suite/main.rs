@@ -2,7 +2,9 @@
 
 mod bandwidth;
 mod bridge;
+mod firewall;
 mod kill;
 mod portmap;
 mod removal;
+mod tuning;
 mod vxlan;

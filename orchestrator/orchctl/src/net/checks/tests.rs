@@ -20,6 +20,8 @@ fn link(index: u32, name: &str, kind: LinkKind, mtu: u32) -> Link {
         up: true,
         carrier: true,
         promiscuous: false,
+        all_multicast: false,
+        queue_length: 1000,
         master: None,
         peer: None,
         alias: None,
