@@ -184,13 +184,12 @@ impl Plan {
         for pod in &self.add {
             transaction.add(pod.set(), &pod.element());
         }
-        let pair = |name: &str| [name_bytes(name), name_bytes(name)].concat();
-        let single: fn(&str) -> Vec<u8> = name_bytes;
-        let sets: [(&str, &BTreeSet<String>, &BTreeSet<String>, &dyn Fn(&str) -> Vec<u8>); 2] = [
-            (BRIDGES, &self.before.confined, &self.after.confined, &single),
-            (SAME, &self.before.same, &self.after.same, &pair),
-        ];
-        for (set, before, after, key) in sets {
+        let one: fn(&String) -> Vec<u8> = |name| name_bytes(name);
+        let pair: fn(&String) -> Vec<u8> = |name| [name_bytes(name), name_bytes(name)].concat();
+        for (set, before, after, key) in [
+            (BRIDGES, &self.before.confined, &self.after.confined, one),
+            (SAME, &self.before.same, &self.after.same, pair),
+        ] {
             for name in before.difference(after) {
                 transaction.delete(set, &key(name));
             }

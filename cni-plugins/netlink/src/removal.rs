@@ -9,8 +9,10 @@
 //! So a child process makes the system call, and its parent only waits for the first half. Before that the child closes
 //! all files but the socket: a runtime waits until nobody has the plugin's stdout. Whoever ends first, the kernel
 //! finishes what it has begun. The child outlives its parent by those milliseconds and is then left to the host's init,
-//! as the shims of containers are.
+//! as the shims of containers are. Where init takes no notice of those who end, DEL waits for the kernel instead: so at most
+//! [`LEFT_MAX`] stay.
 
+use std::fs;
 use std::os::fd::RawFd;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -31,6 +33,10 @@ const FIRST_PAUSE: Duration = Duration::from_micros(100);
 const LAST_PAUSE: Duration = Duration::from_millis(5);
 /// Parent of those who have lost theirs.
 const INIT: Pid = Pid::from_raw(1);
+/// Its children, the latest last.
+const CHILDREN_OF_INIT: &str = "/proc/1/task/1/children";
+/// Children in a row that have ended without init's notice: so many may be an init that looks after them now and then.
+const LEFT_MAX: usize = 64;
 
 impl Netlink {
     /// As [`delete_link`](Self::delete_link), but returns as soon as the link and its peer are gone for everybody. For
@@ -40,7 +46,7 @@ impl Netlink {
     /// If the kernel refuses.
     pub fn delete_link_unawaited(&self, index: u32) -> Result<(), NetlinkError> {
         // A container whose only program calls plugins has no init that would take in the child.
-        if getppid() == INIT {
+        if getppid() == INIT || init_leaves_them() {
             return self.delete_link(index);
         }
         let mut request = Vec::new();
@@ -71,6 +77,18 @@ impl Netlink {
     }
 }
 
+/// Whether init lets those who end stay. A kernel that does not list children says no.
+fn init_leaves_them() -> bool {
+    let Ok(children) = fs::read_to_string(CHILDREN_OF_INIT) else { return false };
+    let Some(pid) = children.split_ascii_whitespace().nth_back(LEFT_MAX - 1) else { return false };
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| has_ended(&stat))
+}
+
+/// Pure. The state stands behind the name, which may have any letters, brackets too.
+fn has_ended(stat: &str) -> bool {
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('Z'))
+}
+
 /// Starts a child that has nothing open but `socket`, sends `request` and ends. `None` if there can be no child.
 fn send_by_child(socket: RawFd, request: &[u8]) -> Option<Pid> {
     // SAFETY: what the child does between fork and end are system calls on numbers and on bytes that exist already: no
@@ -93,5 +111,18 @@ fn send_by_child(socket: RawFd, request: &[u8]) -> Option<Pid> {
             }
         }
         Err(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_nobody_has_waited_for_has_ended() {
+        assert!(has_ended("5736 (bridge) Z 1 5736 5736 0 -1"));
+        assert!(has_ended("7 (a) Z) Z 1 7"));
+        assert!(!has_ended("7 (a) Z) S 1 7"));
+        assert!(!has_ended("5736 (bridge) D 1 5736") && !has_ended("nonsense"));
     }
 }

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -74,6 +75,47 @@ fn no_process_of_a_del_stays() -> Result {
         ensure!(Instant::now() < deadline, "a process of the plugin lives on");
         sleep(Duration::from_millis(10));
     }
+    Ok(())
+}
+
+/// An init that never waits for those who are left to it, and says in the end how many of them have ended.
+const INIT: &str = r#"
+    if (!fork) { exec "sh", $ARGV[0] }
+    select undef, undef, undef, 0.05 while !-e $ARGV[1];
+    select undef, undef, undef, 0.5;
+    open C, "/proc/1/task/1/children";
+    print scalar grep { open F, "/proc/$_/stat"; <F> =~ /\(bridge\) Z / } split " ", <C>;
+"#;
+
+#[test]
+fn not_many_are_left_to_an_init_that_takes_no_notice() -> Result {
+    const DELS: usize = 80;
+    if Command::new("perl").arg("-v").output().is_err() {
+        eprintln!("skipped: perl, the init of this test, is not installed");
+        return Ok(());
+    }
+    let t = Testbed::new()?;
+    let conf = t.conf(&["10.88.0.0/16"]);
+    let done = t.state.path().join("done");
+    let mut script =
+        format!("export CNI_COMMAND=DEL CNI_IFNAME=eth0 CNI_PATH={}\n", t.plugins.display());
+    let mut pods = Vec::new();
+    for _ in 0..DELS {
+        let pod = t.pod()?;
+        t.add(&pod, &conf)?;
+        script.push_str(&format!("echo '{conf}' | CNI_CONTAINERID={} $CNI_PATH/bridge\n", pod.id));
+        pods.push(pod);
+    }
+    script.push_str(&format!("touch {}\n", done.display()));
+    let path = t.state.path().join("dels.sh");
+    fs::write(&path, script)?;
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount-proc", "perl", "-e", INIT]).arg(path).arg(&done);
+    let output = t.host.run(|| command.output().context("run unshare"))?;
+    let left: usize =
+        String::from_utf8_lossy(&output.stdout).parse().with_context(|| format!("{output:?}"))?;
+    assert!((1..=64).contains(&left), "{left} are left");
+    assert!(t.veths()?.is_empty() && t.leases()?.is_empty());
     Ok(())
 }
 
