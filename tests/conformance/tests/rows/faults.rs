@@ -40,27 +40,60 @@ fn number<T: std::str::FromStr>(name: &str) -> Option<T> {
 /// A container that lives, with the result of its ADD.
 type Alive = (Pod, Value);
 
-/// A call that may be killed. `None` if it was.
+/// `bridge` and what podman's list has behind it.
+fn chain(t: &Bed, pod: Option<&Pod>) -> Vec<Value> {
+    let number =
+        pod.and_then(|pod| pod.id.strip_prefix("pod")?.parse::<u16>().ok()).unwrap_or_default();
+    let behind = [
+        json!({"type": "portmap", "runtimeConfig": {"portMappings": [
+            {"hostPort": 20_000 + number, "containerPort": 80, "protocol": "tcp"},
+        ]}}),
+        json!({"type": "firewall", "ingressPolicy": "same-bridge"}),
+        json!({
+            "type": "tuning", "mtu": 1400, "sysctl": {"net.core.somaxconn": "499"},
+            "dataDir": t.state.path().join("tuning"),
+        }),
+    ];
+    let bridge = t.conf_with(KEYS());
+    let behind = behind.map(|mut conf| {
+        conf["cniVersion"] = bridge["cniVersion"].clone();
+        conf["name"] = bridge["name"].clone();
+        conf
+    });
+    std::iter::once(bridge).chain(behind).collect()
+}
+
+/// One verb for all plugins of the chain, one of which may be killed. `None` if it was, else the last document.
 fn maybe_killed(
     t: &Bed,
     random: &mut StdRng,
     variables: &[(&str, &str)],
-    conf: &Value,
+    chain: &[Value],
 ) -> Result<Option<Value>> {
-    let mut child = t.start("bridge", variables, conf)?;
-    if random.random_bool(0.6) {
-        thread::sleep(random.random_range(Duration::ZERO..KILL_WITHIN));
-        child.kill()?;
+    let adds = variables.contains(&("CNI_COMMAND", "ADD"));
+    let victim = random.random_bool(0.6).then(|| random.random_range(0..chain.len()));
+    let mut document = Value::Null;
+    for (at, conf) in chain.iter().enumerate() {
+        let mut conf = conf.clone();
+        if adds && at > 0 {
+            conf["prevResult"] = document;
+        }
+        let plugin = conf["type"].as_str().context("type")?;
+        let mut child = t.start(plugin, variables, &conf)?;
+        if victim == Some(at) {
+            thread::sleep(random.random_range(Duration::ZERO..KILL_WITHIN));
+            child.kill()?;
+        }
+        let output = child.wait_with_output()?;
+        if output.status.code().is_none() {
+            return Ok(None);
+        }
+        document = match output.stdout.as_slice() {
+            [] => Value::Null,
+            text => serde_json::from_slice(text)?,
+        };
+        ensure!(output.status.success(), "{plugin} {variables:?}: {document}");
     }
-    let output = child.wait_with_output()?;
-    if output.status.code().is_none() {
-        return Ok(None);
-    }
-    let document = match output.stdout.as_slice() {
-        [] => Value::Null,
-        text => serde_json::from_slice(text)?,
-    };
-    ensure!(output.status.success(), "{variables:?}: {document}");
     Ok(Some(document))
 }
 
@@ -73,7 +106,6 @@ fn random_kills_leave_nothing_that_one_gc_does_not_remove(t: &Bed) -> Result {
 }
 
 fn random_kills(t: &Bed, random: &mut StdRng, rounds: u32) -> Result {
-    let conf = t.conf_with(KEYS());
     let mut alive: Vec<Alive> = Vec::new();
     // Containers that the runtime has given up; some keep their namespace, and so their link.
     let mut lost: Vec<Pod> = Vec::new();
@@ -84,7 +116,8 @@ fn random_kills(t: &Bed, random: &mut StdRng, rounds: u32) -> Result {
             0..6 => {
                 let pod = t.pod()?;
                 let variables = t.variables("ADD", &pod);
-                match maybe_killed(t, random, &borrowed(&variables), &conf).with_context(step)? {
+                let chain = chain(t, Some(&pod));
+                match maybe_killed(t, random, &borrowed(&variables), &chain).with_context(step)? {
                     Some(result) => alive.push((pod, result)),
                     None => {
                         killed += 1;
@@ -95,22 +128,24 @@ fn random_kills(t: &Bed, random: &mut StdRng, rounds: u32) -> Result {
             6..9 if !alive.is_empty() => {
                 let at = random.random_range(0..alive.len());
                 let (pod, result) = alive.swap_remove(at);
-                let conf = if random.random_bool(0.5) {
-                    with_result(&conf, &result)
-                } else {
-                    conf.clone()
-                };
+                let mut chain = chain(t, Some(&pod));
+                chain.reverse();
+                if random.random_bool(0.5) {
+                    chain = chain.iter().map(|conf| with_result(conf, &result)).collect();
+                }
                 let variables = t.variables("DEL", &pod);
                 let done =
-                    maybe_killed(t, random, &borrowed(&variables), &conf).with_context(step)?;
+                    maybe_killed(t, random, &borrowed(&variables), &chain).with_context(step)?;
                 killed += u32::from(done.is_none());
                 lost.push(pod);
             }
             _ => {
-                let mut conf = conf.clone();
-                conf["cni.dev/valid-attachments"] = valid(&alive);
+                let mut chain = chain(t, None);
+                for conf in &mut chain {
+                    conf["cni.dev/valid-attachments"] = valid(&alive);
+                }
                 let variables = [("CNI_COMMAND", "GC")];
-                let done = maybe_killed(t, random, &variables, &conf).with_context(step)?;
+                let done = maybe_killed(t, random, &variables, &chain).with_context(step)?;
                 killed += u32::from(done.is_none());
             }
         }
@@ -120,30 +155,37 @@ fn random_kills(t: &Bed, random: &mut StdRng, rounds: u32) -> Result {
     }
     ensure!(killed > rounds / 8, "only {killed} of {rounds} were killed");
 
-    gc(t, &conf, &alive)?;
+    gc(t, &alive)?;
     let once = Host::observe(t)?;
     once.has_only(&alive)?;
-    gc(t, &conf, &alive)?;
+    gc(t, &alive)?;
     let twice = Host::observe(t)?;
     ensure!(once == twice, "a second GC changed\n{once:?} to\n{twice:?}");
     for (pod, result) in &alive {
-        t.attachment("CHECK", pod, &with_result(&conf, result))?.success()?;
+        for conf in chain(t, Some(pod)) {
+            t.attachment("CHECK", pod, &with_result(&conf, result))?.success()?;
+        }
         connect(&pod.netns, &t.host, gateway(result)?)?;
         connect(&t.host, &pod.netns, address(result, 0)?)?;
     }
     alive.clear();
-    gc(t, &conf, &alive)?;
-    Host::observe(t)?.has_only(&alive)
+    gc(t, &alive)?;
+    let host = Host::observe(t)?;
+    let tables = ["cni_portmap", "cni_firewall"].map(|table| host.rules.contains(table));
+    ensure!(tables == [false; 2], "with the last container its rules go: {}", host.rules);
+    host.has_only(&alive)
 }
 
 fn valid(alive: &[Alive]) -> Value {
     alive.iter().map(|(pod, _)| json!({"containerID": pod.id, "ifname": "eth0"})).collect()
 }
 
-fn gc(t: &Bed, conf: &Value, alive: &[Alive]) -> Result {
-    let mut conf = conf.clone();
-    conf["cni.dev/valid-attachments"] = valid(alive);
-    t.call("bridge", "GC", &[], &conf)?.success().map(drop)
+fn gc(t: &Bed, alive: &[Alive]) -> Result {
+    for mut conf in chain(t, None) {
+        conf["cni.dev/valid-attachments"] = valid(alive);
+        t.call(conf["type"].as_str().context("type")?, "GC", &[], &conf)?.success()?;
+    }
+    Ok(())
 }
 
 /// All that plugins leave on a host.
@@ -179,11 +221,14 @@ impl Host {
         ensure!(self.veths.len() == alive.len(), "{} veths for {}", self.veths.len(), alive.len());
         let chains = self.rules.matches("ether saddr").count();
         ensure!(chains == alive.len(), "{chains} spoof checks for {}: {}", alive.len(), self.rules);
-        let masquerades = self.rules.matches("masquerade").count();
+        // Those of portmap are about what has come by a mapped port, wherever it goes.
+        let masquerade = |line: &&str| line.contains("masquerade") && line.contains("daddr");
+        let masquerades = self.rules.lines().filter(masquerade).count();
         ensure!(masquerades == usize::from(!alive.is_empty()), "masquerade: {}", self.rules);
         // Whatever a plugin writes down about a container has its ID.
         let ids: BTreeSet<&str> = alive.iter().map(|(pod, _)| pod.id.as_str()).collect();
-        for (path, text) in &self.files {
+        let rules = ("nftables".to_owned(), self.rules.clone());
+        for (path, text) in self.files.iter().chain([&rules]) {
             for word in [path, text].iter().flat_map(|text| {
                 text.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| is_pod(w))
             }) {
