@@ -7,6 +7,7 @@
 #include "from_pod.bpf.c"
 #include "to_pod.bpf.c"
 #include "to_wire.bpf.c"
+#include "fast_path.bpf.c"
 
 /* The kernel lends most helpers to GPL-compatible programs only. */
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -4,6 +4,8 @@
 //! What comes in cannot be queued, so a link that is to be shaped in that direction hands its packets to an
 //! intermediate functional block (IFB), a link that only has a way out.
 
+use std::collections::BTreeSet;
+
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
@@ -38,6 +40,8 @@ const MIRRED_PARAMETERS: u16 = 2;
 const ACTION_STOLEN: i32 = 4;
 const MIRRED_EGRESS_REDIRECT: i32 = 1;
 const PROTOCOL_ALL: u16 = 3;
+/// What a virtual link has by itself.
+const UNSHAPED: &str = "noqueue";
 /// Of our filter: behind those that others put first.
 const FILTER_PRIORITY: u32 = 100;
 
@@ -102,6 +106,22 @@ impl Netlink {
         let request = || format!("look for a token bucket on link {link}");
         let message = RouteNetlinkMessage::GetQueueDiscipline(index_message(link));
         Ok(self.dump(message, request, read)?.into_iter().next())
+    }
+
+    /// Links with a queue discipline or classifier that somebody put there; what the kernel gives a virtual link by itself
+    /// is none.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn shaped_links(&self) -> Result<BTreeSet<u32>, NetlinkError> {
+        let read = |payload: &[u8]| {
+            let kind = payload.get(HEADER_BYTES..).and_then(|all| attribute(all, TCA_KIND));
+            let is_made = kind.and_then(text).is_some_and(|kind| kind != UNSHAPED);
+            Ok(read_u32(payload, INDEX_AT).filter(|_| is_made))
+        };
+        let message = RouteNetlinkMessage::GetQueueDiscipline(index_message(0));
+        let all = self.dump(message, || "list queue disciplines".to_owned(), read)?;
+        Ok(all.into_iter().collect())
     }
 
     /// Hands everything that comes in by `link` to the way out of `to`; what a filter with a lower number has taken

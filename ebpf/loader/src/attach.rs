@@ -23,6 +23,11 @@ pub enum Hook {
     ToPod,
     /// Egress of a link that leaves the node.
     ToWire,
+    /// Ingress of the host end of a pod's veth and of links by which packets of pods come in, before [`Hook::FromPod`]:
+    /// the short way for flows that are known.
+    FastEnter,
+    /// Egress of the same links, behind the others: flows become known.
+    FastLeave,
 }
 
 /// First, so that nobody before us can end the chain.
@@ -34,7 +39,12 @@ const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 1);
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::FromPod, Self::ToPod, Self::ToWire];
+    pub const ALL: [Self; 5] =
+        [Self::FromPod, Self::ToPod, Self::ToWire, Self::FastEnter, Self::FastLeave];
+    /// Those that enforce policies.
+    pub const POLICY: [Self; 3] = [Self::FromPod, Self::ToPod, Self::ToWire];
+    /// Those of the fast path.
+    pub const FAST_PATH: [Self; 2] = [Self::FastEnter, Self::FastLeave];
 
     /// Name of the program.
     #[must_use]
@@ -43,15 +53,38 @@ impl Hook {
             Self::FromPod => "from_pod",
             Self::ToPod => "to_pod",
             Self::ToWire => "to_wire",
+            Self::FastEnter => "fast_enter",
+            Self::FastLeave => "fast_leave",
         }
     }
 
     fn direction(self) -> TcAttachType {
         match self {
-            Self::FromPod => TcAttachType::Ingress,
-            Self::ToPod | Self::ToWire => TcAttachType::Egress,
+            Self::FromPod | Self::FastEnter => TcAttachType::Ingress,
+            Self::ToPod | Self::ToWire | Self::FastLeave => TcAttachType::Egress,
         }
     }
+
+    /// Policies come before everybody, so that nobody can end the chain before them. `fast_enter` spares them where it knows
+    /// their answer, and what it does not know comes to them next; `fast_leave` sees what all others let pass.
+    fn order(self) -> LinkOrder {
+        if self == Self::FastLeave { LinkOrder::last() } else { LinkOrder::first() }
+    }
+
+    pub(crate) fn is_fast_path(self) -> bool {
+        Self::FAST_PATH.contains(&self)
+    }
+
+    /// Whether this kernel can have it.
+    pub(crate) fn is_supported(self) -> bool {
+        !self.is_fast_path() || has_tcx()
+    }
+}
+
+/// Whether this kernel can have the programs of [`Hook::FAST_PATH`]: they need TCX links (Linux 6.6).
+#[must_use]
+pub fn supports_fast_path() -> bool {
+    has_tcx()
 }
 
 /// Attaches the pinned program to a link of the current network namespace, and pins that. A link that has it keeps it.
@@ -72,7 +105,7 @@ pub fn attach(pins: &Pins, ifname: &str, ifindex: u32, hook: Hook) -> Result<(),
     }
     let mut patience = ATTEMPTS;
     let id = loop {
-        let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let order = TcAttachOptions::TcxOrder(hook.order());
         match program.attach_with_options(ifname, hook.direction(), order) {
             // A link whose pin was just removed is on the device until the kernel has got round to it.
             Err(error) if patience > 0 && is_taken(&error) => {
@@ -148,7 +181,7 @@ pub(crate) fn take_filters() {
         return;
     }
     for link in nix::net::if_::if_nameindex().iter().flatten() {
-        for hook in Hook::ALL {
+        for hook in Hook::POLICY {
             // Most links have none.
             if let Ok(name) = link.name().to_str() {
                 let _ = tc::qdisc_detach_program(name, hook.direction(), hook.program());
@@ -187,6 +220,26 @@ pub fn detach(pins: &Pins, ifindex: u32) -> Result<(), Error> {
         remove(&pins.link(ifindex, hook))?;
     }
     Ok(())
+}
+
+/// Takes one program from a link. What is gone is gone.
+///
+/// # Errors
+/// If the pin cannot be removed.
+pub fn detach_hook(pins: &Pins, ifindex: u32, hook: Hook) -> Result<(), Error> {
+    remove(&pins.link(ifindex, hook))
+}
+
+/// Indexes of links that have a pin for the hook. Without a folder of pins there are none.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn links_with(pins: &Pins, hook: Hook) -> Result<Vec<u32>, Error> {
+    if !pins.links().exists() {
+        return Ok(Vec::new());
+    }
+    let all = pinned_links(pins)?.into_iter();
+    Ok(all.filter(|(_, _, name)| name == hook.program()).map(|(_, ifindex, _)| ifindex).collect())
 }
 
 /// Removes pins of links for which `is_wanted` says no. Indexes of links are those of the pins' names.

@@ -14,7 +14,7 @@ use crate::{Error, Hook, Maps, Pins};
 pub const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/policy.o"));
 
 /// Names of all maps.
-pub(crate) const MAPS: [&str; 11] = [
+pub(crate) const MAPS: [&str; 13] = [
     "endpoints",
     "slots",
     "class_maps",
@@ -26,6 +26,8 @@ pub(crate) const MAPS: [&str; 11] = [
     "events",
     "event_budgets",
     "settings",
+    "fast_flows",
+    "fast_tunnels",
 ];
 
 /// Makes programs and maps of this build the pinned ones. Maps that are pinned stay, with all that is in them. Where the
@@ -41,7 +43,7 @@ pub fn install(pins: &Pins) -> Result<Maps, Error> {
     }
     check_layouts(pins)?;
     let mut object = loader.load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
-    for hook in Hook::ALL {
+    for hook in Hook::ALL.into_iter().filter(|hook| hook.is_supported()) {
         ensure_program(&mut object, hook, pins)?;
     }
     retire_wires_of_others(pins)?;

@@ -15,7 +15,9 @@ mod maps;
 mod pins;
 
 pub use announce::{Announcement, Answer, AskError, PodRef, Request, ask};
-pub use attach::{Hook, attach, detach, is_attached, sweep};
+pub use attach::{
+    Hook, attach, detach, detach_hook, is_attached, links_with, supports_fast_path, sweep,
+};
 pub use error::Error;
 pub use install::{OBJECT, install, retire_others, uninstall};
 pub use kept::Kept;

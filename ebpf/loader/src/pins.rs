@@ -76,7 +76,7 @@ impl Pins {
     /// Whether somebody has put programs there.
     #[must_use]
     pub fn are_there(&self) -> bool {
-        Hook::ALL.iter().all(|hook| self.program(hook.program()).exists())
+        Hook::POLICY.iter().all(|hook| self.program(hook.program()).exists())
     }
 
     pub(crate) fn map(&self, name: &str) -> PathBuf {

@@ -8,8 +8,8 @@ use std::process::Command;
 use orch_ebpf_maps::{
     ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, Action, Address, AddressData, ClassKey,
     Config, Direction, Endpoint, Event, FAMILY_BITS, FAMILY_IPV4, FAMILY_IPV6, FLOW_DEFERRED, Flow,
-    FlowKey, ISOLATED_EGRESS, ISOLATED_INGRESS, LAYOUT_VERSION, MAX_CLASS_ENTRIES, MAX_ENDPOINTS,
-    MAX_RULE_ENTRIES, Reason, Rule, RuleKey, state,
+    FlowKey, ISOLATED_EGRESS, ISOLATED_INGRESS, LAYOUT_VERSION, MARK_PLAIN, MAX_CLASS_ENTRIES,
+    MAX_ENDPOINTS, MAX_RULE_ENTRIES, Reason, Rule, RuleKey, state,
 };
 
 macro_rules! layout {
@@ -35,7 +35,7 @@ macro_rules! layout {
 
 #[test]
 fn rust_and_c_agree_on_layouts_and_numbers() {
-    let mut text = String::from("#include \"tables.h\"\n");
+    let mut text = String::from("#include \"fast_path.h\"\n");
     layout!(text, Endpoint = "endpoint" { uid slot generation class_map table addr mac state flags revision addr6 });
     layout!(text, ClassKey = "class_key" { prefix_len });
     // In C the key is flat.
@@ -76,6 +76,7 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
     number("ADDRESS_NODE", ADDRESS_NODE.into());
     number("ADDRESS_SERVICE", ADDRESS_SERVICE.into());
     number("ADDRESS_REMOTE_NODE", ADDRESS_REMOTE_NODE.into());
+    number("MARK_PLAIN", MARK_PLAIN.into());
     number("FLOW_DEFERRED", FLOW_DEFERRED.into());
     number("INGRESS", Direction::Ingress as u64);
     number("EGRESS", Direction::Egress as u64);

@@ -50,6 +50,9 @@ pub const ADDRESS_SERVICE: u32 = 0x02;
 /// [`Address::flags`]: another node of the cluster.
 pub const ADDRESS_REMOTE_NODE: u32 = 0x04;
 
+/// In a packet's mark, by a rule of nftables: its connection is known and not translated.
+pub const MARK_PLAIN: u32 = 0x0200;
+
 /// One pod; the key is the index of the host end of its veth.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -62,6 +62,9 @@ pub struct NetworkConfig {
     pub port: u16,
     /// How packets get to another node.
     pub mode: Mode,
+    /// Whether packets of known flows take the short way through a node (eBPF). A key of ours in `Backend`, which flannel
+    /// does not read.
+    pub fast_path: bool,
 }
 
 /// The IPv4 half of a network.
@@ -309,6 +312,7 @@ struct ReadBackend {
     vni: Option<u32>,
     port: Option<u16>,
     directrouting: bool,
+    fastpath: bool,
 }
 
 /// What is written.
@@ -357,6 +361,8 @@ struct WrittenBackend {
     port: u16,
     #[serde(rename = "DirectRouting", skip_serializing_if = "std::ops::Not::not")]
     direct_routing: bool,
+    #[serde(rename = "FastPath", skip_serializing_if = "std::ops::Not::not")]
+    fast_path: bool,
 }
 
 fn check_vni(vni: u32) -> Result<(), ConfigError> {
@@ -390,7 +396,7 @@ impl NetworkConfig {
     ) -> Result<Self, ConfigError> {
         check_vni(vni)?;
         let v4 = Some(Ipv4Config::checked(network, Some(subnet_len), None, None)?);
-        Ok(Self { v4, v6: None, vni, port, mode: Mode::default() })
+        Ok(Self { v4, v6: None, vni, port, mode: Mode::default(), fast_path: false })
     }
 
     /// Reads what is in etcd.
@@ -448,7 +454,7 @@ impl NetworkConfig {
         } else {
             None
         };
-        Ok(Self { v4, v6, vni, port, mode })
+        Ok(Self { v4, v6, vni, port, mode, fast_path: backend.fastpath })
     }
 
     /// The same with another mode.
@@ -480,6 +486,7 @@ impl NetworkConfig {
                 vni: self.vni,
                 port: self.port,
                 direct_routing: self.mode == Mode::DirectRouting,
+                fast_path: self.fast_path,
             },
         };
         serde_json::to_vec(&wire).expect("plain data has a JSON form")
@@ -546,8 +553,10 @@ mod tests {
         let config =
             NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472).expect("valid");
         for mode in [Mode::Vxlan, Mode::DirectRouting, Mode::HostGw] {
-            let config = config.clone().with_mode(mode);
-            assert_eq!(NetworkConfig::parse(&config.to_json()), Ok(config));
+            for fast_path in [false, true] {
+                let config = NetworkConfig { mode, fast_path, ..config.clone() };
+                assert_eq!(NetworkConfig::parse(&config.to_json()), Ok(config));
+            }
         }
         let dual = parse(r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}"#).expect("valid");
         let v6 = dual.v6.expect("dual stack");

@@ -7,6 +7,7 @@
 //! - [`services`] writes Services and the pod network's masquerade into one nftables table.
 //! - [`dns`] answers the cluster's names on this node.
 //! - [`policy`] enforces NetworkPolicies with eBPF programs.
+//! - [`fast_path`] lets packets of known flows pass by the kernel's long way.
 //! - [`metrics`] counts for Prometheus.
 //! - [`files`] tells CNI plugins (`subnet.env`, the configuration list), `node` the API server (`podCIDR`), and
 //!   [`status`] people what there is.
@@ -15,6 +16,7 @@
 //! part that starts compares before it writes.
 
 pub mod dns;
+pub mod fast_path;
 pub mod files;
 pub mod lease;
 pub mod mac;

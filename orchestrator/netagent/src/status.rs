@@ -44,6 +44,8 @@ pub struct NetStatus {
     pub services: ServiceStatus,
     /// NetworkPolicies in the kernel.
     pub policy: PolicyStatus,
+    /// The short way of packets whose flow is known.
+    pub fast_path: FastPathStatus,
     /// Address of the DNS server, once it has names.
     pub dns: Option<String>,
     /// What is wrong and wants a person.
@@ -106,6 +108,18 @@ pub struct PolicyStatus {
     pub revision: u64,
     /// What is wrong and wants a person.
     pub problems: Vec<String>,
+}
+
+/// The short way of packets whose flow is known.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FastPathStatus {
+    /// Whether the network's configuration wants it.
+    pub on: bool,
+    /// Links that have it.
+    pub links: usize,
+    /// Why it is not as it must be.
+    pub problem: Option<String>,
 }
 
 impl NetStatus {

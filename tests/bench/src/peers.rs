@@ -4,6 +4,7 @@
 //! busy the machine is; the wall clock says the same on an idle one.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -80,7 +81,7 @@ pub(crate) struct Both {
 pub(crate) fn program(underlay: &Underlay, count: u16, agent_first: bool) -> anyhow::Result<Both> {
     let peers = peers(count);
     let in_a_node = |number: u8, agent: bool| -> anyhow::Result<Took> {
-        let node = Node::new(underlay, number)?;
+        let node = Node::new(underlay, number, PathBuf::new())?;
         // The clock runs in the thread that works, which `run` starts.
         node.netns.run(|| {
             let netlink = Netlink::open()?;

@@ -4,8 +4,10 @@
 //! closed underlay, masquerade and (empty) Services. Bridges and pods are the same for both. All vanishes with the
 //! process.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd as _;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -13,9 +15,12 @@ use cni_netlink::{AddressOptions, Bridge, MacBytes, NetNs, Netlink, Route, VethP
 use cni_nftables::Nft;
 use ipnetwork::{IpNetwork, Ipv4Network};
 use nix::sched::{CloneFlags, unshare};
+use orch_ebpf_loader::{Hook, Pins, attach, install};
+use orch_ebpf_maps::{Config, Endpoint, LAYOUT_VERSION, state};
+use orch_netagent::fast_path::{self, FastPath};
 use orch_netagent::lease::{Identity, Leases, Network, SubnetKey};
 use orch_netagent::mac::Mac;
-use orch_netagent::network::NetworkConfig;
+use orch_netagent::network::{Mode, NetworkConfig};
 use orch_netagent::overlay::kernel::{apply_peers, observe_peers};
 use orch_netagent::overlay::plan::{WantedPeers, plan_peers};
 use orch_netagent::overlay::{Path, Peer, Peers, closed};
@@ -26,6 +31,8 @@ const UNDERLAY_MTU: u32 = 1500;
 const OVERLAY_MTU: u32 = 1450;
 const VNI: u32 = 1;
 const PORT: u16 = 8472;
+/// Host ends of the pods' links.
+const POD_LINKS: [&str; 2] = ["p2", "p3"];
 
 /// A namespace, alive as long as this value.
 pub(crate) fn new_netns() -> anyhow::Result<NetNs> {
@@ -47,9 +54,22 @@ fn cidr(ip: Ipv4Addr, prefix: u8) -> anyhow::Result<IpNetwork> {
     Ok(IpNetwork::V4(Ipv4Network::new(ip, prefix)?))
 }
 
+/// What of the agent's work a node has.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Parts {
+    /// Its tables of nftables.
+    pub(crate) rules: bool,
+    /// Routes over the underlay's link instead of VXLAN.
+    pub(crate) direct: bool,
+    /// The fast path.
+    pub(crate) fast: bool,
+}
+
 /// A host with pods.
 pub(crate) struct Node {
     number: u8,
+    /// Its files.
+    root: PathBuf,
     pub(crate) netns: NetNs,
     pub(crate) pods: Vec<Pod>,
 }
@@ -94,7 +114,7 @@ fn set(netns: &NetNs, key: &str, value: &str) -> anyhow::Result<()> {
 
 impl Node {
     /// A node with two pods on its bridge. `number` makes its addresses.
-    pub(crate) fn new(underlay: &Underlay, number: u8) -> anyhow::Result<Self> {
+    pub(crate) fn new(underlay: &Underlay, number: u8, root: PathBuf) -> anyhow::Result<Self> {
         let netns = new_netns()?;
         set(&netns, "ipv4/ip_forward", "1")?;
         // Nothing is filtered here, and the same holds for both overlays.
@@ -112,7 +132,7 @@ impl Node {
         })?;
         let inside = Netlink::open_in(&netns)?;
         let eth0 = up(&inside, "eth0")?;
-        let mut node = Self { number, netns, pods: Vec::new() };
+        let mut node = Self { number, root, netns, pods: Vec::new() };
         inside.add_address(eth0, cidr(node.address(), 24)?, &AddressOptions::default())?;
         let cni0 = inside.create_bridge(&Bridge {
             name: "cni0".to_owned(),
@@ -122,16 +142,23 @@ impl Node {
         })?;
         let gateway = Ipv4Addr::new(10, 244, number, 1);
         inside.add_address(cni0.index, cidr(gateway, 24)?, &AddressOptions::default())?;
-        for host in [2, 3] {
-            node.pods.push(node.pod(&inside, cni0.index, gateway, host)?);
+        for (host, name) in [2, 3].into_iter().zip(POD_LINKS) {
+            node.pods.push(node.pod(&inside, cni0.index, gateway, host, name)?);
         }
         Ok(node)
     }
 
-    fn pod(&self, node: &Netlink, bridge: u32, gateway: Ipv4Addr, host: u8) -> anyhow::Result<Pod> {
+    fn pod(
+        &self,
+        node: &Netlink,
+        bridge: u32,
+        gateway: Ipv4Addr,
+        host: u8,
+        name: &str,
+    ) -> anyhow::Result<Pod> {
         let netns = new_netns()?;
         node.create_veth(&VethPair {
-            name: format!("p{host}"),
+            name: name.to_owned(),
             peer_name: "eth0".to_owned(),
             peer_netns: Some(netns.as_fd()),
             master: Some(bridge),
@@ -181,13 +208,13 @@ impl Node {
         self.netns.run(|| lines.iter().try_for_each(|line| run(line)))
     }
 
-    /// The same as the agent makes it, and with its tables of nftables if `firewall` is true.
-    pub(crate) fn join_by_agent(&self, other: &Self, firewall: bool) -> anyhow::Result<()> {
+    /// The same as the agent makes it.
+    pub(crate) fn join_by_agent(&self, other: &Self, parts: Parts) -> anyhow::Result<()> {
         let netlink = Netlink::open_in(&self.netns)?;
         let device = self.device(&netlink)?;
-        let peers = Peers::from([other.as_peer()]);
+        let peers = Peers::from([other.as_peer(parts.direct)]);
         program(&netlink, device, &peers)?;
-        if !firewall {
+        if !parts.rules {
             return Ok(());
         }
         let network = Network {
@@ -201,7 +228,7 @@ impl Node {
         let networks = Networks {
             cluster: "10.244.0.0/16".parse()?,
             service: orch_config::SERVICE_CIDR.parse()?,
-            dns_ip: orch_config::DNS_IP,
+            dns_ip: orch_config::DNS_IP.into(),
         };
         let tables = [
             closed::desired_table(&network, &me, &peers),
@@ -212,13 +239,55 @@ impl Node {
                 Nft::default().apply(&table.replace_script())?;
             }
             Ok(())
+        })?;
+        if parts.fast { self.make_fast(&netlink, network.config, parts.direct) } else { Ok(()) }
+    }
+
+    /// The programs of NetworkPolicy (no policy selects the pods), and the fast path.
+    fn make_fast(
+        &self,
+        netlink: &Netlink,
+        mut config: NetworkConfig,
+        direct: bool,
+    ) -> anyhow::Result<()> {
+        config.fast_path = true;
+        config.mode = if direct { Mode::DirectRouting } else { Mode::Vxlan };
+        let folder = Pins::below(&self.root);
+        let mut pods = BTreeMap::new();
+        for (pod, name) in self.pods.iter().zip(POD_LINKS) {
+            let link = netlink.link(name)?.with_context(|| format!("there is no link {name}"))?;
+            let inside = Netlink::open_in(&pod.netns)?.link("eth0")?.context("eth0")?;
+            let endpoint = Endpoint {
+                uid: link.index,
+                addr: pod.ip.to_bits().to_be(),
+                mac: inside.mac,
+                state: state::READY,
+                ..Endpoint::default()
+            };
+            pods.insert(link.index, (name, endpoint));
+        }
+        let (links, shaped) = fast_path::observe_links(netlink)?;
+        let indexes = pods.keys().copied().collect();
+        let wanted = fast_path::desired(&config, &links, &indexes, &shaped);
+        self.netns.run(|| -> anyhow::Result<()> {
+            let mut maps = install(&folder)?;
+            let vxlan_port = PORT.to_be();
+            maps.set_settings(Config { version: LAYOUT_VERSION, vxlan_port, pad: [0; 2] })?;
+            for (index, (name, endpoint)) in pods {
+                maps.insert_endpoint(index, endpoint)?;
+                for hook in [Hook::FromPod, Hook::ToPod] {
+                    attach(&folder, name, index, hook)?;
+                }
+            }
+            FastPath::default().ensure(&folder, &wanted)?;
+            Ok(())
         })
     }
 
     /// This node as others see it.
-    fn as_peer(&self) -> (IpNetwork, Peer) {
+    fn as_peer(&self, direct: bool) -> (IpNetwork, Peer) {
         let subnet = IpNetwork::V4(self.subnet());
-        let path = Path::Vxlan(Mac(self.mac()));
+        let path = if direct { Path::Direct } else { Path::Vxlan(Mac(self.mac())) };
         (subnet, Peer { subnet, public_ip: IpAddr::V4(self.address()), path })
     }
 
@@ -243,7 +312,8 @@ impl Node {
 
 /// Makes the kernel hold these peers, as the agent does it: read, compare, write in one batch.
 pub(crate) fn program(netlink: &Netlink, device: u32, peers: &Peers) -> anyhow::Result<()> {
-    let want = WantedPeers::new(peers, device, 0);
+    let underlay = netlink.link("eth0")?.context("eth0")?.index;
+    let want = WantedPeers::new(peers, device, underlay);
     let steps = plan_peers(&observe_peers(netlink, device)?, &want);
     Ok(apply_peers(netlink, device, &steps)?)
 }

@@ -406,6 +406,11 @@ impl Overlay {
     fn desired(&self, network: &Network, underlay: &Underlay) -> (Peers, Vec<String>) {
         let (peers, mut problems) = desired_peers(network, &self.identity, &underlay.on_link);
         problems.extend(network.config_problem.clone());
+        if network.config.fast_path && !self.policy {
+            problems.push(
+                "the fast path is not on: it needs a node that enforces NetworkPolicies; start its agent with --policy auto".to_owned(),
+            );
+        }
         let pods = network.config.v4.map(|v4| v4.network);
         if let Some(pods) = pods.filter(|pods| pods.overlaps(self.service_cidr)) {
             problems.push(format!(

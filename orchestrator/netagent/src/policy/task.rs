@@ -34,9 +34,10 @@ use super::socket::{self, Asked};
 use super::world::{Cluster, Local, Reader, desired_addresses, name};
 use super::{Mode, PLUGIN, adopt, metrics, rules_file, socket_path, state_dir};
 use crate::chain;
+use crate::fast_path::FastPath;
 use crate::files::ensure_content;
 use crate::lease::Network;
-use crate::status::{NetStatus, PolicyStatus};
+use crate::status::{FastPathStatus, NetStatus, PolicyStatus};
 
 /// Changes that come within this time are one.
 const GATHER: Duration = Duration::from_millis(10);
@@ -231,13 +232,16 @@ struct State {
     ready: Option<Ready>,
     netlink: Option<Netlink>,
     reader: Reader,
+    fast_path: FastPath,
 }
 
 /// What a look came to.
+#[derive(Default)]
 struct Looked {
     /// `None` as long as the caches are not filled.
     report: Option<Report>,
     new_wires: Vec<String>,
+    fast_path: FastPathStatus,
 }
 
 /// An ADD that waits.
@@ -330,6 +334,7 @@ impl Task {
                     look.notify_one();
                 }
             }
+            self.report_fast_path(outcome.as_ref().ok().map(|looked| &looked.fast_path));
             let report = outcome.as_ref().ok().and_then(|looked| looked.report.clone());
             waiting = answer(waiting, report.as_ref(), complained.as_deref());
             self.report(report.as_ref(), complained.as_deref(), &unpoliced);
@@ -405,9 +410,20 @@ impl Task {
             service_cidr: Some(self.service_cidr),
         };
         let (paths, port) = (self.paths.clone(), self.vxlan_port);
+        let config = self.network.borrow().as_ref().map(|network| network.config.clone());
         // Not safe to drop half-way, so it is waited for; it takes milliseconds.
         let work = move || {
-            let outcome = look(&mut state, &paths, cluster, local, port);
+            let outcome = look(&mut state, &paths, cluster, local, port).map(|looked| {
+                // Until etcd has told what is wanted, it stays as a former run left it.
+                let State { ready, netlink, fast_path, .. } = &mut state;
+                let (Some(config), Some(Ready { pins, engine }), Some(netlink)) =
+                    (config, ready, netlink)
+                else {
+                    return looked;
+                };
+                let fast_path = fast_path.follow(pins, engine.maps(), netlink, &config);
+                Looked { fast_path, ..looked }
+            });
             (state, outcome)
         };
         tokio::task::spawn_blocking(work).await.ok()
@@ -435,6 +451,18 @@ impl Task {
             look.notify_one();
             open
         })
+    }
+
+    fn report_fast_path(&self, now: Option<&FastPathStatus>) {
+        let Some(now) = now else { return };
+        self.status.send_if_modified(|status| {
+            let changed = status.fast_path != *now;
+            if changed && let Some(problem) = &now.problem {
+                warn!(problem, "the fast path is not as it must be; packets go the whole way");
+            }
+            status.fast_path = now.clone();
+            changed
+        });
     }
 
     fn report(&self, report: Option<&Report>, complaint: Option<&str>, unpoliced: &[String]) {
@@ -484,7 +512,7 @@ fn look(
     let new_wires = node::ensure_wires(pins, &seen).map_err(|error| chain(&error))?;
     local.addresses.extend(&seen.addresses);
     local.endpoints = endpoints(engine, pins, paths, &seen)?;
-    let Some(cluster) = cluster else { return Ok(Looked { report: None, new_wires }) };
+    let Some(cluster) = cluster else { return Ok(Looked { new_wires, ..Looked::default() }) };
     let changed = state.reader.read(&cluster, &local);
     let addresses = desired_addresses(state.reader.world(), &cluster, &local);
     engine.set_addresses(&addresses, vxlan_port).map_err(|error| chain(&error))?;
@@ -496,7 +524,7 @@ fn look(
     if report.written > 0 {
         debug!(revision = report.revision, rows = report.written, "policies are in force");
     }
-    Ok(Looked { report: Some(report), new_wires })
+    Ok(Looked { report: Some(report), new_wires, ..Looked::default() })
 }
 
 /// What the numbers in flow events mean, for `orchctl net flows`.

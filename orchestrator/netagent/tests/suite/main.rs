@@ -2,6 +2,7 @@
 
 mod agent;
 mod chaos;
+mod fast_path;
 mod flannel;
 mod ipv6;
 mod join;

@@ -61,6 +61,9 @@ struct Change {
     /// How packets get to other nodes
     #[arg(long, value_enum)]
     mode: Option<ModeName>,
+    /// The short way through a node for packets of known flows (eBPF; Linux 6.6, nodes that enforce NetworkPolicies)
+    #[arg(long, value_enum)]
+    fast_path: Option<Switch>,
     /// Network that the nodes' subnets are cut from; `none` leaves IPv6 alone
     #[arg(long, value_name = "CIDR|none", value_parser = parse_family::<Ipv4Network>)]
     network: Option<Family<Ipv4Network>>,
@@ -95,6 +98,12 @@ enum ModeName {
     DirectRouting,
     /// As they are; all nodes share a link, and pods get the whole MTU
     HostGw,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 impl From<ModeName> for Mode {
@@ -396,6 +405,8 @@ fn follows(status: &NetStatus, config: &NetworkConfig) -> bool {
     };
     v4 && v6
         && status.mode.as_deref() == Some(config.mode.name())
+        // A node that does not enforce policies cannot have it, and says so elsewhere.
+        && (status.fast_path.on == config.fast_path || !status.policy.enforced)
         && status
             .device
             .as_ref()
@@ -404,7 +415,8 @@ fn follows(status: &NetStatus, config: &NetworkConfig) -> bool {
 
 /// The settings in words.
 fn describe(config: &NetworkConfig, held: usize) -> Vec<String> {
-    let mut lines = vec![format!("mode      {}", config.mode.name())];
+    let fast = if config.fast_path { ", with the fast path" } else { "" };
+    let mut lines = vec![format!("mode      {}{fast}", config.mode.name())];
     lines.extend(config.v4.map(|v4| {
         format!(
             "IPv4      {}; nodes have a /{} from {} to {} ({} subnets, {held} leased)",
@@ -495,6 +507,9 @@ fn edited(json: &[u8], change: &Change) -> Result<Vec<u8>, ConfigError> {
         let direct = (mode == Mode::DirectRouting).then_some(true.into());
         put(&mut backend, "DirectRouting", direct);
     }
+    if let Some(switch) = change.fast_path {
+        put(&mut backend, "FastPath", (switch == Switch::On).then_some(true.into()));
+    }
     if let Some(vni) = change.vni {
         put(&mut backend, "VNI", Some(vni.into()));
     }
@@ -524,6 +539,17 @@ fn effects(before: &NetworkConfig, after: &NetworkConfig, leases: &Leases) -> Ve
     let mut tell = |breaks: bool, text: String| effects.push(Effect { text, breaks });
     if before.mode != after.mode {
         tell(false, mode_effect(before.mode, after.mode).to_owned());
+    }
+    match (before.fast_path, after.fast_path) {
+        (false, true) => tell(
+            false,
+            "packets of known flows pass by bridge, netfilter and routing of a node; rules of others see one packet a second of each flow; running connections go on"
+                .to_owned(),
+        ),
+        (true, false) => {
+            tell(false, "all packets go the whole way again; running connections go on".to_owned());
+        }
+        _ => {}
     }
     let loses = leases
         .leases

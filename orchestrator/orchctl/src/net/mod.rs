@@ -209,8 +209,10 @@ fn show_status(hosts: &Hosts, format: Option<Format>) -> anyhow::Result<u8> {
         rows,
     )?;
     for (host, status) in &all {
-        let problems =
-            status.iter().flat_map(|status| status.problems.iter().chain(&status.policy.problems));
+        let problems = status.iter().flat_map(|status| {
+            let fast_path = &status.fast_path.problem;
+            status.problems.iter().chain(&status.policy.problems).chain(fast_path)
+        });
         for problem in problems {
             output::line(&format!("- {}: {problem}", host.name))?;
         }

@@ -35,6 +35,8 @@ pub(super) struct NetStatus {
     pub(super) services: Services,
     /// NetworkPolicies in the kernel.
     pub(super) policy: Policy,
+    /// The short way of packets whose flow is known.
+    pub(super) fast_path: FastPath,
     /// What is wrong and wants a person.
     pub(super) problems: Vec<String>,
 }
@@ -48,6 +50,15 @@ pub(super) struct Policy {
     pub(super) enforced: bool,
     pub(super) endpoints: usize,
     pub(super) problems: Vec<String>,
+}
+
+/// The short way of packets whose flow is known.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct FastPath {
+    pub(super) on: bool,
+    pub(super) links: usize,
+    pub(super) problem: Option<String>,
 }
 
 /// The VXLAN device.

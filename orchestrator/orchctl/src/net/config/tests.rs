@@ -32,6 +32,19 @@ fn what_is_not_named_stays_and_so_do_keys_of_others() {
 }
 
 #[test]
+fn the_fast_path_is_switched_and_its_effect_is_told() {
+    let switch = |text: &str, to| {
+        let wanted = Change { fast_path: Some(to), ..Change::default() };
+        String::from_utf8(edited(text.as_bytes(), &wanted).expect("valid")).expect("text")
+    };
+    let on = switch(PLAIN, Switch::On);
+    assert!(config(&on).fast_path && !config(PLAIN).fast_path, "{on}");
+    assert_eq!(config(&switch(&on, Switch::Off)), config(PLAIN));
+    let told = effects(&config(PLAIN), &config(&on), &leases(&[]));
+    assert!(told.len() == 1 && !told[0].breaks, "{told:?}");
+}
+
+#[test]
 fn another_network_takes_its_own_limits_and_what_does_not_fit_is_refused() {
     let text = r#"{"Network":"10.244.0.0/16","SubnetLen":26,"SubnetMin":"10.244.1.0","Backend":{"Type":"vxlan"}}"#;
     let network = Some(Family::Network("10.55.0.0/20".parse().expect("CIDR")));
@@ -94,6 +107,10 @@ fn an_agent_follows_when_all_it_says_agrees() {
     assert!(follows(&right, &config));
     let mode = Some("host-gw".to_owned());
     assert!(!follows(&NetStatus { mode, ..right.clone() }, &config));
+    let fast = NetworkConfig { fast_path: true, ..config.clone() };
+    assert!(follows(&right, &fast), "a node without policies cannot have it");
+    let policy = crate::net::status::Policy { enforced: true, ..Default::default() };
+    assert!(!follows(&NetStatus { policy, ..right.clone() }, &fast));
     let subnet = Some("10.99.3.0/24".to_owned());
     assert!(!follows(&NetStatus { subnet, ..right.clone() }, &config));
     assert!(!follows(&NetStatus { device: None, ..right }, &config));

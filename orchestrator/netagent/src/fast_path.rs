@@ -1,0 +1,319 @@
+//! The fast path: packets of known flows pass by bridge, netfilter and routing (`ebpf/progs/fast_path.bpf.c` says how).
+//!
+//! One setting of the whole network turns it on (`FastPath` in the backend's configuration). What a node needs for it:
+//!
+//! - the two programs on the host ends of the pods' links, and on the links by which other nodes' packets come in. A pod
+//!   that is shaped (the `bandwidth` plugin) goes the whole way: its queue is on its link;
+//! - one rule behind source translation that marks what is not translated, in a table of its own;
+//! - conntrack, which sees a part of the packets only, does not call the others out of window.
+//!
+//! Without the rule nothing is learned, and what was learned lasts a second. So the rule comes last and goes first, and a
+//! change drops nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::PathBuf;
+
+use cni_netlink::{Link, LinkKind, Netlink, NetlinkError};
+use cni_nftables::{Chain, Family, Hook as NftHook, Nft, NftError, Table};
+use ipnetwork::Ipv4Network;
+use orch_ebpf_loader::{
+    Error as LoaderError, Hook, Maps, Pins, attach, detach_hook, links_with, supports_fast_path,
+};
+use orch_ebpf_maps::MARK_PLAIN;
+use tracing::info;
+
+use crate::chain;
+use crate::network::NetworkConfig;
+use crate::status::FastPathStatus;
+
+/// Name of the table.
+pub const TABLE: &str = "orch-fast";
+const CHAIN: &str = "postrouting";
+/// Behind source NAT (100): only then a connection's translation is decided.
+const PRIORITY: i32 = 110;
+/// Of `enum ip_conntrack_status` (`linux/netfilter/nf_conntrack_common.h`): confirmed, translated either way, changed
+/// sequence numbers, dying.
+const CONFIRMED: u32 = 1 << 3;
+const TRANSLATED: u32 = 1 << 4 | 1 << 5;
+const OTHERWISE_CHANGED: u32 = 1 << 6 | 1 << 9;
+const LIBERAL: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
+
+/// Why the fast path is not as it must be.
+#[derive(Debug, thiserror::Error)]
+pub enum FastPathError {
+    /// The kernel is too old.
+    #[error("the fast path needs Linux 6.6 or newer; packets go the whole way")]
+    Kernel,
+    /// A program could not be put on a link, or taken from it.
+    #[error(transparent)]
+    Loader(#[from] LoaderError),
+    /// The rule could not be written.
+    #[error(transparent)]
+    Nft(#[from] NftError),
+    /// The kernel could not be asked.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// The setting of conntrack could not be made.
+    #[error("set {LIBERAL} to 1")]
+    Liberal(#[source] std::io::Error),
+}
+
+/// What must be in the kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// The pod network, if the fast path is on.
+    pub cluster: Option<Ipv4Network>,
+    /// Links that have the programs, by index and name.
+    pub links: BTreeMap<u32, String>,
+}
+
+/// What is there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Links where packets find the short way.
+    pub entering: BTreeSet<u32>,
+    /// Links where flows become known.
+    pub leaving: BTreeSet<u32>,
+    /// Whether there is a rule.
+    pub has_rule: bool,
+    /// For which network, if this run wrote it.
+    pub cluster: Option<Ipv4Network>,
+    /// Whether conntrack bears gaps.
+    pub is_liberal: bool,
+}
+
+/// One change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// conntrack bears that it does not see all packets. Stays when the fast path goes: its flows go on.
+    BearGaps,
+    /// A program onto a link.
+    Attach(u32, String, Hook),
+    /// A program off a link.
+    Detach(u32, Hook),
+    /// The rule, by which flows of this network become known.
+    PutRule(Ipv4Network),
+    /// No rule.
+    RemoveRule,
+}
+
+/// What this configuration wants on this node. `pods` are the host ends of links whose pods' policy is enforced; `shaped`
+/// are links with a queue of their own. Pure.
+#[must_use]
+pub fn desired(
+    config: &NetworkConfig,
+    links: &[Link],
+    pods: &BTreeSet<u32>,
+    shaped: &BTreeSet<u32>,
+) -> Wanted {
+    let cluster = config.v4.filter(|_| config.fast_path).map(|v4| v4.network);
+    if cluster.is_none() {
+        return Wanted::default();
+    }
+    let device = links.iter().find_map(|link| match &link.kind {
+        LinkKind::Vxlan(vxlan) if vxlan.vni == config.vni => {
+            Some((link.index, vxlan.underlay_index))
+        }
+        _ => None,
+    });
+    let outside = device.into_iter().flat_map(|(device, underlay)| [Some(device), underlay]);
+    let outside: BTreeSet<u32> = outside.flatten().collect();
+    let wanted =
+        |index| outside.contains(&index) || pods.contains(&index) && !shaped.contains(&index);
+    let links =
+        links.iter().filter(|link| wanted(link.index)).map(|link| (link.index, link.name.clone()));
+    Wanted { cluster, links: links.collect() }
+}
+
+/// Steps from one to the other. Pure.
+#[must_use]
+pub fn plan(seen: &Seen, want: &Wanted) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let there = [(Hook::FastEnter, &seen.entering), (Hook::FastLeave, &seen.leaving)];
+    if want.cluster.is_none() && seen.has_rule {
+        steps.push(Step::RemoveRule);
+    }
+    if want.cluster.is_some() && !seen.is_liberal {
+        steps.push(Step::BearGaps);
+    }
+    for (hook, there) in there {
+        let missing = want.links.iter().filter(|(index, _)| !there.contains(index));
+        steps.extend(missing.map(|(index, name)| Step::Attach(*index, name.clone(), hook)));
+        let surplus = there.iter().filter(|index| !want.links.contains_key(index));
+        steps.extend(surplus.map(|index| Step::Detach(*index, hook)));
+    }
+    if let Some(cluster) = want.cluster
+        && !(seen.has_rule && seen.cluster == Some(cluster))
+    {
+        steps.push(Step::PutRule(cluster));
+    }
+    steps
+}
+
+/// The table with the rule. Pure.
+#[must_use]
+pub fn desired_table(cluster: Ipv4Network) -> Table {
+    let mut table = Table::new(Family::Ip, TABLE);
+    let bits = CONFIRMED | TRANSLATED | OTHERWISE_CHANGED;
+    let rule = format!(
+        "ip saddr {cluster} ip daddr {cluster} ct status & {bits:#x} == {CONFIRMED:#x} meta mark set meta mark | {MARK_PLAIN:#x}"
+    );
+    table.chain(CHAIN, Chain::base("filter", NftHook::Postrouting, PRIORITY, [rule]));
+    table
+}
+
+/// Reads the links of this node, and which of them are shaped.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn observe_links(netlink: &Netlink) -> Result<(Vec<Link>, BTreeSet<u32>), NetlinkError> {
+    Ok((netlink.links()?, netlink.shaped_links()?))
+}
+
+/// What this run knows of the kernel.
+#[derive(Debug, Default)]
+pub struct FastPath {
+    nft: Nft,
+    cluster: Option<Ipv4Network>,
+    /// It is off, and nothing of it is left.
+    is_idle: bool,
+}
+
+impl FastPath {
+    /// Makes the kernel hold what is wanted, in the namespace of the calling thread; says how many steps that took.
+    ///
+    /// # Errors
+    /// The first step that failed; those that could be done without it are done. Packets go the whole way where it is
+    /// not in force.
+    pub fn ensure(&mut self, pins: &Pins, want: &Wanted) -> Result<usize, FastPathError> {
+        let is_off = want.cluster.is_none();
+        if is_off && self.is_idle {
+            return Ok(0);
+        }
+        if !is_off && !supports_fast_path() {
+            return Err(FastPathError::Kernel);
+        }
+        self.is_idle = false;
+        let steps = plan(&self.observe(pins)?, want);
+        let mut failed = None;
+        for step in &steps {
+            if let Err(error) = self.apply(pins, step)
+                && failed.is_none()
+            {
+                failed = Some(error);
+            }
+        }
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        self.is_idle = is_off;
+        Ok(steps.len())
+    }
+
+    /// Makes the fast path as the network's configuration has it, for pods whose policies are in force.
+    pub(crate) fn follow(
+        &mut self,
+        pins: &Pins,
+        maps: &Maps,
+        netlink: &Netlink,
+        config: &NetworkConfig,
+    ) -> FastPathStatus {
+        let mut status = FastPathStatus { on: config.fast_path, ..FastPathStatus::default() };
+        let outcome = wanted(maps, netlink, config).and_then(|wanted| {
+            status.links = wanted.links.len();
+            self.ensure(pins, &wanted)
+        });
+        match outcome {
+            Ok(0) => {}
+            Ok(steps) => info!(on = status.on, links = status.links, steps, "fast path reconciled"),
+            Err(error) => status.problem = Some(chain(&error)),
+        }
+        status
+    }
+
+    fn observe(&self, pins: &Pins) -> Result<Seen, FastPathError> {
+        let links = |hook| Ok::<_, LoaderError>(links_with(pins, hook)?.into_iter().collect());
+        Ok(Seen {
+            entering: links(Hook::FastEnter)?,
+            leaving: links(Hook::FastLeave)?,
+            has_rule: cni_netlink::nft_ip_chain_exists(TABLE, CHAIN)?,
+            cluster: self.cluster,
+            is_liberal: fs::read(LIBERAL).is_ok_and(|value| value.trim_ascii() == b"1"),
+        })
+    }
+
+    fn apply(&mut self, pins: &Pins, step: &Step) -> Result<(), FastPathError> {
+        match step {
+            Step::BearGaps => {
+                fs::write(PathBuf::from(LIBERAL), "1").map_err(FastPathError::Liberal)?;
+            }
+            Step::Attach(index, name, hook) => match attach(pins, name, *index, *hook) {
+                // A link that went while we looked needs nothing.
+                Err(_) if nix::net::if_::if_nametoindex(name.as_str()) != Ok(*index) => {}
+                outcome => outcome?,
+            },
+            Step::Detach(index, hook) => detach_hook(pins, *index, *hook)?,
+            Step::PutRule(cluster) => {
+                self.nft.apply(&desired_table(*cluster).replace_script())?;
+                self.cluster = Some(*cluster);
+            }
+            Step::RemoveRule => {
+                self.nft.remove(Family::Ip, TABLE)?;
+                self.cluster = None;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn wanted(maps: &Maps, netlink: &Netlink, config: &NetworkConfig) -> Result<Wanted, FastPathError> {
+    if !config.fast_path {
+        return Ok(Wanted::default());
+    }
+    let pods = maps.endpoints()?.into_iter().map(|(index, _)| index).collect();
+    let (links, shaped) = observe_links(netlink)?;
+    Ok(desired(config, &links, &pods, &shaped))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cluster() -> Ipv4Network {
+        "10.244.0.0/16".parse().expect("CIDR")
+    }
+
+    fn wanted(links: &[u32]) -> Wanted {
+        let links = links.iter().map(|index| (*index, format!("link{index}"))).collect();
+        Wanted { cluster: Some(cluster()), links }
+    }
+
+    #[test]
+    fn the_rule_comes_last_and_goes_first() {
+        let up = plan(&Seen::default(), &wanted(&[3]));
+        assert_eq!(up.first(), Some(&Step::BearGaps));
+        assert_eq!(up.last(), Some(&Step::PutRule(cluster())));
+        assert_eq!(up.len(), 4, "two programs on the link: {up:?}");
+        let all = BTreeSet::from([3]);
+        let there = Seen {
+            entering: all.clone(),
+            leaving: all,
+            has_rule: true,
+            cluster: Some(cluster()),
+            is_liberal: true,
+        };
+        assert_eq!(plan(&there, &wanted(&[3])), [], "a second run changes nothing");
+        let down = plan(&there, &Wanted::default());
+        assert_eq!(
+            down,
+            [Step::RemoveRule, Step::Detach(3, Hook::FastEnter), Step::Detach(3, Hook::FastLeave)]
+        );
+        let moved = plan(&there, &wanted(&[4]));
+        assert!(moved.contains(&Step::Detach(3, Hook::FastLeave)), "{moved:?}");
+        assert!(!moved.iter().any(|step| matches!(step, Step::PutRule(_))), "{moved:?}");
+        // A rule that a former run left may be for another network.
+        let unknown = Seen { cluster: None, ..there };
+        assert_eq!(plan(&unknown, &wanted(&[3])), [Step::PutRule(cluster())]);
+    }
+}
