@@ -9,5 +9,6 @@ mod join;
 mod lease;
 mod overlay;
 mod policy;
+mod policy_ipv6;
 mod services;
 mod support;
