@@ -6,6 +6,7 @@
 
 pub use k8s_openapi;
 
+pub mod cluster_policy;
 pub mod defaults;
 pub mod meta;
 pub mod names;

@@ -4,6 +4,7 @@
 //! all share.
 
 mod cluster;
+mod cluster_policy;
 mod config;
 mod network;
 mod pod;
@@ -88,6 +89,9 @@ fn kind_rules(group: &str, kind: &str, object: &Value, old: &Value, errors: &mut
         ("discovery.k8s.io", "EndpointSlice") => network::endpoint_slice(object, errors),
         ("coordination.k8s.io", "Lease") => cluster::lease(object, errors),
         ("networking.k8s.io", "NetworkPolicy") => network::network_policy(object, errors),
+        (crate::cluster_policy::GROUP, "ClusterNetworkPolicy") => {
+            cluster_policy::policy(object, errors);
+        }
         (rbac::GROUP, kind) => rbac::rules(kind, object, errors),
         _ => {}
     }

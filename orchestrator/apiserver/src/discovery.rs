@@ -88,7 +88,8 @@ pub(crate) fn root(path: &str, headers: &HeaderMap, server: &str) -> Response<Bo
 }
 
 fn group(name: &str) -> Value {
-    let version = json!({ "groupVersion": format!("{name}/v1"), "version": "v1" });
+    let version = resources::version(name);
+    let version = json!({ "groupVersion": format!("{name}/{version}"), "version": version });
     json!({ "name": name, "versions": [version], "preferredVersion": version })
 }
 
@@ -175,7 +176,7 @@ fn aggregated(groups: &[&str]) -> Value {
             if !group.is_empty() {
                 meta["name"] = json!(group);
             }
-            json!({ "metadata": meta, "versions": [{ "version": "v1", "freshness": "Current", "resources": list }] })
+            json!({ "metadata": meta, "versions": [{ "version": resources::version(group), "freshness": "Current", "resources": list }] })
         })
         .collect();
     json!({ "kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {}, "items": items })
@@ -184,7 +185,7 @@ fn aggregated(groups: &[&str]) -> Value {
 /// `/api/v1` and `/apis/GROUP/v1`: the plain form, which `kubectl drain` still reads.
 pub(crate) fn group_version(group: &str, version: &str) -> Option<Response<Body>> {
     let known = group.is_empty() || resources::groups().contains(&group);
-    if !known || version != "v1" {
+    if !known || version != resources::version(group) {
         return None;
     }
     let mut list = Vec::new();
@@ -259,8 +260,10 @@ static OPENAPI: LazyLock<Vec<(String, Document)>> = LazyLock::new(|| {
     std::iter::once("")
         .chain(resources::groups())
         .map(|group| {
-            let path =
-                if group.is_empty() { "api/v1".to_owned() } else { format!("apis/{group}/v1") };
+            let path = match group {
+                "" => "api/v1".to_owned(),
+                group => format!("apis/{group}/{}", resources::version(group)),
+            };
             (path, Document::new(&openapi::v3_document(facts(), &describe(group))))
         })
         .collect()
@@ -333,6 +336,8 @@ mod tests {
         let groups = aggregated(&resources::groups());
         assert_eq!(groups["items"].as_array().map(Vec::len), Some(resources::groups().len()));
         assert!(group_version("apps", "v1").is_some() && group_version("apps", "v2").is_none());
+        let alpha = "policy.networking.k8s.io";
+        assert!(group_version(alpha, "v1alpha2").is_some() && group_version(alpha, "v1").is_none());
     }
 
     #[test]

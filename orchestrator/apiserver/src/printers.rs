@@ -136,6 +136,7 @@ pub(crate) fn columns(plural: &str) -> &'static [Column] {
         "serviceaccounts" => const { &[NAME, number("Secrets"), AGE] },
         "leases" => const { &[NAME, text("Holder"), AGE] },
         "networkpolicies" => const { &[NAME, text("Pod-Selector"), AGE] },
+        "clusternetworkpolicies" => const { &[NAME, text("Tier"), text("Priority"), AGE] },
         "roles" | "clusterroles" => const { &[NAME, date("Created At")] },
         "rolebindings" | "clusterrolebindings" => {
             const { &[NAME, text("Role"), AGE, wide("Users"), wide("Groups"), wide("ServiceAccounts")] }
@@ -178,6 +179,10 @@ pub(crate) fn cells(plural: &str, object: &Value, now: Timestamp) -> Vec<Value> 
             ]
         }
         "networkpolicies" => vec![name, json!(selector(&object["spec"]["podSelector"])), age],
+        "clusternetworkpolicies" => {
+            let spec = &object["spec"];
+            vec![name, spec["tier"].clone(), json!(spec["priority"].to_string()), age]
+        }
         "roles" | "clusterroles" => {
             vec![name, text_or(&object["metadata"]["creationTimestamp"], "<unknown>")]
         }

@@ -1,6 +1,7 @@
 //! The type table: every resource this server has. Handlers are generic; what differs between kinds is data here
 //! and a few hooks in [`crate::strategy`].
 
+use orch_api::cluster_policy;
 use serde_json::Value;
 
 /// One resource.
@@ -306,6 +307,19 @@ pub(crate) static RESOURCES: &[Resource] = &[
         ..Resource::new("networking.k8s.io", "networkpolicies", "networkpolicy", "NetworkPolicy")
     },
     Resource {
+        short_names: &["cnp"],
+        namespaced: false,
+        status: true,
+        generation: true,
+        version: cluster_policy::VERSION,
+        ..Resource::new(
+            cluster_policy::GROUP,
+            "clusternetworkpolicies",
+            "clusternetworkpolicy",
+            "ClusterNetworkPolicy",
+        )
+    },
+    Resource {
         namespaced: false,
         ..Resource::new(RBAC, "clusterrolebindings", "clusterrolebinding", "ClusterRoleBinding")
     },
@@ -404,6 +418,11 @@ pub(crate) fn groups() -> Vec<&'static str> {
     groups.sort_unstable();
     groups.dedup();
     groups
+}
+
+/// The one version that a group has.
+pub(crate) fn version(group: &str) -> &'static str {
+    offered().find(|resource| resource.group == group).map_or("v1", |resource| resource.version)
 }
 
 #[cfg(test)]

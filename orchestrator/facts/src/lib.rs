@@ -3,7 +3,7 @@
 //! ([`ownership`]) and OpenAPI documents
 //! ([`openapi`], [`openapi_v2`]).
 //!
-//! The facts are one data file, `k8s-1.36.facts`, described at its head. Start with [`facts`].
+//! The facts are data: `k8s-1.36.facts`, described at its head, and `network-policy-api-v1alpha2.facts`. Start with [`facts`].
 
 pub mod openapi;
 pub mod openapi_v2;

@@ -5,7 +5,10 @@ use std::sync::LazyLock;
 
 use serde_json::Value;
 
-static TEXT: &str = include_str!("../k8s-1.36.facts");
+static TEXT: &str = concat!(
+    include_str!("../k8s-1.36.facts"),
+    include_str!("../network-policy-api-v1alpha2.facts")
+);
 
 /// The facts, read once.
 #[must_use]

@@ -156,6 +156,7 @@ fn world(pods: &[Pod], policies: &[NetworkPolicy]) -> World {
             .collect(),
         nodes: BTreeMap::from([("node0".to_owned(), vec![IpAddr::from([172, 31, 0, 1])])]),
         pod_ranges: Prefix::parse("10.244.0.0/16").into_iter().collect(),
+        ..World::default()
     }
 }
 

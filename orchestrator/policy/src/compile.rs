@@ -1,24 +1,29 @@
 //! The compiler: a world in, peer classes and decision tables out.
 //!
-//! 1. `select`: which policies select which endpoint; endpoints with equal selections (and equal named ports, where
-//!    these are asked for) share a *template*. Only policies that select some endpoint go on.
+//! 1. [`crate::select`]: which policies select which endpoint, in the order in which they are asked; endpoints with equal
+//!    selections (and equal named ports, where these are asked for) share a *template*. Only policies that select some
+//!    endpoint go on.
 //! 2. `group`: every prefix that is known (pods, nodes, blocks and their exceptions) gets its *traits*: which peer lists
 //!    of the rules it is in, and what the port names of egress rules mean there. Prefixes with equal traits are a group.
 //!    One lookup of an address then answers pods and blocks together; exceptions need no negative logic.
-//! 3. `decide`: for each template and group the rules become rows over protocol × port.
+//! 3. `decide`: for each template and group the rules become rows over protocol × port ([`crate::rows`]).
 //! 4. [`crate::number`] gives the groups class numbers, those of the previous output where it can.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use crate::cluster::Tier;
 use crate::index::QueryIndex;
 use crate::number;
 use crate::prefix::{Prefix, PrefixMap};
-use crate::spec::{Namespaces, PeerSpec, PortSpec, RuleSpec};
-use crate::table::{Class, Direction, Ports, Row, Rows, RuleId, Table, Verdict, port_prefixes};
-use crate::world::{Name, PeerKind, PodFacts, PortName, Protocol, World};
+use crate::rows::{Named, Rule, Stage, rows};
+use crate::select::{Endpoints, Source, TemplateKey, port_names, resolve, rules_of, select};
+use crate::spec::{Namespaces, PeerSpec, PortSpec, Query};
+use crate::table::{Class, Direction, Ports, Row, Rows, RuleId, Table, Verdict};
+use crate::world::{Name, PeerKind, PodFacts, PortName, World};
 
 /// What an address is to the policies of this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -27,13 +32,45 @@ pub struct Peer {
     pub kind: PeerKind,
 }
 
+/// Names a policy.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PolicyId {
+    /// A NetworkPolicy.
+    Namespaced(Name),
+    /// A ClusterNetworkPolicy.
+    Cluster(String),
+}
+
+impl fmt::Display for PolicyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Namespaced(name) => write!(f, "policy {name}"),
+            Self::Cluster(name) => write!(f, "ClusterNetworkPolicy {name}"),
+        }
+    }
+}
+
 /// Names what decided.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RuleRef {
-    pub policy: Name,
+    pub policy: PolicyId,
     pub direction: Direction,
     /// Place in the policy's list; `None`: the policy isolates the endpoint, and no rule of any policy allows.
     pub index: Option<u32>,
+    /// The rule's own name, where rules can have one.
+    pub name: Option<String>,
+}
+
+impl fmt::Display for RuleRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.index, &self.name) {
+            (Some(index), Some(name)) => {
+                write!(f, "rule {} ({name}) of {}", index + 1, self.policy)
+            }
+            (Some(index), None) => write!(f, "rule {} of {}", index + 1, self.policy),
+            (None, _) => write!(f, "{} isolates it", self.policy),
+        }
+    }
 }
 
 /// What the data plane of one node shall hold.
@@ -51,30 +88,11 @@ pub struct Compiled {
     pub next_rule: RuleId,
 }
 
-/// One rule of a policy that selects an endpoint.
-struct Rule<'a> {
-    id: RuleId,
-    /// Its peer list in `Input::lists`; `None`: everyone.
-    list: Option<usize>,
-    ports: Option<&'a [PortSpec]>,
-}
-
 /// A policy's part for one direction.
 struct Part<'a> {
-    /// Number of "isolated by this policy".
-    isolates: RuleId,
+    /// Number of "isolated by this policy"; ClusterNetworkPolicies isolate nobody.
+    isolates: Option<RuleId>,
     rules: Vec<Rule<'a>>,
-}
-
-/// Port names with what they mean at one pod.
-type Named<'a> = (&'a PortName, &'a [u16]);
-
-/// Which policies select an endpoint, and its own numbers of the port names in their ingress rules.
-#[derive(Debug, PartialEq, Eq, Hash)]
-struct TemplateKey<'a> {
-    ingress: Vec<&'a Name>,
-    egress: Vec<&'a Name>,
-    ports: Vec<Named<'a>>,
 }
 
 /// What decides about a prefix; equal traits are one group. Group 0 is that of addresses without entry.
@@ -141,65 +159,7 @@ fn owners(world: &World) -> BTreeMap<IpAddr, (&Name, &PodFacts)> {
     owners
 }
 
-type Endpoints<'a> = Vec<(&'a Name, usize)>;
-
-/// Endpoints of the node with the place of their template.
-fn select(world: &World) -> (Vec<TemplateKey<'_>>, Endpoints<'_>) {
-    let mut subjects: HashMap<&str, QueryIndex<'_, &Name>> = HashMap::new();
-    for (name, policy) in &world.policies {
-        subjects.entry(&name.namespace).or_default().insert(policy.subject.as_ref(), name);
-    }
-    let mut places: HashMap<Rc<TemplateKey<'_>>, usize> = HashMap::new();
-    let mut endpoints = Vec::new();
-    let local = |pod: &PodFacts| pod.node == world.node && pod.is_selectable();
-    for (name, pod) in world.pods.iter().filter(|(_, pod)| local(pod)) {
-        let mut selecting: Vec<&Name> = subjects
-            .get(name.namespace.as_str())
-            .map(|index| index.matching(&pod.labels).copied().collect())
-            .unwrap_or_default();
-        selecting.sort_unstable();
-        let speak = |has: fn(&crate::Policy) -> bool| -> Vec<&Name> {
-            selecting.iter().copied().filter(|name| has(&world.policies[*name])).collect()
-        };
-        let ingress = speak(|policy| policy.ingress.is_some());
-        let asked = ingress.iter().filter_map(|name| world.policies[*name].ingress.as_deref());
-        let key = TemplateKey {
-            ports: resolve(port_names(asked.flatten()), pod),
-            egress: speak(|policy| policy.egress.is_some()),
-            ingress,
-        };
-        let next = places.len();
-        endpoints.push((name, *places.entry(Rc::new(key)).or_insert(next)));
-    }
-    let mut templates: Vec<_> = places.into_iter().collect();
-    templates.sort_unstable_by_key(|(_, place)| *place);
-    let templates = templates.into_iter();
-    (
-        templates.map(|(key, _)| Rc::into_inner(key).expect("the map was the one owner")).collect(),
-        endpoints,
-    )
-}
-
-/// Port names that rules ask for, in order and each once.
-fn port_names<'a>(rules: impl Iterator<Item = &'a RuleSpec>) -> BTreeSet<&'a PortName> {
-    rules
-        .filter_map(|rule| rule.ports.as_deref())
-        .flatten()
-        .filter_map(|port| match port {
-            PortSpec::Named(name) => Some(name),
-            PortSpec::Range(..) => None,
-        })
-        .collect()
-}
-
-fn resolve<'a>(names: BTreeSet<&'a PortName>, pod: &'a PodFacts) -> Vec<Named<'a>> {
-    names
-        .into_iter()
-        .filter_map(|name| pod.ports.get(name).map(|numbers| (name, numbers.as_slice())))
-        .collect()
-}
-
-type Parts<'a> = HashMap<(&'a Name, Direction), Part<'a>>;
+type Parts<'a> = HashMap<(Source<'a>, Direction), Part<'a>>;
 /// Distinct peer lists with the port names that egress rules ask of their members.
 type Lists<'a> = Vec<(&'a [PeerSpec], BTreeSet<&'a PortName>)>;
 
@@ -225,22 +185,33 @@ fn intern<'a>(
     let mut parts: Parts<'a> = HashMap::new();
     let mut lists: Lists<'a> = Vec::new();
     let mut places: HashMap<&'a [PeerSpec], usize> = HashMap::new();
-    let used: BTreeSet<(&Name, Direction)> = templates
+    let used: BTreeSet<(Source<'_>, Direction)> = templates
         .iter()
         .flat_map(|template| {
-            let ingress = template.ingress.iter().map(|name| (*name, Direction::Ingress));
-            ingress.chain(template.egress.iter().map(|name| (*name, Direction::Egress)))
+            let ingress = template.ingress.iter().map(|source| (*source, Direction::Ingress));
+            ingress.chain(template.egress.iter().map(|source| (*source, Direction::Egress)))
         })
         .collect();
-    for (name, direction) in used {
-        let policy = &world.policies[name];
-        let specs = match direction {
-            Direction::Ingress => policy.ingress.as_deref(),
-            Direction::Egress => policy.egress.as_deref(),
+    for (source, direction) in used {
+        let (policy, stage) = match source {
+            Source::Namespaced(name) => (PolicyId::Namespaced(name.clone()), Stage::Namespaced),
+            Source::Cluster(name) => {
+                let stage = match world.cluster_policies[name].tier {
+                    Tier::Admin => Stage::Admin,
+                    Tier::Baseline => Stage::Baseline,
+                };
+                (PolicyId::Cluster(name.to_owned()), stage)
+            }
         };
-        let reference = |index| RuleRef { policy: name.clone(), direction, index };
-        let mut part = Part { isolates: number(reference(None)), rules: Vec::new() };
-        for (index, spec) in (0_u32..).zip(specs.unwrap_or_default()) {
+        let reference = |index, name: Option<&String>| RuleRef {
+            policy: policy.clone(),
+            direction,
+            index,
+            name: name.cloned(),
+        };
+        let isolates = (stage == Stage::Namespaced).then(|| number(reference(None, None)));
+        let mut part = Part { isolates, rules: Vec::new() };
+        for (index, (name, action, spec)) in (0_u32..).zip(rules_of(world, source, direction)) {
             let list = spec.peers.as_deref().map(|peers| {
                 let place = *places.entry(peers).or_insert_with(|| {
                     lists.push((peers, BTreeSet::new()));
@@ -251,10 +222,10 @@ fn intern<'a>(
                 }
                 place
             });
-            let ports = spec.ports.as_deref();
-            part.rules.push(Rule { id: number(reference(Some(index))), list, ports });
+            let (id, ports) = (number(reference(Some(index), name)), spec.ports.as_deref());
+            part.rules.push(Rule { id, stage, action, list, ports });
         }
-        parts.insert((name, direction), part);
+        parts.insert((source, direction), part);
     }
     (parts, lists, rules, next)
 }
@@ -269,6 +240,9 @@ struct Finder<'a> {
     /// Pod peers: list, and place of the namespace condition.
     pods: QueryIndex<'a, (usize, usize)>,
     conditions: Vec<&'a Namespaces>,
+    /// Node peers with their lists, and labels of the nodes that have an address.
+    nodes: Vec<(usize, &'a Query)>,
+    hosts: HashMap<IpAddr, Vec<Option<&'a BTreeMap<String, String>>>>,
     /// Which conditions hold, by namespace.
     holding: HashMap<&'a str, Vec<bool>>,
 }
@@ -288,6 +262,7 @@ impl<'a> Finder<'a> {
                         }
                         count += 1;
                     }
+                    PeerSpec::Nodes(query) => finder.nodes.push((list, query)),
                     PeerSpec::Pods { namespaces, pods } => {
                         let place = *conditions.entry(namespaces).or_insert_with(|| {
                             finder.conditions.push(namespaces);
@@ -296,6 +271,11 @@ impl<'a> Finder<'a> {
                         finder.pods.insert(pods.as_ref(), (list, place));
                     }
                 }
+            }
+        }
+        for (node, ips) in world.nodes.iter().filter(|_| !finder.nodes.is_empty()) {
+            for ip in ips {
+                finder.hosts.entry(*ip).or_default().push(world.node_labels.get(node));
             }
         }
         let holds = |namespace: &str, condition: &&Namespaces| match condition {
@@ -330,6 +310,14 @@ impl<'a> Finder<'a> {
             let holding = &self.holding[name.namespace.as_str()];
             let matching = self.pods.matching(&pod.labels);
             all.extend(matching.filter(|(_, place)| holding[*place]).map(|(list, _)| *list));
+        }
+        let hosts =
+            self.hosts.get(&prefix.addr()).filter(|_| prefix == Prefix::host(prefix.addr()));
+        let none = BTreeMap::new();
+        for labels in hosts.into_iter().flatten().map(|labels| labels.unwrap_or(&none)) {
+            all.extend(
+                self.nodes.iter().filter(|(_, query)| query.matches(labels)).map(|(list, _)| *list),
+            );
         }
         all.sort_unstable();
         all.dedup();
@@ -438,20 +426,22 @@ fn decide(template: &TemplateKey<'_>, parts: &Parts<'_>, members: &Members<'_>) 
             Direction::Egress => &template.egress,
         };
         let chosen: Vec<&Part<'_>> =
-            policies.iter().map(|name| &parts[&(*name, direction)]).collect();
-        let Some(first) = chosen.first() else {
+            policies.iter().map(|source| &parts[&(*source, direction)]).collect();
+        if chosen.is_empty() {
             let open = Verdict { allow: true, rule: RuleId::NO_POLICY };
             return Decisions { outside: Rc::new([(Ports::ANY, open)]), groups: HashMap::new() };
-        };
+        }
         let rules: Vec<&Rule<'_>> = chosen.iter().flat_map(|part| &part.rules).collect();
-        decide_rules(&rules, first.isolates, direction, &template.ports, members)
+        let isolates = chosen.iter().find_map(|part| part.isolates);
+        decide_rules(&rules, isolates, direction, &template.ports, members)
     })
 }
 
-/// The rules of all policies that select a template, in the order of their names: the first that allows is named.
+/// The rules of all policies that select a template, in the order in which they are asked. NetworkPolicies are in the
+/// order of their names: the first that allows is named.
 fn decide_rules(
     rules: &[&Rule<'_>],
-    isolates: RuleId,
+    isolates: Option<RuleId>,
     direction: Direction,
     own_ports: &[Named<'_>],
     members: &Members<'_>,
@@ -475,11 +465,11 @@ fn decide_rules(
             .filter_map(|rule| rule.ports)
             .flatten()
             .any(|port| matches!(port, PortSpec::Named(_)));
-    let rows = |places: &[usize], peer_ports: &[Named<'_>]| -> Rc<Rows> {
+    let rows_of = |places: &[usize], peer_ports: &[Named<'_>]| -> Rc<Rows> {
         let ports = if direction == Direction::Ingress { own_ports } else { peer_ports };
-        allow_rows(places.iter().map(|place| rules[*place]), isolates, ports).into()
+        rows(places.iter().map(|place| rules[*place]), isolates, ports).into()
     };
-    let outside = rows(&everyone, &[]);
+    let outside = rows_of(&everyone, &[]);
     let mut groups = HashMap::new();
     // Many groups meet the same rules.
     let mut seen: HashMap<(Vec<usize>, &[Named<'_>]), Rc<Rows>> = HashMap::new();
@@ -492,88 +482,14 @@ fn decide_rules(
         let ports = if asks_names { members.traits[group].ports.as_slice() } else { &[] };
         places.extend(&everyone);
         places.sort_unstable();
-        let rows =
-            seen.entry((places, ports)).or_insert_with_key(|(places, ports)| rows(places, ports));
+        let rows = seen
+            .entry((places, ports))
+            .or_insert_with_key(|(places, ports)| rows_of(places, ports));
         if *rows != outside {
             groups.insert(group, Rc::clone(rows));
         }
     }
     Decisions { outside, groups }
-}
-
-/// Rows of rules that all apply to a peer: "denied" for every packet, and what is allowed in longer matches.
-fn allow_rows<'a>(
-    rules: impl Iterator<Item = &'a Rule<'a>> + Clone,
-    isolates: RuleId,
-    names: &[Named<'_>],
-) -> Vec<(Ports, Verdict)> {
-    if let Some(rule) = rules.clone().find(|rule| rule.ports.is_none()) {
-        return vec![(Ports::ANY, Verdict { allow: true, rule: rule.id })];
-    }
-    let mut rows = vec![(Ports::ANY, Verdict { allow: false, rule: isolates })];
-    let mut steps: [Steps; 3] = Default::default();
-    for rule in rules {
-        for port in rule.ports.into_iter().flatten() {
-            match port {
-                PortSpec::Range(protocol, first, last) => {
-                    steps[*protocol as usize].fill(*first, *last, rule.id);
-                }
-                PortSpec::Named(name) => {
-                    let numbers = names.iter().find(|(known, _)| *known == name);
-                    for number in numbers.into_iter().flat_map(|(_, numbers)| numbers.iter()) {
-                        steps[name.protocol as usize].fill(*number, *number, rule.id);
-                    }
-                }
-            }
-        }
-    }
-    for (protocol, steps) in Protocol::ALL.into_iter().zip(&steps) {
-        for (first, last, rule) in steps.merged() {
-            rows.extend(port_prefixes(first, last).into_iter().map(|(port, bits)| {
-                let ports = Ports { protocol: Some(protocol), port, bits };
-                (ports, Verdict { allow: true, rule })
-            }));
-        }
-    }
-    rows.sort_unstable();
-    rows
-}
-
-/// Allowed ports of one protocol with the first rule that allows each: first port → last port and rule.
-#[derive(Default)]
-struct Steps(BTreeMap<u16, (u16, RuleId)>);
-
-impl Steps {
-    /// Gives what is free of `first..=last` to the rule.
-    fn fill(&mut self, first: u16, last: u16, rule: RuleId) {
-        let mut at = u32::from(first);
-        if let Some((_, (end, _))) = self.0.range(..=first).next_back() {
-            at = at.max(u32::from(*end) + 1);
-        }
-        let taken: Vec<(u16, u16)> =
-            self.0.range(first..=last).map(|(start, (end, _))| (*start, *end)).collect();
-        let stop = (u32::from(last) + 1, u32::from(last));
-        let taken = taken.into_iter().map(|(start, end)| (u32::from(start), u32::from(end)));
-        for (start, end) in taken.chain(std::iter::once(stop)) {
-            if at < start {
-                let narrow = |port: u32| u16::try_from(port).expect("at most the last port");
-                self.0.insert(narrow(at), (narrow(start - 1), rule));
-            }
-            at = at.max(end + 1);
-        }
-    }
-
-    /// Neighbours of one rule joined.
-    fn merged(&self) -> Vec<(u16, u16, RuleId)> {
-        let mut all: Vec<(u16, u16, RuleId)> = Vec::new();
-        for (first, (last, rule)) in &self.0 {
-            match all.last_mut() {
-                Some((_, end, own)) if *own == *rule && *first == *end + 1 => *end = *last,
-                _ => all.push((*first, *last, *rule)),
-            }
-        }
-        all
-    }
 }
 
 /// The entries that say something their surrounding does not.

@@ -1,4 +1,4 @@
-//! The policy compiler: pods, namespaces, nodes and NetworkPolicies in, what the data plane of one node shall hold out.
+//! The policy compiler: pods, namespaces, nodes, NetworkPolicies and ClusterNetworkPolicies in, what the data plane of one node shall hold out.
 //! Pure: no I/O, no clock, no state of its own.
 //!
 //! The caller reads the API's objects into a [`World`] (once for each change of an object) and calls [`compile()`] with it
@@ -13,20 +13,25 @@
 //! - `ipBlock` means addresses, also those of pods.
 //! - Host-network pods are neither subject nor peer; their address is their node's.
 //! - What cannot be understood allows nothing.
+//! - Of two ClusterNetworkPolicies of one tier and priority, the one whose name comes first is asked first.
 //!
 //! Start reading in `compile.rs`. An oracle that shares nothing with this crate is `tests/policy`.
 
+mod cluster;
 mod compile;
 mod index;
 mod judge;
 mod number;
 mod plan;
 mod prefix;
+mod rows;
+mod select;
 mod spec;
 mod table;
 mod world;
 
-pub use compile::{Compiled, Peer, RuleRef, compile};
+pub use cluster::ClusterPolicy;
+pub use compile::{Compiled, Peer, PolicyId, RuleRef, compile};
 pub use judge::Judgement;
 pub use plan::{Plan, Publish};
 pub use prefix::Prefix;

@@ -25,7 +25,7 @@ pub(crate) struct Query {
 
 impl Query {
     /// `None` for a selector that cannot be understood.
-    fn parse(selector: &LabelSelector) -> Option<Self> {
+    pub(crate) fn parse(selector: &LabelSelector) -> Option<Self> {
         let parsed = Selector::from_label_selector(selector).ok()?;
         let one_of = selector
             .match_expressions
@@ -74,8 +74,16 @@ pub(crate) enum Namespaces {
 /// One item of `from` or `to`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum PeerSpec {
-    Pods { namespaces: Namespaces, pods: Option<Query> },
-    Block { cidr: Prefix, except: Vec<Prefix> },
+    Pods {
+        namespaces: Namespaces,
+        pods: Option<Query>,
+    },
+    Block {
+        cidr: Prefix,
+        except: Vec<Prefix>,
+    },
+    /// Addresses of nodes.
+    Nodes(Query),
 }
 
 /// What one item of `ports` means.

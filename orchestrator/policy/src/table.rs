@@ -126,6 +126,13 @@ impl Table {
             .map(|row| row.verdict)
     }
 
+    /// Whether any policy has something to say in a direction.
+    #[must_use]
+    pub fn speaks(&self, direction: Direction) -> bool {
+        let mut rows = self.rows.iter().filter(|row| row.direction == direction);
+        rows.any(|row| row.verdict.rule != RuleId::NO_POLICY)
+    }
+
     /// Rows that decide about a class: its own or those of the outside.
     pub(crate) fn effective(&self, direction: Direction, class: Class) -> &[Row] {
         match self.own(direction, class) {

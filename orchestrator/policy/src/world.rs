@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use orch_api::k8s_openapi::api::core::v1::{Container, Pod};
 
+use crate::cluster::ClusterPolicy;
 use crate::prefix::Prefix;
 use crate::spec::Policy;
 
@@ -170,8 +171,12 @@ pub struct World {
     /// Labels by name. A pod whose namespace is missing here matches no namespace selector.
     pub namespaces: BTreeMap<String, BTreeMap<String, String>>,
     pub policies: BTreeMap<Name, Policy>,
+    /// ClusterNetworkPolicies by name.
+    pub cluster_policies: BTreeMap<String, ClusterPolicy>,
     /// Addresses of nodes, those on the overlay included, by the node's name.
     pub nodes: BTreeMap<String, Vec<IpAddr>>,
+    /// Labels of nodes by name; one that is missing has none.
+    pub node_labels: BTreeMap<String, BTreeMap<String, String>>,
     /// Ranges that pod addresses come from.
     pub pod_ranges: Vec<Prefix>,
 }

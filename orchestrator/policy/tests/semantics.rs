@@ -389,10 +389,13 @@ fn the_deciding_rule_is_named() {
         let judged = compiled.judge(&name("x/web"), direction, ip, TCP, port).expect("an endpoint");
         judged.decided_by.map(|rule| (rule.policy.to_string(), rule.index))
     };
-    let one = "x/one".to_owned();
+    let one = "policy x/one".to_owned();
     assert_eq!(decided(Direction::Ingress, "10.244.2.2", 80), Some((one.clone(), Some(1))));
     assert_eq!(decided(Direction::Ingress, "192.0.2.9", 80), Some((one, Some(0))));
-    assert_eq!(decided(Direction::Ingress, "10.244.2.2", 81), Some(("x/another".to_owned(), None)));
+    assert_eq!(
+        decided(Direction::Ingress, "10.244.2.2", 81),
+        Some(("policy x/another".to_owned(), None))
+    );
     assert_eq!(decided(Direction::Egress, "10.244.2.2", 81), None, "no policy speaks about egress");
 }
 

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use request::{Options, Target};
 
 /// Kinds of the fake's discovery: base path, plural, kind, whether namespaced.
-const RESOURCES: [(&str, &str, &str, bool); 18] = [
+const RESOURCES: [(&str, &str, &str, bool); 19] = [
     ("/api/v1", "configmaps", "ConfigMap", true),
     ("/api/v1", "endpoints", "Endpoints", true),
     ("/api/v1", "events", "Event", true),
@@ -34,6 +34,12 @@ const RESOURCES: [(&str, &str, &str, bool); 18] = [
     ("/apis/coordination.k8s.io/v1", "leases", "Lease", true),
     ("/apis/discovery.k8s.io/v1", "endpointslices", "EndpointSlice", true),
     ("/apis/networking.k8s.io/v1", "networkpolicies", "NetworkPolicy", true),
+    (
+        "/apis/policy.networking.k8s.io/v1alpha2",
+        "clusternetworkpolicies",
+        "ClusterNetworkPolicy",
+        false,
+    ),
     ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings", "ClusterRoleBinding", false),
     ("/apis/rbac.authorization.k8s.io/v1", "clusterroles", "ClusterRole", false),
     ("/apis/rbac.authorization.k8s.io/v1", "rolebindings", "RoleBinding", true),

@@ -9,8 +9,10 @@ use crate::worlds::{
     NODES, change, cluster, interesting_addresses, interesting_traffic, namespace_labels,
 };
 use k8s_openapi::api::core::v1::Pod;
+use orch_api::cluster_policy::ClusterNetworkPolicy;
 use orch_policy::{
-    Class, Compiled, Direction, Name, Plan, PodFacts, Policy, Prefix, Publish, World, compile,
+    Class, ClusterPolicy, Compiled, Direction, Name, Plan, PodFacts, Policy, PolicyId, Prefix,
+    Publish, World, compile,
 };
 use proptest::collection::vec;
 use proptest::prelude::{ProptestConfig, proptest};
@@ -38,6 +40,17 @@ fn world(cluster: &Cluster, node: &str) -> World {
             .map(|policy| (name_of(&policy.metadata), Policy::from_api(policy)))
             .collect(),
         nodes: cluster.nodes.iter().cloned().collect(),
+        cluster_policies: cluster
+            .cluster_policies
+            .iter()
+            .map(|value| {
+                let policy: ClusterNetworkPolicy =
+                    serde_json::from_value(value.clone()).expect("a policy");
+                let name = policy.metadata.name.clone().unwrap_or_default();
+                (name, ClusterPolicy::from_api(&policy))
+            })
+            .collect(),
+        node_labels: cluster.node_labels.clone(),
         pod_ranges: ["10.244.1.0/24", "10.244.2.0/24", "fd00:10:244:1::/64"]
             .iter()
             .filter_map(|text| Prefix::parse(text))
@@ -91,10 +104,21 @@ fn assert_equal(cluster: &Cluster, node: &str, compiled: &Compiled) -> usize {
             || format!("{name} {direction} {other} {traffic:?}: {judged:?}, oracle: {answer:?}");
         assert_eq!(judged.allow, answer.allowed, "{}", what());
         match judged.decided_by {
-            None => assert!(answer.isolated_by.is_empty(), "{}", what()),
+            None => {
+                assert!(answer.isolated_by.is_empty() && answer.decided_by.is_none(), "{}", what())
+            }
             Some(rule) => {
                 assert_eq!(rule.direction, direction, "{}", what());
-                let policy = rule.policy.to_string();
+                let policy = match &rule.policy {
+                    PolicyId::Namespaced(name) => name.to_string(),
+                    PolicyId::Cluster(name) => {
+                        let place = rule.index.map(|index| (name.clone(), index as usize));
+                        assert_eq!(answer.decided_by, place, "{}", what());
+                        count += 1;
+                        continue;
+                    }
+                };
+                assert_eq!(answer.decided_by, None, "{}", what());
                 match rule.index {
                     // All rules that allow may be named; a rule for everything goes before one for a port.
                     Some(index) => {

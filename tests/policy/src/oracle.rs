@@ -1,5 +1,6 @@
 //! May this packet pass? Answered from the API's objects alone.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Namespace, Pod};
@@ -15,8 +16,12 @@ pub struct Cluster {
     pub pods: Vec<Pod>,
     pub namespaces: Vec<Namespace>,
     pub policies: Vec<NetworkPolicy>,
+    /// ClusterNetworkPolicies, as JSON: read by whoever asks.
+    pub cluster_policies: Vec<serde_json::Value>,
     /// Nodes and their addresses.
     pub nodes: Vec<(String, Vec<IpAddr>)>,
+    /// Labels of nodes.
+    pub node_labels: BTreeMap<String, BTreeMap<String, String>>,
 }
 
 /// Which side of the connection is asked: the words of `policyTypes`.
@@ -40,6 +45,8 @@ pub struct Answer {
     pub isolated_by: Vec<String>,
     /// Every rule that allows, as policy and place in its list.
     pub allowed_by: Vec<(String, usize)>,
+    /// The ClusterNetworkPolicy's rule that decides; the others are not asked then.
+    pub decided_by: Option<(String, usize)>,
 }
 
 /// A rule of either direction: its peers and its ports.
@@ -48,9 +55,28 @@ type Sided<'a> = (Option<&'a Vec<NetworkPolicyPeer>>, Option<&'a Vec<NetworkPoli
 impl Cluster {
     /// Whether policy at `subject` lets traffic of a connection with `other` pass. For ingress `other` is the source, for
     /// egress the destination.
+    ///
+    /// "Policy tiers are evaluated in the following order: Admin tier, NetworkPolicy tier, Baseline tier." "v1.NetworkPolicy
+    /// always makes a final decision for selected pods." "If a given connection wasn't allowed or denied by any of the
+    /// tiers, the default kubernetes policy is applied, which says that all pods can communicate with each other."
     #[must_use]
     pub fn end(&self, subject: &Pod, side: Side, other: IpAddr, traffic: Traffic) -> Answer {
-        let mut answer = Answer { allowed: false, isolated_by: vec![], allowed_by: vec![] };
+        let by_tier = |tier| {
+            let (policy, place, allowed) = self.tier(tier, subject, side, other, traffic)?;
+            let decided_by = Some((policy, place));
+            Some(Answer { allowed, isolated_by: vec![], allowed_by: vec![], decided_by })
+        };
+        by_tier("Admin").unwrap_or_else(|| {
+            let answer = self.namespaced(subject, side, other, traffic);
+            let is_final = !answer.isolated_by.is_empty();
+            if is_final { answer } else { by_tier("Baseline").unwrap_or(answer) }
+        })
+    }
+
+    /// What NetworkPolicies say.
+    fn namespaced(&self, subject: &Pod, side: Side, other: IpAddr, traffic: Traffic) -> Answer {
+        let (isolated_by, allowed_by) = (vec![], vec![]);
+        let mut answer = Answer { allowed: false, isolated_by, allowed_by, decided_by: None };
         for policy in &self.policies {
             if !self.selects(policy, subject) || !speaks_about(policy, side) {
                 continue;
@@ -217,7 +243,7 @@ fn in_block(block: &IPBlock, address: IpAddr) -> bool {
         && !block.except.iter().flatten().any(|inner| in_cidr(inner, address))
 }
 
-fn in_cidr(cidr: &str, address: IpAddr) -> bool {
+pub(crate) fn in_cidr(cidr: &str, address: IpAddr) -> bool {
     let (base, length) = cidr.split_once('/').expect("worlds have good CIDRs");
     let length: u32 = length.parse().expect("worlds have good CIDRs");
     // The bits in which both differ, first bit first, are all behind the length.
@@ -249,7 +275,7 @@ fn is_port(port: &NetworkPolicyPort, receiver: Option<&Pod>, traffic: Traffic) -
     }
 }
 
-fn serves(pod: &Pod, name: &str, traffic: Traffic) -> bool {
+pub(crate) fn serves(pod: &Pod, name: &str, traffic: Traffic) -> bool {
     let Some(spec) = &pod.spec else { return false };
     let sidecars = spec
         .init_containers

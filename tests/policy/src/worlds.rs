@@ -16,8 +16,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::collection::vec;
 use proptest::option::{self, weighted};
-use proptest::prelude::{Just, Strategy, any, prop_oneof};
+use proptest::prelude::{BoxedStrategy, Just, Strategy, any, prop_oneof};
 use proptest::sample::{select, subsequence};
+use serde_json::{Value, json};
 
 use crate::oracle::{Cluster, Traffic, addresses};
 
@@ -171,6 +172,60 @@ fn policy() -> impl Strategy<Value = NetworkPolicy> {
     )
 }
 
+/// A ClusterNetworkPolicy without name. One peer in some dozens cannot be understood.
+fn cluster_policy() -> impl Strategy<Value = Value> {
+    let pods = || {
+        prop_oneof![
+            selector().prop_map(|namespaces| json!({"namespaces": namespaces})),
+            (selector(), selector()).prop_map(|(namespaces, pods)| {
+                json!({"pods": {"namespaceSelector": namespaces, "podSelector": pods}})
+            }),
+        ]
+        .boxed()
+    };
+    let unknown = Just(json!({"future": {}}));
+    let source = prop_oneof![40 => pods(), 1 => unknown.clone()].boxed();
+    let destination = prop_oneof![
+        20 => pods(),
+        15 => vec(select(&CIDRS[..]), 1..4).prop_map(|list| json!({"networks": list})),
+        5 => selector().prop_map(|nodes| json!({"nodes": nodes})),
+        1 => unknown,
+        1 => Just(json!({"domainNames": ["example.com"]})),
+    ]
+    .boxed();
+    let number = || prop_oneof![3 => select(&PORTS[..]), 1 => 1..=u16::MAX];
+    let port = prop_oneof![
+        number().prop_map(|number| json!({"number": number})),
+        (number(), any::<u16>()).prop_map(|(start, more)| {
+            let start = start.min(u16::MAX - 1);
+            let end = start.saturating_add(1).saturating_add(more >> (start % 16));
+            json!({"range": {"start": start, "end": end}})
+        }),
+    ];
+    let protocol = prop_oneof![
+        5 => (select(&["tcp", "udp", "sctp"][..]), port)
+            .prop_map(|(protocol, port)| json!({protocol: {"destinationPort": port}})),
+        1 => select(&PORT_NAMES[..]).prop_map(|name| json!({"destinationNamedPort": name})),
+    ];
+    let protocols = weighted(0.6, vec(protocol, 1..4)).boxed();
+    let rule = |key: &'static str, peer: BoxedStrategy<Value>| {
+        let action = select(&["Accept", "Deny", "Pass"][..]);
+        (action, vec(peer, 1..4), protocols.clone()).prop_map(move |(action, peers, protocols)| {
+            let mut rule = json!({"action": action, key: peers});
+            if let Some(protocols) = protocols {
+                rule["protocols"] = json!(protocols);
+            }
+            rule
+        })
+    };
+    let tier = select(&["Admin", "Baseline"][..]);
+    let rules = (vec(rule("from", source), 0..4), vec(rule("to", destination), 0..4));
+    (tier, 0..4, pods(), rules).prop_map(|(tier, priority, subject, (ingress, egress))| {
+        json!({"spec": {"tier": tier, "priority": priority, "subject": subject,
+            "ingress": ingress, "egress": egress}})
+    })
+}
+
 fn meta(namespace: &str, name: &str) -> ObjectMeta {
     ObjectMeta {
         namespace: Some(namespace.to_owned()),
@@ -224,6 +279,7 @@ fn pod() -> impl Strategy<Value = Pod> {
 fn settle(
     mut pods: Vec<Pod>,
     mut policies: Vec<NetworkPolicy>,
+    mut cluster_policies: Vec<Value>,
     labels: Vec<BTreeMap<String, String>>,
 ) -> Cluster {
     let nodes = node_addresses();
@@ -248,7 +304,11 @@ fn settle(
     for (place, policy) in policies.iter_mut().enumerate() {
         policy.metadata.name = Some(format!("n{place}"));
     }
-    let namespaces = NAMESPACES.iter().zip(labels).map(|(name, labels)| Namespace {
+    for (place, policy) in cluster_policies.iter_mut().enumerate() {
+        policy["metadata"] = json!({"name": format!("c{place}")});
+    }
+    let mut labels = labels.into_iter();
+    let namespaces = NAMESPACES.iter().zip(labels.by_ref()).map(|(name, labels)| Namespace {
         metadata: ObjectMeta {
             name: Some((*name).to_owned()),
             labels: Some(labels),
@@ -257,7 +317,9 @@ fn settle(
         },
         ..Default::default()
     });
-    Cluster { namespaces: namespaces.collect(), pods, policies, nodes }
+    let namespaces = namespaces.collect();
+    let node_labels = NODES.iter().map(|name| (*name).to_owned()).zip(labels).collect();
+    Cluster { namespaces, pods, policies, cluster_policies, nodes, node_labels }
 }
 
 /// Underlay and overlay address of each node.
@@ -274,9 +336,11 @@ fn node_addresses() -> Vec<(String, Vec<IpAddr>)> {
 
 /// A cluster of at most so many pods and policies.
 pub fn cluster(pods: usize, policies: usize) -> impl Strategy<Value = Cluster> {
-    let labels = vec(labels(), NAMESPACES.len());
-    (vec(pod(), 1..=pods), vec(policy(), 0..=policies), labels)
-        .prop_map(|(pods, policies, labels)| settle(pods, policies, labels))
+    let labels = vec(labels(), NAMESPACES.len() + NODES.len());
+    // Half of the clusters have none of the newer kind.
+    let newer = prop_oneof![Just(vec![]), vec(cluster_policy(), 1..4)];
+    (vec(pod(), 1..=pods), vec(policy(), 0..=policies), newer, labels)
+        .prop_map(|(pods, policies, newer, labels)| settle(pods, policies, newer, labels))
 }
 
 /// Something that happens.
@@ -289,6 +353,9 @@ pub enum Change {
     Add(Box<NetworkPolicy>),
     Edit(usize, Box<NetworkPolicy>),
     Delete(usize),
+    AddCluster(Value),
+    EditCluster(usize, Value),
+    DeleteCluster(usize),
 }
 
 /// One change.
@@ -303,6 +370,9 @@ pub fn change() -> impl Strategy<Value = Change> {
         policy().prop_map(|policy| Change::Add(Box::new(policy))),
         (place(), policy()).prop_map(|(place, policy)| Change::Edit(place, Box::new(policy))),
         place().prop_map(Change::Delete),
+        cluster_policy().prop_map(Change::AddCluster),
+        (place(), cluster_policy()).prop_map(|(place, policy)| Change::EditCluster(place, policy)),
+        place().prop_map(Change::DeleteCluster),
     ]
 }
 
@@ -312,6 +382,7 @@ impl Change {
     pub fn apply(&self, cluster: &Cluster) -> Cluster {
         let mut next = cluster.clone();
         let (pods, policies) = (next.pods.len(), next.policies.len());
+        let newer = next.cluster_policies.len();
         match self {
             Self::Label(place, labels) if pods > 0 => {
                 next.pods[place % pods].metadata.labels = Some(labels.clone());
@@ -340,6 +411,17 @@ impl Change {
             }
             Self::Delete(place) if policies > 0 => {
                 next.policies.remove(place % policies);
+            }
+            Self::AddCluster(policy) => {
+                let mut policy = policy.clone();
+                policy["metadata"] = json!({"name": format!("newc{newer}")});
+                next.cluster_policies.push(policy);
+            }
+            Self::EditCluster(place, policy) if newer > 0 => {
+                next.cluster_policies[place % newer]["spec"] = policy["spec"].clone();
+            }
+            Self::DeleteCluster(place) if newer > 0 => {
+                next.cluster_policies.remove(place % newer);
             }
             _ => {}
         }
@@ -371,6 +453,21 @@ pub fn interesting_traffic(cluster: &Cluster) -> Vec<Traffic> {
             };
             for edge in first.into_iter().chain(port.end_port) {
                 ports.extend((edge - 1..=edge + 1).filter_map(|port| u16::try_from(port).ok()));
+            }
+        }
+    }
+    for policy in &cluster.cluster_policies {
+        let lists = ["ingress", "egress"].map(|list| policy["spec"][list].as_array());
+        let protocols =
+            lists.into_iter().flatten().flatten().filter_map(|rule| rule["protocols"].as_array());
+        for protocol in protocols.flatten() {
+            let named = ["tcp", "udp", "sctp"].map(|key| &protocol[key]["destinationPort"]);
+            let edges = named
+                .iter()
+                .flat_map(|port| [&port["number"], &port["range"]["start"], &port["range"]["end"]]);
+            for edge in edges.filter_map(Value::as_u64) {
+                let near = edge.saturating_sub(1)..=edge + 1;
+                ports.extend(near.filter_map(|port| u16::try_from(port).ok()));
             }
         }
     }

@@ -10,13 +10,14 @@ use std::process::Command;
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use k8s_openapi::api::core::v1::Pod;
 use nix::sched::{CloneFlags, unshare};
+use orch_api::cluster_policy::ClusterNetworkPolicy;
 use orch_ebpf_loader::{ClassMap, Hook, Maps, Pins, RuleTable, install};
 use orch_ebpf_maps::{
     ADDRESS_NODE, ADDRESS_REMOTE_NODE, Action, ClassKey, Config, Endpoint, ISOLATED_EGRESS,
     ISOLATED_INGRESS, LAYOUT_VERSION, Rule, RuleKey, in_key, state,
 };
 use orch_policy::{
-    Class, Compiled, Direction, Name, PodFacts, Policy, Prefix, Row, RuleId, Table, World, compile,
+    ClusterPolicy, Compiled, Direction, Name, PodFacts, Policy, Prefix, Row, Table, World, compile,
 };
 use proptest::collection::vec;
 use proptest::test_runner::{Config as RunnerConfig, TestRunner};
@@ -286,6 +287,17 @@ fn world(cluster: &Cluster) -> World {
             })
             .collect(),
         nodes: cluster.nodes.iter().cloned().collect::<BTreeMap<_, _>>(),
+        cluster_policies: cluster
+            .cluster_policies
+            .iter()
+            .map(|value| {
+                let policy: ClusterNetworkPolicy =
+                    serde_json::from_value(value.clone()).expect("a policy");
+                let name = policy.metadata.name.clone().unwrap_or_default();
+                (name, ClusterPolicy::from_api(&policy))
+            })
+            .collect(),
+        node_labels: cluster.node_labels.clone(),
         pod_ranges: ["10.244.0.0/16", "fd00:10:244::/48"]
             .into_iter()
             .filter_map(Prefix::parse)
@@ -311,13 +323,8 @@ fn rule(row: &Row) -> (RuleKey, Rule) {
 }
 
 fn isolation(table: &Table) -> u8 {
-    let speaks = |direction| {
-        table
-            .decide(direction, Class::OUTSIDE, 0, 0)
-            .is_some_and(|verdict| verdict.rule != RuleId::NO_POLICY)
-    };
-    let ingress = if speaks(Direction::Ingress) { ISOLATED_INGRESS } else { 0 };
-    let egress = if speaks(Direction::Egress) { ISOLATED_EGRESS } else { 0 };
+    let ingress = if table.speaks(Direction::Ingress) { ISOLATED_INGRESS } else { 0 };
+    let egress = if table.speaks(Direction::Egress) { ISOLATED_EGRESS } else { 0 };
     ingress | egress
 }
 

@@ -41,7 +41,7 @@ fn endpoint_ip(value: &Value, field: &str, errors: &mut Vec<FieldError>) {
     errors.push(FieldError::invalid(field, value, detail));
 }
 
-fn too_many(field: String, limit: usize) -> FieldError {
+pub(super) fn too_many(field: String, limit: usize) -> FieldError {
     FieldError {
         field,
         kind: FieldErrorKind::TooMany,

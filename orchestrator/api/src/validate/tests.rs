@@ -318,6 +318,7 @@ fn no_shape_of_input_makes_validation_panic() {
         ("discovery.k8s.io", "EndpointSlice"),
         ("coordination.k8s.io", "Lease"),
         ("networking.k8s.io", "NetworkPolicy"),
+        ("policy.networking.k8s.io", "ClusterNetworkPolicy"),
         ("", "Namespace"),
     ] {
         for shape in &shapes {

@@ -4,6 +4,7 @@
 //! They name kinds of upstream that this server may not have yet, so that a user's rights are complete when it gets
 //! them.
 
+use orch_api::cluster_policy;
 use serde_json::{Value, json};
 
 use super::rbac::Rule;
@@ -318,6 +319,7 @@ fn components_roles() -> Vec<Value> {
                 on(READ, "", "namespaces nodes pods services"),
                 on(READ, DISCOVERY, "endpointslices"),
                 on(READ, NETWORKING, "networkpolicies"),
+                on(READ, cluster_policy::GROUP, "clusternetworkpolicies"),
             ],
         ),
         approver("kube-apiserver-client", "kubernetes.io/kube-apiserver-client"),

@@ -559,6 +559,7 @@ async fn a_node_reads_and_writes_what_is_its_own() {
         "/api/v1/namespaces",
         "/apis/discovery.k8s.io/v1/endpointslices",
         "/apis/networking.k8s.io/v1/networkpolicies",
+        "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies",
     ] {
         assert_eq!(get(one, path).await.0, 200, "{path}");
     }

@@ -307,6 +307,8 @@ async fn a_change_of_anything_keeps_what_was_stored() {
     let pod = json!({ "metadata": { "name": "x" }, "spec": { "containers": [{ "name": "c", "image": "x" }] } });
     let service = json!({ "metadata": { "name": "x" }, "spec": { "type": "NodePort", "ports": [{ "port": 80 }] } });
     let policy = json!({ "metadata": { "name": "x" }, "spec": { "podSelector": {} } });
+    let guard = json!({ "metadata": { "name": "x" }, "spec": { "tier": "Admin", "priority": 0,
+        "subject": { "namespaces": {} }, "ingress": [{ "action": "Pass", "from": [{ "namespaces": {} }] }] } });
     let lease = json!({ "metadata": { "name": "x" }, "spec": { "holderIdentity": "a" } });
     let slice = json!({ "metadata": { "name": "x" }, "addressType": "IPv4", "endpoints": [{ "addresses": ["10.0.0.1"] }] });
     let mut replica_set = deployment("x");
@@ -325,6 +327,7 @@ async fn a_change_of_anything_keeps_what_was_stored() {
         (DEPLOYMENTS.to_owned(), deployment("x")),
         ("/apis/apps/v1/namespaces/default/replicasets".to_owned(), replica_set),
         ("/apis/networking.k8s.io/v1/namespaces/default/networkpolicies".to_owned(), policy),
+        ("/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies".to_owned(), guard),
         ("/apis/coordination.k8s.io/v1/namespaces/default/leases".to_owned(), lease),
         ("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices".to_owned(), slice),
     ] {

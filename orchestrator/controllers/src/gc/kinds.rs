@@ -14,6 +14,7 @@ use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use k8s_openapi::{Metadata, Resource};
+use orch_api::cluster_policy::ClusterNetworkPolicy;
 use orch_api::meta;
 use orch_client::{Api, Client, DeleteParams, Error, Kind, Patch};
 use orch_reconcile::Informer;
@@ -207,6 +208,7 @@ pub(crate) fn kinds(cx: &Context) -> Kinds {
         cached!(cx.informers.of::<Only<Secret>>(), true),
         cached!(cx.informers.of::<Only<Lease>>(), true),
         cached!(cx.informers.of::<Only<NetworkPolicy>>(), true),
+        cached!(cx.informers.of::<Only<ClusterNetworkPolicy>>(), false),
         cached!(cx.informers.of::<Only<Role>>(), true),
         cached!(cx.informers.of::<Only<RoleBinding>>(), true),
         cached!(cx.informers.of::<Only<ClusterRole>>(), false),

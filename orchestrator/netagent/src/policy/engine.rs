@@ -12,7 +12,7 @@ use orch_ebpf_maps::{
     Action, ClassKey, Config, Endpoint, ISOLATED_EGRESS, ISOLATED_INGRESS, LAYOUT_VERSION,
     MAX_RULE_ENTRIES, Rule, RuleKey, state,
 };
-use orch_policy::{Class, Compiled, Direction, Name, Peer, Prefix, Row, RuleId, Table, compile};
+use orch_policy::{Compiled, Direction, Name, Peer, Prefix, Row, Table, compile};
 use tracing::warn;
 
 use super::world::Reader;
@@ -322,12 +322,7 @@ fn rule(row: &Row) -> (RuleKey, Rule) {
 
 /// In which directions policies select the endpoint.
 fn isolation(table: &Table) -> u8 {
-    let speaks = |direction| {
-        table
-            .decide(direction, Class::OUTSIDE, 0, 0)
-            .is_some_and(|verdict| verdict.rule != RuleId::NO_POLICY)
-    };
-    let ingress = if speaks(Direction::Ingress) { ISOLATED_INGRESS } else { 0 };
-    let egress = if speaks(Direction::Egress) { ISOLATED_EGRESS } else { 0 };
+    let ingress = if table.speaks(Direction::Ingress) { ISOLATED_INGRESS } else { 0 };
+    let egress = if table.speaks(Direction::Egress) { ISOLATED_EGRESS } else { 0 };
     ingress | egress
 }

@@ -13,6 +13,7 @@ use futures::StreamExt as _;
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
+use orch_api::cluster_policy::ClusterNetworkPolicy;
 use orch_config::Paths;
 use orch_ebpf_loader::{
     Announcement, Answer, Kept, Pins, Request, install, retire_others, sweep, uninstall,
@@ -155,6 +156,7 @@ pub(crate) struct Caches {
     pods: Informer<Pod>,
     namespaces: Informer<Namespace>,
     policies: Informer<NetworkPolicy>,
+    cluster_policies: Informer<ClusterNetworkPolicy>,
     nodes: Informer<Node>,
     services: Informer<Service>,
 }
@@ -165,6 +167,7 @@ impl Caches {
             pods: informers.of(),
             namespaces: informers.of(),
             policies: informers.of(),
+            cluster_policies: informers.of(),
             nodes: informers.of(),
             services: informers.of(),
         }
@@ -174,6 +177,7 @@ impl Caches {
         self.pods.is_synced()
             && self.namespaces.is_synced()
             && self.policies.is_synced()
+            && self.cluster_policies.is_synced()
             && self.nodes.is_synced()
             && self.services.is_synced()
     }
@@ -183,6 +187,7 @@ impl Caches {
             pods: self.pods.list(),
             namespaces: self.namespaces.list(),
             policies: self.policies.list(),
+            cluster_policies: self.cluster_policies.list(),
             nodes: self.nodes.list(),
             services: self.services.list(),
         }
@@ -194,6 +199,7 @@ impl Caches {
             self.pods.changed(),
             self.namespaces.changed(),
             self.policies.changed(),
+            self.cluster_policies.changed(),
             self.nodes.changed(),
             self.services.changed(),
         ];
@@ -472,7 +478,8 @@ impl Task {
             if let Some(report) = report {
                 policy.endpoints = report.endpoints.len();
                 policy.revision = report.revision;
-                policy.policies = self.caches.policies.list().len();
+                policy.policies =
+                    self.caches.policies.list().len() + self.caches.cluster_policies.list().len();
                 policy.enforced = true;
             }
             policy.problems = complaint.map(str::to_owned).into_iter().collect();
@@ -529,18 +536,8 @@ fn look(
 
 /// What the numbers in flow events mean, for `orchctl net flows`.
 fn tell_rules(engine: &Engine, paths: &Paths) {
-    let rules: BTreeMap<u32, String> = engine
-        .compiled()
-        .rules
-        .iter()
-        .map(|(id, rule)| {
-            let text = match rule.index {
-                Some(index) => format!("rule {} of policy {}", index + 1, rule.policy),
-                None => format!("policy {} isolates it", rule.policy),
-            };
-            (id.0, text)
-        })
-        .collect();
+    let rules: BTreeMap<u32, String> =
+        engine.compiled().rules.iter().map(|(id, rule)| (id.0, rule.to_string())).collect();
     let text = serde_json::to_vec(&rules).expect("plain data has a JSON form");
     if let Err(error) = ensure_content(&rules_file(paths), &text) {
         warn!(error = %chain(&error), "the names of policy rules are not told");

@@ -8,9 +8,10 @@ use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use orch_api::cluster_policy::ClusterNetworkPolicy;
 use orch_ebpf_loader::{Announcement, PodRef};
 use orch_ebpf_maps::{ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, ClassKey};
-use orch_policy::{Name, PodFacts, Policy, Prefix, World};
+use orch_policy::{ClusterPolicy, Name, PodFacts, Policy, Prefix, World};
 
 /// What the API server said last.
 #[derive(Debug, Clone, Default)]
@@ -21,6 +22,8 @@ pub struct Cluster {
     pub namespaces: Vec<Arc<Namespace>>,
     /// All policies.
     pub policies: Vec<Arc<NetworkPolicy>>,
+    /// All ClusterNetworkPolicies.
+    pub cluster_policies: Vec<Arc<ClusterNetworkPolicy>>,
     /// All nodes.
     pub nodes: Vec<Arc<Node>>,
     /// All Services.
@@ -84,7 +87,20 @@ impl Reader {
             (meta.name.clone().unwrap_or_default(), meta.labels.clone().unwrap_or_default())
         });
         changed |= set(&mut self.world.namespaces, namespaces.collect());
+        // There are few of them.
+        let policies = cluster.cluster_policies.iter().map(|policy| {
+            let name = policy.metadata.name.clone().unwrap_or_default();
+            (name, ClusterPolicy::from_api(policy))
+        });
+        changed |= set(&mut self.world.cluster_policies, policies.collect());
         changed |= set(&mut self.world.nodes, nodes(cluster, local));
+        // Nodes' labels are asked for by such policies alone.
+        let labels = cluster.nodes.iter().filter(|_| !cluster.cluster_policies.is_empty());
+        let labels = labels.map(|node| {
+            let meta = &node.metadata;
+            (meta.name.clone().unwrap_or_default(), meta.labels.clone().unwrap_or_default())
+        });
+        changed |= set(&mut self.world.node_labels, labels.collect());
         let v4 = local.pod_network.map(IpNetwork::V4);
         let ranges = v4.into_iter().chain(local.pod_network6.map(IpNetwork::V6));
         let ranges = ranges.filter_map(|range| Prefix::new(range.network(), range.prefix()));

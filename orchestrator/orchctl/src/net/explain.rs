@@ -7,11 +7,14 @@ use std::fmt;
 use std::net::IpAddr;
 
 use anyhow::bail;
+use orch_api::cluster_policy::ClusterNetworkPolicy;
 use orch_api::k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use orch_api::k8s_openapi::api::networking::v1::NetworkPolicy;
 use orch_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use orch_client::{Api, Client, Kind, ListParams};
-use orch_policy::{Compiled, Direction, Name, PodFacts, Policy, Prefix, Protocol, World, compile};
+use orch_policy::{
+    ClusterPolicy, Compiled, Direction, Name, PodFacts, Policy, Prefix, Protocol, World, compile,
+};
 use serde::Serialize;
 
 use super::{Format, print_json};
@@ -155,6 +158,7 @@ async fn read(client: &Client) -> anyhow::Result<World> {
     let pods = list::<Pod>(client).await?;
     let namespaces = list::<Namespace>(client).await?;
     let policies = list::<NetworkPolicy>(client).await?;
+    let cluster_policies = list::<ClusterNetworkPolicy>(client).await?;
     let nodes = list::<Node>(client).await?;
     Ok(World {
         node: String::new(),
@@ -170,7 +174,21 @@ async fn read(client: &Client) -> anyhow::Result<World> {
             .iter()
             .map(|policy| (name(&policy.metadata), Policy::from_api(policy)))
             .collect(),
+        cluster_policies: cluster_policies
+            .iter()
+            .map(|policy| {
+                let name = policy.metadata.name.clone().unwrap_or_default();
+                (name, ClusterPolicy::from_api(policy))
+            })
+            .collect(),
         nodes: nodes.iter().map(addresses).collect::<BTreeMap<_, _>>(),
+        node_labels: nodes
+            .iter()
+            .map(|node| {
+                let meta = &node.metadata;
+                (meta.name.clone().unwrap_or_default(), meta.labels.clone().unwrap_or_default())
+            })
+            .collect(),
         pod_ranges: Prefix::parse(orch_config::POD_CIDR).into_iter().collect(),
     })
 }
@@ -251,10 +269,8 @@ fn judge(
     let because = match said.decided_by {
         None => "no policy selects it in this direction".to_owned(),
         Some(rule) => match rule.index {
-            Some(index) => format!("by rule {} of policy {}", index + 1, rule.policy),
-            None => {
-                format!("policy {} selects it, and no rule of any policy allows this", rule.policy)
-            }
+            Some(_) => format!("by {rule}"),
+            None => format!("{} selects it, and no rule of any policy allows this", rule.policy),
         },
     };
     (said.allow, because)
@@ -325,6 +341,41 @@ mod tests {
         let why = "policy shop/deny selects it, and no rule of any policy allows this";
         assert_eq!(said[1], (false, why.to_owned()));
         assert!(!ask("8.8.8.8", "web", "80")[1].0);
+    }
+
+    #[test]
+    fn the_clusters_policies_come_before_and_after_those_of_namespaces() {
+        let policy = |name: &str, tier: &str, rule: Value| {
+            let value = json!({"metadata": {"name": name}, "spec": {"tier": tier, "priority": 1,
+            "subject": {"namespaces": {}}, "ingress": [rule.clone()], "egress": [{
+                "action": rule["action"], "to": [{"networks": ["8.8.8.0/24"]}],
+            }]}});
+            let policy: ClusterNetworkPolicy = serde_json::from_value(value).expect("a policy");
+            (name.to_owned(), ClusterPolicy::from_api(&policy))
+        };
+        let rule = json!({"name": "not-telnet", "action": "Deny", "from": [{"namespaces": {}}],
+            "protocols": [{"tcp": {"destinationPort": {"number": 23}}}]});
+        let all = json!({"action": "Deny", "from": [{"namespaces": {}}]});
+        let mut world = world();
+        world.cluster_policies =
+            [policy("guard", "Admin", rule), policy("rest", "Baseline", all)].into();
+        let ask = |from, to, port: &str| {
+            let find = |text| super::find(&world, text, "shop").expect("found");
+            explain(&world, &find(from), &find(to), port.parse().expect("a port"))
+        };
+        let because = |said: &Said| (said.allowed, said.because.clone());
+        let telnet = ask("front", "web", "23");
+        let why = "by rule 1 (not-telnet) of ClusterNetworkPolicy guard";
+        assert_eq!(because(&telnet[1]), (false, why.to_owned()));
+        let why = "by rule 1 of policy shop/web";
+        assert_eq!(
+            because(&ask("front", "web", "80")[1]),
+            (true, why.to_owned()),
+            "not the baseline"
+        );
+        let out = ask("web", "8.8.8.8", "443");
+        let why = "by rule 1 of ClusterNetworkPolicy guard";
+        assert_eq!(because(&out[0]), (false, why.to_owned()));
     }
 
     #[test]

@@ -111,7 +111,7 @@ pub(super) fn policies(lab: &TestLab) -> anyhow::Result<()> {
     ingress(&shop, web, service)?;
     egress(&shop, web, service)?;
     agent_killed_under_policy(&shop, web)?;
-    shop.remove_policy("deny")?;
+    tiers(&shop, web)?;
     shop.expect(
         "without policies everything passes again",
         &[(FRONT, web, 80, true), (NEIGHBOUR, web, 80, true), (GUEST, web, 80, true)],
@@ -255,6 +255,46 @@ fn agent_killed_under_policy(shop: &Shop<'_>, web: &str) -> anyhow::Result<()> {
     ensure!(report.tcp_gap < Duration::from_secs(2), "a connection stood still: {report:?}");
     eventually("exec works again", SOON, || shop.passes(NEIGHBOUR, web, 80).map(drop))?;
     shop.expect("one peer", &wanted)
+}
+
+/// With the policy `deny` in force, which lets the front in; takes it away.
+fn tiers(shop: &Shop<'_>, web: &str) -> anyhow::Result<()> {
+    let cluster_policy = |name: &str, tier: &str, rules: Value| {
+        let object = json!({
+            "apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy",
+            "metadata": {"name": name},
+            "spec": {"tier": tier, "priority": 10, "subject": {"pods": {
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "shop"}},
+                "podSelector": {"matchLabels": {"app": "web"}},
+            }}, "ingress": rules},
+        });
+        shop.lab.apply(&object.to_string()).map(drop)
+    };
+    let pods = |app: &str| json!([{"pods": {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": app}}}}]);
+    let web_port = json!([{"tcp": {"destinationPort": {"number": 80}}}]);
+    let neighbour = json!({"action": "Accept", "from": pods("neighbour"), "protocols": web_port});
+    let front = json!({"name": "not-front", "action": "Deny", "from": pods("front")});
+    cluster_policy("guard", "Admin", json!([neighbour, front]))?;
+    shop.expect(
+        "the administrator's rules go before those of the namespace",
+        &[(NEIGHBOUR, web, 80, true), (NEIGHBOUR, web, 81, false), (FRONT, web, 80, false)],
+    )?;
+    let listed = shop.lab.ok(&["get", "clusternetworkpolicies"])?;
+    ensure!(listed.contains("Admin") && listed.contains("guard"), "{listed}");
+
+    shop.lab.ok(&["delete", "cnp", "guard"])?;
+    let guests = json!([{"namespaces": {"matchLabels": {"team": "guests"}}}]);
+    cluster_policy("rest", "Baseline", json!([{"action": "Deny", "from": guests}]))?;
+    shop.expect(
+        "the namespace's policy has the last word",
+        &[(FRONT, web, 80, true), (NEIGHBOUR, web, 80, false), (GUEST, web, 80, false)],
+    )?;
+    shop.remove_policy("deny")?;
+    shop.expect(
+        "the baseline is for pods without policies",
+        &[(FRONT, web, 80, true), (NEIGHBOUR, web, 80, true), (GUEST, web, 80, false)],
+    )?;
+    shop.lab.ok(&["delete", "cnp", "rest"]).map(drop)
 }
 
 /// The network namespace of a pod, found by its address.
