@@ -22,9 +22,10 @@ use tracing::{info, warn};
 /// Keys of the living, upstream's prefix.
 const LEASES: &str = "/registry/masterleases/";
 /// A key lives for this long. A new leader of etcd gives all keys their whole life again, so its election costs nobody his.
-const LIFE: Duration = Duration::from_secs(12);
+/// Clients in pods may be sent to a dead server for the sum of both.
+const LIFE: Duration = Duration::from_secs(6);
 /// Between two renewals; three fit into a life.
-const EVERY: Duration = Duration::from_secs(4);
+const EVERY: Duration = Duration::from_secs(2);
 /// How long the goodbye may take.
 const LEAVE_LIMIT: Duration = Duration::from_secs(2);
 /// The Service, its Endpoints and its first slice.

@@ -2,8 +2,9 @@
 //!
 //! The next server is asked when one cannot be reached, and when one says that it cannot serve (503: it lost its etcd, or
 //! ends); the one that answered is asked first from then on. A request is carried to another server only where that can do
-//! no harm: it was never sent, the server says that it did nothing ([`NOT_DONE`]), or it only reads. A server that vanished without a word is noticed by the kernel
-//! ([`SILENCE_LIMIT`]), which breaks its connections, watches among them.
+//! no harm: it was never sent, the server says that it did nothing ([`NOT_DONE`]), or it only reads. A server that vanished
+//! without a word is noticed by the kernel ([`SILENCE_LIMIT`]), which breaks its connections, watches among them; one that
+//! stands still is noticed by its [`Pulse`].
 //!
 //! HTTP/1.1 with a pool: a watch has a connection of its own, so a slow one never holds up others, and the same
 //! code can upgrade a connection for exec.
@@ -27,6 +28,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::pulse::{Beat, Pulse, STANDS_STILL, watched};
 use crate::{Body, Error, Transport};
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
@@ -36,6 +38,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const SILENCE_LIMIT: Duration = Duration::from_secs(6);
 /// A connection on which nothing happens is probed after the first number of seconds, and then every second one.
 const PROBE_SECS: (u32, u32) = (3, 1);
+
+/// What a server is asked that may stand still, and after how long once more where no answer came.
+const HEALTH: &str = "/livez";
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Header of a 503 by which a server says that it did nothing at all, so that another one may be asked the same.
 pub const NOT_DONE: &str = "orch-not-done";
@@ -59,7 +65,8 @@ pub struct Upgraded {
 }
 
 pub(crate) struct Https {
-    servers: Mutex<Servers>,
+    servers: Arc<Mutex<Servers>>,
+    pulse: Pulse,
     token: Option<String>,
     pool: legacy::Client<Connector, Full<Bytes>>,
     connector: Connector,
@@ -123,7 +130,8 @@ impl Https {
             .pool_idle_timeout(Duration::from_secs(60))
             .build(connector.clone());
         Ok(Self {
-            servers: Mutex::new(Servers { all, preferred: 0 }),
+            servers: Arc::new(Mutex::new(Servers { all, preferred: 0 })),
+            pulse: Pulse::default(),
             token: config.token.clone(),
             pool,
             connector,
@@ -131,7 +139,33 @@ impl Https {
     }
 
     fn servers(&self) -> MutexGuard<'_, Servers> {
-        self.servers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.servers)
+    }
+
+    /// What tells that a server stands still, for one who waits for it.
+    fn beat(&self, server: &Arc<str>) -> Arc<Beat> {
+        let (servers, pool, asked) = (self.servers.clone(), self.pool.clone(), server.clone());
+        let ask = move || {
+            if lock(&servers).all.len() < 2 {
+                return None;
+            }
+            let uri: http::Uri = format!("https://{asked}{HEALTH}").parse().ok()?;
+            let pool = pool.clone();
+            Some(async move {
+                loop {
+                    let mut request = Request::new(Full::new(Bytes::new()));
+                    *request.uri_mut() = uri.clone();
+                    // Whatever it says, it moves; only that a connection broke or was not accepted is no answer.
+                    if let Ok(response) = pool.request(request).await {
+                        drop(response.into_body().collect().await);
+                        return;
+                    }
+                    tokio::time::sleep(ASK_AGAIN).await;
+                }
+            })
+        };
+        let (servers, avoided) = (self.servers.clone(), server.clone());
+        self.pulse.of(server, ask, move || lock(&servers).avoid(&avoided))
     }
 
     /// URLs of the servers that are known.
@@ -228,6 +262,16 @@ impl Https {
     }
 }
 
+fn lock(servers: &Mutex<Servers>) -> MutexGuard<'_, Servers> {
+    servers.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether a request is for a stream that may be silent for long.
+fn waits(request: &http::request::Parts) -> bool {
+    let query = request.uri.query().unwrap_or_default();
+    query.split('&').any(|pair| matches!(pair, "watch=true" | "watch=1" | "follow=true"))
+}
+
 /// A request to one server. A server that did not serve it, or not before the caller's patience ended, is not the first to
 /// be asked the next time.
 struct Asked<'a> {
@@ -259,10 +303,20 @@ impl Transport for Https {
             let mut request = Request::from_parts(parts.clone(), Full::new(bytes.clone()));
             self.prepare(&mut request, server)?;
             let mut asked = Asked { https: self, server, served: false };
-            let answer = tokio::time::timeout(ANSWER_LIMIT, self.pool.request(request)).await;
-            let Ok(answer) = answer else {
-                let limit = format!("no answer within {} s", ANSWER_LIMIT.as_secs());
-                return Err(Error::transport(limit, server.as_ref()));
+            let beat = self.beat(server);
+            let answer = tokio::select! {
+                answer = self.pool.request(request) => answer,
+                () = beat.ends() => {
+                    // Only what reads may be asked elsewhere: it may go on, and do what it was told.
+                    if reads && left > 0 {
+                        continue;
+                    }
+                    return Err(Error::transport(STANDS_STILL, server.as_ref()));
+                }
+                () = tokio::time::sleep(ANSWER_LIMIT) => {
+                    let limit = format!("no answer within {} s", ANSWER_LIMIT.as_secs());
+                    return Err(Error::transport(limit, server.as_ref()));
+                }
             };
             match answer {
                 Ok(response) => {
@@ -271,7 +325,10 @@ impl Transport for Https {
                     if !asked.served && harmless && left > 0 {
                         continue;
                     }
-                    return Ok(response.map(|body| body.map_err(Into::into).boxed_unsync()));
+                    return Ok(response.map(|body| {
+                        let body = body.map_err(Into::into).boxed_unsync();
+                        if waits(&parts) { watched(body, beat) } else { body }
+                    }));
                 }
                 Err(error) if error.is_connect() => last = Some(error),
                 Err(error) => {

@@ -10,6 +10,7 @@ mod error;
 mod fence;
 mod https;
 mod kubeconfig;
+mod pulse;
 mod transport;
 mod unverified;
 mod watch;

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use crate::support::{Cluster, eventually, get, merge, post};
+use crate::support::{Cluster, Watch, eventually, get, merge, post};
 use orch_client::Client;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const SERVICES: &str = "/api/v1/namespaces/default/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices\
@@ -139,4 +140,79 @@ async fn a_client_goes_on_at_another_server() {
     assert_eq!(get(&client, &format!("{path}/b")).await.0, 200);
     assert_eq!(post(&client, path, &map("c")).await.0, 201);
     d.stop().await;
+}
+
+/// A way to a server that can stand still as a stopped process does: its kernel accepts and acknowledges, and nothing comes.
+async fn way_to(url: &str, still: tokio::sync::watch::Receiver<bool>) -> String {
+    let target = url.strip_prefix("https://").expect("a URL").to_owned();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let own = format!("https://{}", listener.local_addr().expect("an address"));
+    tokio::spawn(async move {
+        while let Ok((near, _)) = listener.accept().await {
+            let (target, still) = (target.clone(), still.clone());
+            tokio::spawn(async move {
+                let far = tokio::net::TcpStream::connect(target).await.expect("the server");
+                let ((from_near, to_near), (from_far, to_far)) =
+                    (near.into_split(), far.into_split());
+                tokio::join!(
+                    carry(from_near, to_far, still.clone()),
+                    carry(from_far, to_near, still)
+                );
+            });
+        }
+    });
+    own
+}
+
+async fn carry(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    mut still: tokio::sync::watch::Receiver<bool>,
+) {
+    let mut buffer = vec![0; 16 << 10];
+    while let Ok(length @ 1..) = from.read(&mut buffer).await {
+        if still.wait_for(|still| !still).await.is_err()
+            || to.write_all(&buffer[..length]).await.is_err()
+        {
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_at_a_server_that_stands_still_ends_and_so_does_a_request() {
+    let cluster = Cluster::start().await;
+    let (b, c) = (cluster.peer(2, |_| {}).await, cluster.peer(3, |_| {}).await);
+    let (stand_still, still) = tokio::sync::watch::channel(false);
+    let way = way_to(&b.url, still).await;
+    let client = cluster.client_at(vec![way.clone(), c.url.clone()]);
+    let alone = cluster.client_at(vec![way]);
+    let path = "/api/v1/namespaces/default/configmaps";
+    let mut watch = Watch::open(&client, &format!("{path}?watch=true")).await;
+    let mut waits = Watch::open(&alone, &format!("{path}?watch=true")).await;
+    let map = |name: &str| json!({ "metadata": { "name": name } });
+    assert_eq!(post(&c.client, path, &map("a")).await.0, 201);
+    assert_eq!(watch.event().await.1, "a");
+    assert_eq!(waits.event().await.1, "a");
+
+    stand_still.send_replace(true);
+    assert_eq!(post(&c.client, path, &map("b")).await.0, 201);
+    // A read that was sent there goes on elsewhere, as the watch does when it is opened again.
+    let begun = std::time::Instant::now();
+    let b_map = format!("{path}/b");
+    let (ended, read) = tokio::join!(watch.next(), get(&client, &b_map));
+    assert_eq!((ended, read.0), (None, 200));
+    let mut watch = Watch::open(&client, &format!("{path}?watch=true")).await;
+    assert_eq!((watch.event().await.1, watch.event().await.1), ("a".to_owned(), "b".to_owned()));
+    let took = begun.elapsed();
+    assert!(
+        took < std::time::Duration::from_secs(19),
+        "{took:?}: less than half of a node's patience"
+    );
+
+    // Who knows no other server waits for this one.
+    stand_still.send_replace(false);
+    assert_eq!(waits.event().await.1, "b");
+    b.stop().await;
+    c.stop().await;
 }
