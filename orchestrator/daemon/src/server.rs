@@ -89,7 +89,11 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
     } else {
         flags.etcd.clone()
     };
-    let Some(store) = connect(&pki, endpoints.clone(), &stop).await? else { return Ok(()) };
+    // Only the own etcd can have been restored here; where etcd is somebody else's, so are its snapshots.
+    let own_data = flags.etcd.is_empty().then(|| paths.etcd_data());
+    let Some(store) = connect(&pki, endpoints.clone(), own_data, &stop).await? else {
+        return Ok(());
+    };
     if flags.restrict_etcd {
         restrict(&pki, endpoints).await?;
     }
@@ -215,18 +219,31 @@ async fn restrict(pki: &ClusterPki, endpoints: Vec<String>) -> anyhow::Result<()
 async fn connect(
     pki: &ClusterPki,
     endpoints: Vec<String>,
+    own_data: Option<PathBuf>,
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<Arc<EtcdStore>>> {
     let config = etcd_config(pki, endpoints.clone())?;
+    let restored = match &own_data {
+        Some(data) => orch_store::epoch::begun(data)
+            .with_context(|| format!("read the epoch in {}", data.display()))?,
+        None => None,
+    };
+    let answer = || async {
+        let store = EtcdStore::connect(config.clone()).await?.enter_epoch(restored).await?;
+        let revision = orch_store::Store::revision(&store).await?;
+        Ok::<_, orch_store::StoreError>((store, revision))
+    };
     loop {
-        let error = match EtcdStore::connect(config.clone()).await {
-            Ok(store) => match orch_store::Store::revision(&store).await {
-                Ok(revision) => {
-                    info!(revision, "etcd answers");
-                    return Ok(Some(Arc::new(store)));
+        let error = match answer().await {
+            Ok((store, revision)) => {
+                info!(revision, "etcd answers");
+                if let (Some(data), Some(_)) = (&own_data, restored) {
+                    info!("its data is from a snapshot: clients list everything again");
+                    orch_store::epoch::entered(data)
+                        .with_context(|| format!("remove the epoch from {}", data.display()))?;
                 }
-                Err(error) => error,
-            },
+                return Ok(Some(Arc::new(store)));
+            }
             Err(error) => error,
         };
         tracing::warn!(endpoints = endpoints.join(","), %error, "waiting for etcd");

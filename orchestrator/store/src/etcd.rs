@@ -1,8 +1,10 @@
 //! The store on etcd (API v3; works from etcd 3.4 on).
 //!
 //! Values are CAS-written by transactions on `mod_revision`; lists are read in pages of [`PAGE`] at one revision, so
-//! that no single reply grows with the cluster; keys with a TTL share leases ([`lease`]).
+//! that no single reply grows with the cluster; keys with a TTL share leases ([`lease`]). Our revisions are etcd's, counted
+//! from the [`epoch`] on.
 
+pub mod epoch;
 mod lease;
 mod watch;
 
@@ -16,6 +18,7 @@ use etcd_client::{
 };
 use futures::stream::BoxStream;
 
+use self::epoch::Epoch;
 use crate::store::{Guard, KeyValue, Page, Revision, Store, StoreError, WatchBatch, prefix_end};
 
 /// Keys in one range request. 500 pods are about 1.3 MB.
@@ -51,6 +54,7 @@ pub struct EtcdStore {
     kv: KvClient,
     watch: WatchClient,
     leases: lease::Leases,
+    epoch: Epoch,
 }
 
 impl EtcdStore {
@@ -71,7 +75,50 @@ impl EtcdStore {
             kv: client.kv_client().max_decoding_message_size(MAX_MESSAGE),
             watch: client.watch_client().max_decoding_message_size(MAX_MESSAGE),
             leases: lease::Leases::new(client.lease_client()),
+            epoch: Epoch::default(),
         })
+    }
+
+    /// The same store in the epoch that etcd says it is in. `restored` is the one that begins with the data it has, if that
+    /// was just put back from a snapshot; safe to repeat.
+    ///
+    /// # Errors
+    /// etcd is away.
+    pub async fn enter_epoch(self, restored: Option<Revision>) -> Result<Self, StoreError> {
+        let mut reply = self.range(epoch::KEY, GetOptions::new()).await?;
+        let known = match reply.take_kvs().pop() {
+            Some(kv) => Epoch::parse(kv.value())?,
+            None => Epoch::default(),
+        };
+        let epoch = known.max(Epoch(restored.unwrap_or(0)));
+        if epoch != known {
+            retry(Harm::None, || {
+                let mut kv = self.kv.clone();
+                async move { kv.put(epoch::KEY, epoch.to_string(), None).await }
+            })
+            .await?;
+        }
+        Ok(Self { epoch, ..self })
+    }
+
+    /// The revision of a reply, as ours.
+    fn revision_of(
+        &self,
+        header: Option<&etcd_client::ResponseHeader>,
+    ) -> Result<Revision, StoreError> {
+        let header =
+            header.ok_or_else(|| StoreError::Internal("etcd's reply has no header".to_owned()))?;
+        Ok(self.epoch.ours(header.revision()))
+    }
+
+    /// A key of a reply, with our revisions.
+    fn key_value(&self, kv: etcd_client::KeyValue) -> Result<KeyValue, StoreError> {
+        let create_revision = self.epoch.ours(kv.create_revision());
+        let (mod_revision, lease) = (self.epoch.ours(kv.mod_revision()), kv.lease());
+        let (key, value) = kv.into_key_value();
+        let key = String::from_utf8(key)
+            .map_err(|error| StoreError::Internal(format!("key in etcd: {error}")))?;
+        Ok(KeyValue { key, value: Bytes::from(value), create_revision, mod_revision, lease })
     }
 
     async fn range(
@@ -104,7 +151,9 @@ impl EtcdStore {
     ) -> Result<Result<Revision, Option<KeyValue>>, StoreError> {
         let compares: Vec<_> = keys
             .iter()
-            .map(|(key, at)| Compare::mod_revision(*key, CompareOp::Equal, *at))
+            .map(|(key, at)| {
+                Compare::mod_revision(*key, CompareOp::Equal, self.epoch.compared(*at))
+            })
             .collect();
         let first: Vec<_> = keys.iter().take(1).map(|(key, _)| TxnOp::get(*key, None)).collect();
         let txn = Txn::new().when(compares).and_then(changes).or_else(first);
@@ -114,13 +163,13 @@ impl EtcdStore {
         })
         .await?;
         if reply.succeeded() {
-            return Ok(Ok(revision_of(reply.header())?));
+            return Ok(Ok(self.revision_of(reply.header())?));
         }
         let current = reply.op_responses().into_iter().find_map(|response| match response {
             TxnOpResponse::Get(mut found) => found.take_kvs().pop(),
             _ => None,
         });
-        Ok(Err(current.map(key_value).transpose()?))
+        Ok(Err(current.map(|kv| self.key_value(kv)).transpose()?))
     }
 
     async fn put_op(
@@ -141,8 +190,8 @@ impl EtcdStore {
 impl Store for EtcdStore {
     async fn get(&self, key: &str) -> Result<(Option<KeyValue>, Revision), StoreError> {
         let mut reply = self.range(key, GetOptions::new()).await?;
-        let revision = revision_of(reply.header())?;
-        Ok((reply.take_kvs().pop().map(key_value).transpose()?, revision))
+        let revision = self.revision_of(reply.header())?;
+        Ok((reply.take_kvs().pop().map(|kv| self.key_value(kv)).transpose()?, revision))
     }
 
     async fn list(
@@ -155,27 +204,29 @@ impl Store for EtcdStore {
         let end = prefix_end(prefix);
         let mut from = start.unwrap_or(prefix).to_owned();
         let mut at = at;
+        // etcd takes 0 for "now".
+        let asked = at.map(|at| self.epoch.etcds(at)).transpose()?;
         let mut items = Vec::new();
+        let mut etcds_at = asked.unwrap_or(0);
         loop {
             let size = if limit == 0 { PAGE } else { PAGE.min(limit - items.len()) };
             let size = i64::try_from(size).expect("a page is small");
-            let options = GetOptions::new()
-                .with_range(end.clone())
-                .with_limit(size)
-                .with_revision(at.unwrap_or(0));
+            let options =
+                GetOptions::new().with_range(end.clone()).with_limit(size).with_revision(etcds_at);
             let mut reply = self.range(&from, options).await?;
             // The header tells the newest revision even if an older one was asked for; the list is true at that one.
             let revision = match at {
                 Some(at) => at,
-                None => revision_of(reply.header())?,
+                None => self.revision_of(reply.header())?,
             };
             at = Some(revision);
+            etcds_at = self.epoch.etcds(revision)?;
             let (more, count) = (reply.more(), reply.count());
             let page = reply.take_kvs();
             let remaining = count - i64::try_from(page.len()).expect("a page is small");
             items.reserve(page.len());
             for kv in page {
-                items.push(key_value(kv)?);
+                items.push(self.key_value(kv)?);
             }
             let Some(last) = items.last().filter(|_| more && (limit == 0 || items.len() < limit))
             else {
@@ -249,7 +300,7 @@ impl Store for EtcdStore {
             let mut kv = self.kv.clone();
             async move { kv.put(key, Vec::new(), None).await }
         });
-        revision_of(reply.await?.header())
+        self.revision_of(reply.await?.header())
     }
 
     async fn watch(
@@ -257,16 +308,18 @@ impl Store for EtcdStore {
         prefix: &str,
         from: Revision,
     ) -> Result<BoxStream<'static, Result<WatchBatch, StoreError>>, StoreError> {
-        watch::open(self.watch.clone(), prefix, from).await
+        watch::open(self.watch.clone(), prefix, from, self.epoch).await
     }
 
     async fn revision(&self) -> Result<Revision, StoreError> {
         // Any linearizable range tells the revision of the whole store; this one counts at most one key.
         let reply = self.range("/", GetOptions::new().with_count_only()).await?;
-        revision_of(reply.header())
+        self.revision_of(reply.header())
     }
 
     async fn compact(&self, at: Revision) -> Result<(), StoreError> {
+        // What was before the epoch is gone.
+        let Ok(at) = self.epoch.etcds(at) else { return Ok(()) };
         let mut kv = self.kv.clone();
         match call(kv.compact(at, None)).await {
             Ok(_) | Err(StoreError::Compacted { .. }) => Ok(()),
@@ -339,21 +392,6 @@ async fn call<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, S
             CALL_TIMEOUT.as_secs()
         ))),
     }
-}
-
-fn revision_of(header: Option<&etcd_client::ResponseHeader>) -> Result<Revision, StoreError> {
-    header
-        .map(etcd_client::ResponseHeader::revision)
-        .ok_or_else(|| StoreError::Internal("etcd's reply has no header".to_owned()))
-}
-
-fn key_value(kv: etcd_client::KeyValue) -> Result<KeyValue, StoreError> {
-    let (create_revision, mod_revision, lease) =
-        (kv.create_revision(), kv.mod_revision(), kv.lease());
-    let (key, value) = kv.into_key_value();
-    let key = String::from_utf8(key)
-        .map_err(|error| StoreError::Internal(format!("key in etcd: {error}")))?;
-    Ok(KeyValue { key, value: Bytes::from(value), create_revision, mod_revision, lease })
 }
 
 /// Sorts etcd's errors by what the caller can do. gRPC codes as numbers: the crate that names them is not ours.

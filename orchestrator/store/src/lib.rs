@@ -19,7 +19,7 @@ pub mod managed;
 mod resource_version;
 mod store;
 
-pub use etcd::{EtcdConfig, EtcdStore};
+pub use etcd::{EtcdConfig, EtcdStore, epoch};
 pub use resource_version::splice_resource_version;
 pub use store::{
     Guard, KeyValue, Page, Revision, Store, StoreError, StoreEvent, WatchBatch, prefix_end,

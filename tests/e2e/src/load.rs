@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -87,6 +87,68 @@ impl Load {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| anyhow!("the client panicked"))?
     }
+}
+
+/// Between two requests of a [`Conversation`].
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// One connection on which a client asks and a server answers in turn, for as long as it is wanted.
+pub struct Conversation {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<anyhow::Result<Talk>>,
+}
+
+/// What was said on one connection.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Talk {
+    pub answers: usize,
+    /// The longest time between two answers.
+    pub longest_gap: Duration,
+}
+
+impl Conversation {
+    /// Connects from inside a network namespace.
+    ///
+    /// # Errors
+    /// There is no such namespace, or nobody listens.
+    pub fn start(netns: &Path, address: SocketAddr) -> anyhow::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = stop.clone();
+        let connect =
+            move || anyhow::Ok(TcpStream::connect_timeout(&address, LIMIT).context("connect")?);
+        let stream = NetNs::open(netns)
+            .with_context(|| format!("open {}", netns.display()))?
+            .run(connect)?;
+        let thread = std::thread::spawn(move || talk(stream, &told));
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// The connection broke, or an answer took too long.
+    pub fn stop(self) -> anyhow::Result<Talk> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the client panicked"))?
+    }
+}
+
+fn talk(mut stream: TcpStream, stop: &AtomicBool) -> anyhow::Result<Talk> {
+    stream.set_read_timeout(Some(LIMIT))?;
+    let (mut seen, mut last) = (Talk::default(), Instant::now());
+    while !stop.load(Ordering::Relaxed) {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: app\r\n\r\n").context("send")?;
+        // Answers are short, and the next one comes only when it is asked for.
+        let length = stream.read(&mut [0; 16 << 10]).context("receive")?;
+        if length == 0 {
+            bail!("the connection was closed after {} answers", seen.answers);
+        }
+        seen.answers += 1;
+        seen.longest_gap = seen.longest_gap.max(last.elapsed());
+        last = Instant::now();
+        std::thread::sleep(PAUSE);
+    }
+    Ok(seen)
 }
 
 fn drive(address: SocketAddr, per_second: u32, stop: &AtomicBool) -> Report {

@@ -1,6 +1,8 @@
 //! Three control planes, of which any one may go: killed, cut off, or standing still. Under a writer that counts what was
 //! acknowledged and two clients of a Service, in one lab whose chapters follow each other.
 
+#[path = "ha/disaster.rs"]
+mod disaster;
 #[path = "ha/writer.rs"]
 mod writer;
 
@@ -31,6 +33,7 @@ const CHAPTERS: &[Chapter] = &[
     ("each_control_plane_may_be_killed_in_turn", each_killed),
     ("the_leader_of_etcd_may_be_cut_off", leader_cut_off),
     ("a_leader_that_stood_still_does_not_act_when_it_goes_on", leader_paused),
+    ("all_control_planes_come_back_from_a_snapshot_under_running_pods", disaster::all_state_lost),
 ];
 
 fn main() -> ExitCode {
@@ -228,6 +231,19 @@ fn leader_cut_off(lab: &TestLab) -> anyhow::Result<()> {
     without(lab, server, || lab_does(lab, "partition", server), || lab_does(lab, "heal", server))
 }
 
+/// Each node runs pods and is Ready.
+fn followed_elsewhere(lab: &TestLab) -> anyhow::Result<()> {
+    let nodes: Vec<String> = lab.pods("app=nodeinfo")?.into_iter().map(|pod| pod.node).collect();
+    for node in ["node-1", "node-2", "node-3"] {
+        ensure!(nodes.iter().any(|one| one == node), "no pod on {node}: {nodes:?}");
+        let ready = lab.json(&["node", node])?;
+        let conditions = ready["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let ready = conditions.iter().find(|one| one["type"] == "Ready").context("Ready")?;
+        ensure!(ready["status"] == "True", "{node}: {ready}");
+    }
+    Ok(())
+}
+
 fn leader_paused(lab: &TestLab) -> anyhow::Result<()> {
     let before = holder(lab, LEASES[0])?;
     let address = before.split('_').next().context("ADDRESS_UUID")?;
@@ -244,12 +260,9 @@ fn leader_paused(lab: &TestLab) -> anyhow::Result<()> {
             Ok(())
         })?;
         lab.ok(&["scale", "deployment/nodeinfo", "--replicas=5"])?;
-        // They may start later: an agent that watches at the server that stands still does not notice that.
-        eventually("five pods are made", SOON, || {
-            let pods = lab.pods("app=nodeinfo")?;
-            ensure!(pods.len() == 5, "{pods:#?}");
-            Ok(())
-        })
+        // Also on the nodes that watched at the server that stands still.
+        ready_pods(lab, 5)?;
+        followed_elsewhere(lab)
     })();
     kill(pid, Signal::SIGCONT).context("continue the server")?;
     outcome?;

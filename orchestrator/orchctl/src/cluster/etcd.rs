@@ -121,7 +121,7 @@ impl At {
 }
 
 /// The control plane's own credentials at etcd.
-pub(super) fn credentials(host: &Host, endpoints: Vec<String>) -> anyhow::Result<EtcdConfig> {
+pub(crate) fn credentials(host: &Host, endpoints: Vec<String>) -> anyhow::Result<EtcdConfig> {
     let pki = host.paths.pki();
     let read = |name: &str| {
         fs::read_to_string(pki.join(name)).map_err(|error| {
@@ -362,10 +362,7 @@ async fn restore(file: &Path, root: &Path, yes: bool) -> anyhow::Result<()> {
             "this host is no control plane",
         )
     })?;
-    admin::verify(file)?;
-    let tool = tool().ok_or_else(|| {
-        output::hinted("apt-get install etcd-client", "neither etcdutl nor etcdctl is installed")
-    })?;
+    check_restorable(file)?;
     if !yes {
         return Err(output::usage(
             "this puts the cluster back to the state of the snapshot, and other control planes out of it: say so with --yes",
@@ -380,32 +377,10 @@ async fn restore(file: &Path, root: &Path, yes: bool) -> anyhow::Result<()> {
     })
     .await?;
     progress::step("restore", async {
-        let fresh = data.with_extension("restored");
-        if fresh.exists() {
-            fs::remove_dir_all(&fresh).with_context(|| format!("remove {}", fresh.display()))?;
-        }
-        let out = Process::new(tool)
-            .args(["snapshot", "restore"])
-            .arg(file)
-            .arg(format!("--data-dir={}", fresh.display()))
-            .arg(format!("--name={}", config.node.name))
-            .arg(format!("--initial-cluster={}={peer}", config.node.name))
-            .arg(format!("--initial-advertise-peer-urls={peer}"))
-            .env("ETCDCTL_API", "3")
-            .output()
-            .with_context(|| format!("run {tool}"))?;
-        if !out.status.success() {
-            bail!("{tool}: {}", String::from_utf8_lossy(&out.stderr).trim());
-        }
-        let mut said = String::new();
-        if data.exists() {
-            let now = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
-            let old = data.with_extension(format!("before-{now}"));
-            fs::rename(&data, &old).with_context(|| format!("rename {}", data.display()))?;
-            said = format!("the data before is in {}", old.display());
-        }
-        fs::rename(&fresh, &data).with_context(|| format!("rename {}", fresh.display()))?;
-        Ok(said)
+        Ok(match put_back(file, &data, &config.node.name, &peer)? {
+            Some(old) => format!("the data before is in {}", old.display()),
+            None => String::new(),
+        })
     })
     .await?;
     // Its peers are gone from etcd's point of view.
@@ -431,6 +406,57 @@ async fn restore(file: &Path, root: &Path, yes: bool) -> anyhow::Result<()> {
     .await?;
     eprintln!("restored; further control planes: `orchctl reset`, then join again");
     Ok(())
+}
+
+/// What a restore needs, before anything is stopped for it.
+pub(crate) fn check_restorable(file: &Path) -> anyhow::Result<()> {
+    admin::verify(file)?;
+    restore_tool().map(drop)
+}
+
+fn restore_tool() -> anyhow::Result<&'static str> {
+    tool().ok_or_else(|| {
+        output::hinted("apt-get install etcd-client", "neither etcdutl nor etcdctl is installed")
+    })
+}
+
+/// Makes the data folder of an etcd that does not run from a snapshot: the only member of a new cluster. Returns where the
+/// data before is kept.
+pub(crate) fn put_back(
+    file: &Path,
+    data: &Path,
+    name: &str,
+    peer: &str,
+) -> anyhow::Result<Option<PathBuf>> {
+    let tool = restore_tool()?;
+    let now = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
+    let fresh = data.with_extension("restored");
+    if fresh.exists() {
+        fs::remove_dir_all(&fresh).with_context(|| format!("remove {}", fresh.display()))?;
+    }
+    let out = Process::new(tool)
+        .args(["snapshot", "restore"])
+        .arg(file)
+        .arg(format!("--data-dir={}", fresh.display()))
+        .arg(format!("--name={name}"))
+        .arg(format!("--initial-cluster={name}={peer}"))
+        .arg(format!("--initial-advertise-peer-urls={peer}"))
+        // Another cluster than the one before: members of that one which still run must not take it for theirs.
+        .arg(format!("--initial-cluster-token=orch-{now}"))
+        .env("ETCDCTL_API", "3")
+        .output()
+        .with_context(|| format!("run {tool}"))?;
+    if !out.status.success() {
+        bail!("{tool}: {}", String::from_utf8_lossy(&out.stderr).trim());
+    }
+    orch_store::epoch::begin(&fresh).with_context(|| format!("write to {}", fresh.display()))?;
+    let old = data.with_extension(format!("before-{now}"));
+    let had_data = data.exists();
+    if had_data {
+        fs::rename(data, &old).with_context(|| format!("rename {}", data.display()))?;
+    }
+    fs::rename(&fresh, data).with_context(|| format!("rename {}", fresh.display()))?;
+    Ok(had_data.then_some(old))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! cluster, and no key leaves the host that made it.
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::bail;
@@ -279,15 +280,7 @@ async fn control_plane(
         let has_data = host.paths.etcd_data().exists();
         let members = add_member(&mut admin, &peer, has_data).await?;
         config.control_plane.etcd_joins = true;
-        config.control_plane.etcd_members = members
-            .iter()
-            .filter_map(|member| {
-                let url = member.peer_urls.first()?;
-                // A member that has not started has no name yet: that is this one.
-                let name = if *url == peer { &config.node.name } else { &member.name };
-                Some(format!("{name}={url}"))
-            })
-            .collect();
+        config.control_plane.etcd_members = named(&members, &config.node.name, &peer);
     }
     let mut servers = vec![config.own_url()?];
     servers.extend(
@@ -303,7 +296,11 @@ async fn control_plane(
     let admin_conf = pki.ensure_admin_kubeconfig(&config.own_url()?)?;
     orch_client::write_servers(&admin_conf, &servers)?;
     init::ensure(host, &config, Part::Server)?;
-    promote(host, &config, &mut admin, &peer).await?;
+    promote(&mut admin, &peer, &host.paths.log(), || {
+        let runs = host.pid(Part::Server, &config).is_some();
+        (!runs).then(|| host.log_tail(Part::Server, &config))
+    })
+    .await?;
     let client = Client::from_kubeconfig(&admin_conf)?;
     // Its own server, not one of the others.
     client.set_servers(&[config.own_url()?])?;
@@ -322,7 +319,11 @@ async fn control_plane(
 
 /// Adds this host to etcd's members as soon as etcd is ready for it. A member that this host once was, and whose data it
 /// has no more, is removed first: it must not come back as one that remembers.
-async fn add_member(admin: &mut Admin, peer: &str, has_data: bool) -> anyhow::Result<Vec<Member>> {
+pub(crate) async fn add_member(
+    admin: &mut Admin,
+    peer: &str,
+    has_data: bool,
+) -> anyhow::Result<Vec<Member>> {
     let mut step = progress::Step::new("member of etcd");
     let deadline = tokio::time::Instant::now() + ADD_LIMIT;
     loop {
@@ -361,12 +362,23 @@ async fn add_member(admin: &mut Admin, peer: &str, has_data: bool) -> anyhow::Re
     }
 }
 
-/// Waits until the own etcd has caught up, and gives it its vote.
-async fn promote(
-    host: &Host,
-    config: &Config,
+/// Names and peer URLs of all members, as etcd wants to hear them.
+pub(crate) fn named(members: &[Member], own: &str, own_peer: &str) -> Vec<String> {
+    let line = |member: &Member| {
+        let url = member.peer_urls.first()?;
+        // A member that has not started has no name yet: that is this one.
+        let name = if url == own_peer { own } else { &member.name };
+        Some(format!("{name}={url}"))
+    };
+    members.iter().filter_map(line).collect()
+}
+
+/// Waits until the own etcd has caught up, and gives it its vote. `down` says why the server that runs it does not, if so.
+pub(crate) async fn promote(
     admin: &mut Admin,
     peer: &str,
+    log: &Path,
+    down: impl Fn() -> Option<String>,
 ) -> anyhow::Result<()> {
     let mut step = progress::Step::new("etcd");
     let deadline = tokio::time::Instant::now() + PROMOTE_LIMIT;
@@ -394,16 +406,13 @@ async fn promote(
             Ok(Err(error)) => error.waits_for().map_or_else(|| error.to_string(), str::to_owned),
             Err(_) => "etcd to answer".to_owned(),
         };
-        if host.pid(Part::Server, config).is_none() {
+        if let Some(last_words) = down() {
             step.failed();
-            bail!("the server does not stay up{}", host.log_tail(Part::Server, config));
+            bail!("the server does not stay up{last_words}");
         }
         if tokio::time::Instant::now() > deadline {
             step.failed();
-            bail!(
-                "this host's etcd did not catch up: {why}; see {}/etcd.log",
-                host.paths.log().display()
-            );
+            bail!("this host's etcd did not catch up: {why}; see {}/etcd.log", log.display());
         }
         step.waiting(&why);
         tokio::time::sleep(RETRY).await;

@@ -1,6 +1,7 @@
 //! `orchctl lab bench`: how long a pod takes from `apply` to Ready, against plain Docker making the same two
 //! containers, alternating in one run; and what the daemons need in memory when idle.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -15,6 +16,7 @@ use serde_json::json;
 use super::layout::Lab;
 use super::programs::Programs;
 use super::{demo, engine, engine_of, fleet};
+use crate::cluster::Format;
 use crate::output;
 
 const NAMESPACE: &str = "default";
@@ -24,7 +26,7 @@ const GONE_LIMIT: Duration = Duration::from_secs(60);
 /// The aim of issue 2 for the ratio of medians.
 const AIM: f64 = 1.5;
 
-pub(super) async fn run(lab: &Lab, rounds: usize) -> anyhow::Result<()> {
+pub(super) async fn run(lab: &Lab, rounds: usize, format: Format) -> anyhow::Result<()> {
     let client = fleet::client(lab)?;
     let docker = engine_of(lab).await?;
     demo::ensure_image(&docker, &Programs::find()?).await?;
@@ -32,14 +34,33 @@ pub(super) async fn run(lab: &Lab, rounds: usize) -> anyhow::Result<()> {
     // What a run that was broken off left.
     clean(&client, &docker, &names).await?;
 
-    output::line("memory of the idle daemons (resident):")?;
-    let rows =
-        super::daemons(lab).into_iter().map(|one| vec![one.name.clone(), super::memory(one.pid)]);
-    output::table(&["PROCESS", "MEMORY"], rows)?;
-
+    // Before the rounds: they warm the daemons up.
+    let idle: Vec<_> =
+        super::daemons(lab).into_iter().map(|one| (one.name, super::resident(one.pid))).collect();
     let outcome = measure(&client, &docker, &names, rounds).await;
     clean(&client, &docker, &names).await?;
     let (pods, plain) = outcome?;
+    let ratio = median(&pods).as_secs_f64() / median(&plain).as_secs_f64();
+    let in_millis = |times: &[Duration]| -> Vec<f64> {
+        times.iter().map(|time| time.as_secs_f64() * 1000.0).collect()
+    };
+    let data = json!({
+        "residentBytes": idle.iter().cloned().collect::<BTreeMap<String, Option<u64>>>(),
+        "podStartMillis": in_millis(&pods), "plainStartMillis": in_millis(&plain), "ratioOfMedians": ratio,
+    });
+    format.print(&data, || tell(&idle, &pods, &plain, ratio))
+}
+
+fn tell(
+    idle: &[(String, Option<u64>)],
+    pods: &[Duration],
+    plain: &[Duration],
+    ratio: f64,
+) -> anyhow::Result<()> {
+    output::line("memory of the idle daemons (resident):")?;
+    let rows = idle.iter().map(|(name, bytes)| vec![name.clone(), super::mebibytes(*bytes)]);
+    output::table(&["PROCESS", "MEMORY"], rows)?;
+    let rounds = pods.len();
     output::line(&format!("\npod start, {rounds} rounds, alternating (ms):"))?;
     let row = |name: &str, times: &[Duration]| {
         let mut times = times.to_vec();
@@ -50,11 +71,10 @@ pub(super) async fn run(lab: &Lab, rounds: usize) -> anyhow::Result<()> {
     output::table(
         &["WHAT", "MIN", "MEDIAN", "P90", "MAX"],
         [
-            row("apply to Ready of one pod", &pods),
-            row("docker create + start of the same two containers", &plain),
+            row("apply to Ready of one pod", pods),
+            row("docker create + start of the same two containers", plain),
         ],
     )?;
-    let ratio = median(&pods).as_secs_f64() / median(&plain).as_secs_f64();
     output::line(&format!("ratio of medians: {ratio:.2} (aim: at most {AIM})"))
 }
 

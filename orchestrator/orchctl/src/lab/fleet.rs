@@ -12,11 +12,14 @@ use bollard::Docker;
 use orch_api::k8s_openapi::api::core::v1::Node;
 use orch_client::{Api, Client};
 use orch_pki::ClusterPki;
+use orch_store::EtcdConfig;
+use orch_store::admin::Admin;
 
 use super::layout::{Lab, SERVER};
 use super::process::Daemon;
 use super::programs::Programs;
 use super::{engine, net};
+use crate::cluster::{etcd, join};
 use crate::{image, output, progress};
 
 /// Grace that a daemon gets before SIGKILL.
@@ -72,7 +75,7 @@ async fn start(lab: &Lab, programs: &Programs) -> anyhow::Result<Client> {
     let pki = pki(lab)?;
     // All of them before any is waited for: etcd serves when most of its members run.
     for server in lab.server_names() {
-        ensure_server(lab, programs, &server)?;
+        ensure_server(lab, programs, &server, &peers(lab)?)?;
     }
     for server in lab.server_names() {
         wait_server(lab, &server).await?;
@@ -135,7 +138,29 @@ pub(crate) fn client(lab: &Lab) -> anyhow::Result<Client> {
     Client::from_kubeconfig(&lab.kubeconfig()).context("read the lab's kubeconfig")
 }
 
-fn ensure_server(lab: &Lab, programs: &Programs, name: &str) -> anyhow::Result<()> {
+fn peer_url(lab: &Lab, server: &str) -> anyhow::Result<String> {
+    lab.url(server, orch_config::ETCD_PEER_PORT)
+}
+
+/// How etcds start that start together; empty for one that stays alone.
+fn peers(lab: &Lab) -> anyhow::Result<Vec<String>> {
+    if !lab.has_peers() {
+        return Ok(Vec::new());
+    }
+    let named = |peer: &String| Ok(format!("{peer}={}", peer_url(lab, peer)?));
+    Ok(vec![
+        "--etcd-peers".to_owned(),
+        lab.server_names().iter().map(named).collect::<anyhow::Result<Vec<_>>>()?.join(","),
+    ])
+}
+
+/// Starts a server that does not run. `peers` are its flags about other members of etcd; one that has its data ignores them.
+fn ensure_server(
+    lab: &Lab,
+    programs: &Programs,
+    name: &str,
+    peers: &[String],
+) -> anyhow::Result<()> {
     net::ensure_plain_host(lab, name)?;
     let server = daemon(lab, name);
     if server.pid().is_some() {
@@ -149,13 +174,8 @@ fn ensure_server(lab: &Lab, programs: &Programs, name: &str) -> anyhow::Result<(
         lab.address(name)?.to_string(),
     ];
     if lab.has_peers() {
-        let peers: Vec<String> = lab
-            .server_names()
-            .iter()
-            .map(|peer| Ok(format!("{peer}={}", lab.url(peer, orch_config::ETCD_PEER_PORT)?)))
-            .collect::<anyhow::Result<_>>()?;
-        args.extend(["--etcd-member", name, "--etcd-peers", &peers.join(",")].map(str::to_owned));
-        args.push("--elect".to_owned());
+        args.extend(["--elect", "--etcd-member", name].map(str::to_owned));
+        args.extend_from_slice(peers);
     }
     if lab.config.fast {
         args.push("--fast-failover".to_owned());
@@ -451,7 +471,7 @@ pub(crate) async fn restart(lab: &Lab, host: &str) -> anyhow::Result<String> {
         server if lab.is_server(server) => {
             daemon(lab, server).stop(STOP_GRACE)?;
             net::ensure_underlay(lab)?;
-            ensure_server(lab, &programs, server)?;
+            ensure_server(lab, &programs, server, &peers(lab)?)?;
             wait_server(lab, server).await?;
             Ok(format!("{server} answers again"))
         }
@@ -473,6 +493,61 @@ pub(crate) async fn restart(lab: &Lab, host: &str) -> anyhow::Result<String> {
             Ok(format!("{node} runs again"))
         }
     }
+}
+
+/// Takes the state of all control planes away, puts the first one back from a snapshot, and lets the others join it anew.
+pub(crate) async fn restore(lab: &Lab, file: &Path) -> anyhow::Result<()> {
+    let programs = Programs::find()?;
+    etcd::check_restorable(file)?;
+    progress::step("kill the control plane", async {
+        for server in lab.server_names() {
+            if daemon(lab, &server).pid().is_some() {
+                daemon(lab, &server).crash()?;
+            }
+            if etcd_pid(lab, &server).is_some() {
+                kill_etcd(lab, &server)?;
+            }
+        }
+        // A killed one holds its files until it is gone.
+        for server in lab.server_names() {
+            stop_etcd(lab, &server)?;
+        }
+        Ok(String::new())
+    })
+    .await?;
+    let pki = pki(lab)?;
+    let data = lab.paths(SERVER).etcd_data();
+    progress::step("restore", async {
+        for server in lab.server_names() {
+            remove_folder(&lab.paths(&server).etcd_data())?;
+        }
+        etcd::put_back(file, &data, SERVER, &peer_url(lab, SERVER)?)?;
+        Ok(format!("{SERVER} from {}", file.display()))
+    })
+    .await?;
+    ensure_server(lab, &programs, SERVER, &peers(lab)?)?;
+    wait_server(lab, SERVER).await?;
+    let mut admin = Admin::connect(&EtcdConfig {
+        endpoints: vec![lab.url(SERVER, orch_config::ETCD_CLIENT_PORT)?],
+        ca_pem: Some(pki.read("etcd-ca.crt")?),
+        cert_pem: Some(pki.read("etcd-client.crt")?),
+        key_pem: Some(pki.read("etcd-client.key")?),
+    })
+    .await?;
+    for server in lab.server_names().iter().skip(1) {
+        let peer = peer_url(lab, server)?;
+        let members = join::add_member(&mut admin, &peer, false).await?;
+        let members = join::named(&members, server, &peer).join(",");
+        let joining = ["--etcd-peers", &members, "--etcd-join"].map(str::to_owned);
+        ensure_server(lab, &programs, server, &joining)?;
+        let process = daemon(lab, server);
+        join::promote(&mut admin, &peer, &lab.paths(server).log(), || {
+            process.pid().is_none().then(|| process.log_tail())
+        })
+        .await?;
+        wait_server(lab, server).await?;
+    }
+    Ok(())
 }
 
 /// A process of the lab.

@@ -13,7 +13,7 @@ mod net;
 pub(crate) mod process;
 pub(crate) mod programs;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use ipnetwork::Ipv4Network;
@@ -73,6 +73,14 @@ pub(crate) enum Command {
     /// Undo `partition`
     #[command(after_help = "Example: orchctl lab heal node-2")]
     Heal { host: String },
+    /// Lose the state of all control planes, put it back from a snapshot on the first one, and let the others join anew; the
+    /// nodes are left alone
+    #[command(after_help = "Example: orchctl lab restore etcd.db\n\
+        A snapshot is saved with: orchctl etcd snapshot save etcd.db --root $DIR/server --endpoints https://172.30.0.10:2379")]
+    Restore {
+        /// What `orchctl etcd snapshot save` wrote
+        file: PathBuf,
+    },
     /// Print the path of the administrator's kubeconfig
     #[command(after_help = "Example: export KUBECONFIG=$(orchctl lab kubeconfig)")]
     Kubeconfig,
@@ -92,6 +100,8 @@ pub(crate) enum Command {
         /// Pods to start; the median counts
         #[arg(long, default_value_t = 20)]
         rounds: usize,
+        #[command(flatten)]
+        format: Format,
     },
 }
 
@@ -131,6 +141,9 @@ pub(crate) async fn run(command: Command, dir: &Path) -> anyhow::Result<u8> {
             net::set_partitioned(&open(dir, "changes links")?, &host, false)?;
             eprintln!("{host} is joined again");
         }
+        Command::Restore { file } => {
+            fleet::restore(&open(dir, "starts daemons in network namespaces")?, &file).await?;
+        }
         Command::Kubeconfig => {
             output::line(&Lab::require(dir)?.kubeconfig().display().to_string())?
         }
@@ -153,11 +166,11 @@ pub(crate) async fn run(command: Command, dir: &Path) -> anyhow::Result<u8> {
             let lab = open(dir, "reaches the lab's Docker engine")?;
             demo::run(&lab).await?;
         }
-        Command::Bench { rounds } => {
+        Command::Bench { rounds, format } => {
             if rounds == 0 {
                 return Err(output::usage("--rounds 0 measures nothing: name at least 1"));
             }
-            bench::run(&open(dir, "reaches the lab's Docker engine")?, rounds).await?;
+            bench::run(&open(dir, "reaches the lab's Docker engine")?, rounds, format).await?;
         }
     }
     Ok(0)
@@ -175,11 +188,18 @@ fn need_root(why: &str) -> anyhow::Result<()> {
     Err(output::hinted("run it with sudo", format!("this needs root: it {why}")))
 }
 
+/// Resident memory of a process.
+fn resident(pid: Option<i32>) -> Option<u64> {
+    pid.and_then(|pid| u32::try_from(pid).ok()).and_then(orch_telemetry::resident_bytes)
+}
+
+fn mebibytes(bytes: Option<u64>) -> String {
+    bytes.map_or_else(String::new, |bytes| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20)))
+}
+
 /// Resident memory of a process for people.
 pub(crate) fn memory(pid: Option<i32>) -> String {
-    pid.and_then(|pid| u32::try_from(pid).ok())
-        .and_then(orch_telemetry::resident_bytes)
-        .map_or_else(String::new, |bytes| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20)))
+    mebibytes(resident(pid))
 }
 
 /// Prints all processes; 1 as exit code when one is down.

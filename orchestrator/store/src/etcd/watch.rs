@@ -11,6 +11,7 @@ use bytes::Bytes;
 use etcd_client::{EventType, WatchClient, WatchOptions, WatchResponse, WatchStream};
 use futures::stream::{BoxStream, StreamExt as _};
 
+use super::epoch::Epoch;
 use super::from_etcd;
 use crate::store::{Revision, StoreError, StoreEvent, WatchBatch, prefix_end};
 
@@ -18,19 +19,20 @@ pub(super) async fn open(
     mut client: WatchClient,
     prefix: &str,
     from: Revision,
+    epoch: Epoch,
 ) -> Result<BoxStream<'static, Result<WatchBatch, StoreError>>, StoreError> {
     let options = WatchOptions::new()
         .with_range(prefix_end(prefix))
-        .with_start_revision(from)
+        .with_start_revision(epoch.etcds(from)?)
         .with_progress_notify();
     let stream = super::call(client.watch(prefix, Some(options))).await?;
-    Ok(futures::stream::unfold(Some(stream), next).boxed())
+    Ok(futures::stream::unfold(Some(stream), move |stream| next(stream, epoch)).boxed())
 }
 
 type Item = Result<WatchBatch, StoreError>;
 
 /// The next batch; after an error the stream is over.
-async fn next(stream: Option<WatchStream>) -> Option<(Item, Option<WatchStream>)> {
+async fn next(stream: Option<WatchStream>, epoch: Epoch) -> Option<(Item, Option<WatchStream>)> {
     let mut stream = stream?;
     loop {
         let reply = match stream.message().await {
@@ -43,7 +45,7 @@ async fn next(stream: Option<WatchStream>) -> Option<(Item, Option<WatchStream>)
             }
             Err(error) => return Some((Err(from_etcd(error)), None)),
         };
-        match batch(&reply) {
+        match batch(&reply, epoch) {
             Ok(Some(batch)) => return Some((Ok(batch), Some(stream))),
             Ok(None) => {}
             Err(error) => return Some((Err(error), None)),
@@ -51,9 +53,9 @@ async fn next(stream: Option<WatchStream>) -> Option<(Item, Option<WatchStream>)
     }
 }
 
-fn batch(reply: &WatchResponse) -> Result<Option<WatchBatch>, StoreError> {
+fn batch(reply: &WatchResponse, epoch: Epoch) -> Result<Option<WatchBatch>, StoreError> {
     if reply.compact_revision() != 0 {
-        return Err(StoreError::Compacted { oldest: reply.compact_revision() });
+        return Err(StoreError::Compacted { oldest: epoch.ours(reply.compact_revision()) });
     }
     if reply.canceled() {
         return Err(StoreError::Unavailable(format!(
@@ -66,11 +68,11 @@ fn batch(reply: &WatchResponse) -> Result<Option<WatchBatch>, StoreError> {
     }
     let mut events = Vec::with_capacity(reply.events().len());
     for event in reply.events() {
-        events.push(store_event(event)?);
+        events.push(store_event(event, epoch)?);
     }
     // Replies to progress requests carry no watch id (-1).
     let progress =
-        (reply.watch_id() >= 0).then(|| reply.header().map(etcd_client::ResponseHeader::revision));
+        (reply.watch_id() >= 0).then(|| reply.header().map(|header| epoch.ours(header.revision())));
     let revision = match events.last() {
         Some(last) => Some(last.revision),
         None => progress.flatten(),
@@ -78,7 +80,7 @@ fn batch(reply: &WatchResponse) -> Result<Option<WatchBatch>, StoreError> {
     Ok(revision.map(|revision| WatchBatch { revision, events }))
 }
 
-fn store_event(event: &etcd_client::Event) -> Result<StoreEvent, StoreError> {
+fn store_event(event: &etcd_client::Event, epoch: Epoch) -> Result<StoreEvent, StoreError> {
     let kv =
         event.kv().ok_or_else(|| StoreError::Internal("etcd's event has no key".to_owned()))?;
     let key = kv
@@ -89,9 +91,9 @@ fn store_event(event: &etcd_client::Event) -> Result<StoreEvent, StoreError> {
         EventType::Put => Some(Bytes::copy_from_slice(kv.value())),
         EventType::Delete => None,
     };
-    let revision = kv.mod_revision();
+    let revision = epoch.ours(kv.mod_revision());
     Ok(StoreEvent {
-        created: value.is_some() && kv.create_revision() == revision,
+        created: value.is_some() && kv.create_revision() == kv.mod_revision(),
         key,
         value,
         revision,

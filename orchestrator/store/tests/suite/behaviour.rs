@@ -13,6 +13,34 @@ async fn etcd_is_a_store() {
     suite(etcd.store().await).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn etcd_is_a_store_also_after_a_restore() {
+    let etcd = Etcd::start().await;
+    let before = etcd.store().await;
+    let old = before.create("/kept", value("1"), None).await.expect("create");
+    let store = etcd.store().await.enter_epoch(Some(1_000_000)).await.expect("an epoch");
+    let (found, now) = store.get("/kept").await.expect("get");
+    let found = found.expect("it is there");
+    assert!(found.mod_revision > 1_000_000 && now > found.mod_revision, "{found:?} at {now}");
+    // What was known before is no version of what is there now, whatever etcd counts.
+    match store.update("/kept", value("2"), old, None).await {
+        Err(StoreError::Conflict { current: Some(current) }) => assert_eq!(current, found),
+        other => panic!("{other:?}"),
+    }
+    let gone = |error: &StoreError| matches!(error, StoreError::Compacted { oldest: 1_000_001 });
+    assert!(store.watch("/kept", old).await.is_err_and(|error| gone(&error)));
+    assert!(store.list("/kept", None, 0, Some(old)).await.is_err_and(|error| gone(&error)));
+    store.compact(old).await.expect("nothing to compact");
+
+    // Every server finds the epoch in etcd, and none goes back to an earlier one.
+    let another = etcd.store().await.enter_epoch(None).await.expect("the epoch");
+    let stale = etcd.store().await.enter_epoch(Some(7)).await.expect("the epoch");
+    for store in [&another, &stale] {
+        assert_eq!(store.get("/kept").await.expect("get").0.as_ref(), Some(&found));
+    }
+    suite(store).await;
+}
+
 async fn suite<S: Store>(store: S) {
     writes_compare_and_swap(&store).await;
     of_two_decisions_from_one_state_the_second_is_refused(&store).await;
