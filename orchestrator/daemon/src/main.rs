@@ -19,6 +19,17 @@ enum Command {
     Agent(agent::Flags),
 }
 
+#[cfg(test)]
+#[path = "../../../docs/reference/render.rs"]
+mod reference;
+
+#[cfg(test)]
+#[test]
+fn the_reference_is_what_the_code_says() {
+    let command = <Command as clap::CommandFactory>::command();
+    reference::ensure("orchestrator.md", &reference::program(command));
+}
+
 fn main() -> std::process::ExitCode {
     let command = Command::parse();
     match run(command) {

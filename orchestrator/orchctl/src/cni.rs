@@ -13,6 +13,7 @@ use cni_spec::code::ALREADY_ATTACHED;
 use cni_spec::{AddResult, AttachmentId, CniArgs, ConfList, IfName, NetworkName, stable_hash};
 use serde_json::{Map, Value, json};
 
+use crate::cluster::Format;
 use crate::output;
 
 /// Where `ip netns` binds namespaces.
@@ -60,6 +61,8 @@ pub(crate) enum Command {
         /// Name of the network; all without one
         network: Option<NetworkName>,
         #[command(flatten)]
+        format: Format,
+        #[command(flatten)]
         places: Places,
     },
     /// List the networks, or what is attached to them
@@ -68,9 +71,8 @@ pub(crate) enum Command {
         /// The attachments of the result cache
         #[arg(short, long)]
         attachments: bool,
-        /// JSON instead of a table
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        format: Format,
         #[command(flatten)]
         places: Places,
     },
@@ -182,8 +184,11 @@ fn run_blocking(command: Command) -> anyhow::Result<u8> {
             let valid = valid.attachments(&cni.cached()?, &network)?;
             cni.gc(&list, &valid).map_err(explain)?;
         }
-        Command::Status { network, places } => return status(&places.cni(), network.as_ref()),
-        Command::List { attachments, json, places } => list(&places.cni(), attachments, json)?,
+        Command::Status { network, format, places } => {
+            return status(&places.cni(), network.as_ref(), format);
+        }
+        Command::List { attachments: true, format, places } => attached(&places.cni(), format)?,
+        Command::List { attachments: false, format, places } => networks(&places.cni(), format)?,
     }
     Ok(0)
 }
@@ -264,7 +269,7 @@ fn lists(cni: &Cni) -> anyhow::Result<Vec<ConfList>> {
     Ok(lists)
 }
 
-fn status(cni: &Cni, network: Option<&NetworkName>) -> anyhow::Result<u8> {
+fn status(cni: &Cni, network: Option<&NetworkName>, format: Format) -> anyhow::Result<u8> {
     let lists = match network {
         Some(name) => vec![cni.load_named(name)?],
         None => lists(cni)?,
@@ -277,7 +282,7 @@ fn status(cni: &Cni, network: Option<&NetworkName>) -> anyhow::Result<u8> {
         ));
     }
     let mut exit = 0;
-    let mut rows = Vec::new();
+    let (mut rows, mut data) = (Vec::new(), Vec::new());
     for list in &lists {
         // Lists older than STATUS are asked whether their plugins are there at all.
         let ready = cni.validate(list).and_then(|()| cni.status(list));
@@ -291,18 +296,20 @@ fn status(cni: &Cni, network: Option<&NetworkName>) -> anyhow::Result<u8> {
                 (format!("not ready{code}"), error.to_string())
             }
         };
+        data.push(
+            json!({ "name": list.name, "cniVersion": list.version.as_str(), "ready": ready.is_ok(),
+                          "reason": why }),
+        );
         rows.push(vec![list.name.to_string(), list.version.to_string(), state, why]);
     }
-    output::table(&["NETWORK", "VERSION", "STATUS", "REASON"], rows)?;
+    format
+        .print(&data.into(), || output::table(&["NETWORK", "VERSION", "STATUS", "REASON"], rows))?;
     Ok(exit)
 }
 
-fn list(cni: &Cni, attachments: bool, as_json: bool) -> anyhow::Result<()> {
-    if attachments {
-        let cached = cni.cached()?;
-        if as_json {
-            return print(&cached.iter().map(attachment_value).collect());
-        }
+fn attached(cni: &Cni, format: Format) -> anyhow::Result<()> {
+    let cached = cni.cached()?;
+    format.print(&cached.iter().map(attachment_value).collect(), || {
         let rows = cached.iter().map(|one| {
             vec![
                 one.network.to_string(),
@@ -312,35 +319,32 @@ fn list(cni: &Cni, attachments: bool, as_json: bool) -> anyhow::Result<()> {
                 if is_live(one) { "live" } else { "gone" }.to_owned(),
             ]
         });
-        return output::table(&["NETWORK", "CONTAINER", "INTERFACE", "ADDRESSES", "NETNS"], rows);
-    }
+        output::table(&["NETWORK", "CONTAINER", "INTERFACE", "ADDRESSES", "NETNS"], rows)
+    })
+}
+
+fn networks(cni: &Cni, format: Format) -> anyhow::Result<()> {
     let lists = lists(cni)?;
     let plugins = |list: &ConfList| -> Vec<String> {
         list.plugins.iter().map(|plugin| plugin.plugin.clone()).collect()
     };
-    if as_json {
-        return print(
-            &lists
-                .iter()
-                .map(|list| {
-                    json!({
-                        "name": list.name, "cniVersion": list.version.as_str(), "plugins": plugins(list),
-                    })
-                })
-                .collect(),
-        );
-    }
     let cached = cni.cached()?;
-    let rows = lists.iter().map(|list| {
-        let attached = cached.iter().filter(|one| one.network == list.name).count();
-        vec![
-            list.name.to_string(),
-            list.version.to_string(),
-            plugins(list).join(","),
-            attached.to_string(),
-        ]
+    let attached = |list: &ConfList| cached.iter().filter(|one| one.network == list.name).count();
+    let data = lists.iter().map(|list| {
+        json!({ "name": list.name, "cniVersion": list.version.as_str(), "plugins": plugins(list),
+                "attached": attached(list) })
     });
-    output::table(&["NETWORK", "VERSION", "PLUGINS", "ATTACHED"], rows)
+    format.print(&data.collect(), || {
+        let rows = lists.iter().map(|list| {
+            vec![
+                list.name.to_string(),
+                list.version.to_string(),
+                plugins(list).join(","),
+                attached(list).to_string(),
+            ]
+        });
+        output::table(&["NETWORK", "VERSION", "PLUGINS", "ATTACHED"], rows)
+    })
 }
 
 fn addresses(cached: &CachedAttachment) -> Vec<String> {

@@ -182,6 +182,9 @@ async fn run_image(command: ImageCommand, lab_dir: &std::path::Path) -> anyhow::
 }
 
 #[cfg(test)]
+mod reference;
+
+#[cfg(test)]
 mod tests {
     fn without_example(command: &clap::Command, path: &str, found: &mut Vec<String>) {
         let path = format!("{path} {}", command.get_name());
@@ -194,6 +197,106 @@ mod tests {
         }
         for command in commands {
             without_example(command, &path, found);
+        }
+    }
+
+    /// Commands that do something, print a file or a stream as it is, or write for people alone.
+    const NO_DATA: &[&str] = &[
+        "apply",
+        "cert renew",
+        "cni add",
+        "cni check",
+        "cni del",
+        "cni gc",
+        "completion",
+        "config check",
+        "config defaults",
+        "cordon",
+        "create",
+        "delete",
+        "describe",
+        "drain",
+        "etcd defrag",
+        "etcd remove",
+        "etcd snapshot restore",
+        "etcd snapshot save",
+        "exec",
+        "image build",
+        "image load",
+        "join",
+        "kubeconfig",
+        "lab demo",
+        "lab down",
+        "lab exec",
+        "lab heal",
+        "lab kill",
+        "lab kubeconfig",
+        "lab partition",
+        "lab restart",
+        "lab restore",
+        "lab up",
+        "logs",
+        "reset",
+        "rollout status",
+        "scale",
+        "taint",
+        "token delete",
+        "uncordon",
+    ];
+
+    fn without_output(command: &clap::Command, path: &str, found: &mut Vec<String>) {
+        for sub in command.get_subcommands() {
+            let path = format!("{path} {}", sub.get_name()).trim().to_owned();
+            let formats = sub.get_arguments().find(|arg| arg.get_long() == Some("output"));
+            let json = formats.is_some_and(|arg| arg.get_short() == Some('o'));
+            if sub.get_subcommands().next().is_none() && !json {
+                found.push(path.clone());
+            }
+            without_output(sub, &path, found);
+        }
+    }
+
+    #[test]
+    fn every_command_that_prints_data_takes_o_json() {
+        let mut found = Vec::new();
+        without_output(&super::command(), "", &mut found);
+        found.sort();
+        assert_eq!(
+            found, NO_DATA,
+            "a command takes -o json, or is in the list of those without data"
+        );
+    }
+
+    #[test]
+    fn completions_of_three_shells_know_every_command() {
+        use clap_complete::Shell;
+        let all = super::command();
+        let names: Vec<&str> = all.get_subcommands().map(clap::Command::get_name).collect();
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut super::command(), "orchctl", &mut text);
+            let text = String::from_utf8(text).expect("text");
+            let missing: Vec<_> = names.iter().filter(|name| !text.contains(**name)).collect();
+            assert!(missing.is_empty(), "{shell} does not know {missing:?}");
+        }
+    }
+
+    #[test]
+    fn wrong_usage_has_exit_code_2_and_help_has_0() {
+        use clap::Parser as _;
+        let code = |words: &[&str]| {
+            let words = std::iter::once(&"orchctl").chain(words);
+            super::Cli::try_parse_from(words).err().map(|error| error.exit_code())
+        };
+        assert_eq!(code(&["status", "--help"]), Some(0));
+        assert_eq!(code(&["status"]), None);
+        for words in [
+            &["nonsense"][..],
+            &["status", "--nonsense"],
+            &["scale"],
+            &["get", "pods", "-o", "xml"],
+        ] {
+            assert_eq!(code(words), Some(2), "{words:?}");
         }
     }
 

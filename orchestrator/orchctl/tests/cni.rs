@@ -91,7 +91,7 @@ fn gc_has_to_be_told_what_is_valid_and_live_is_what_has_a_namespace() {
     }
     assert_eq!(cni(dir.path(), &["gc", "net"]).status.code(), Some(2));
     stdout(&cni(dir.path(), &["gc", "net", "--live"]));
-    let listed = stdout(&cni(dir.path(), &["list", "-a", "--json"]));
+    let listed = stdout(&cni(dir.path(), &["list", "-a", "-o", "json"]));
     let listed: Value = serde_json::from_str(&listed).expect("JSON");
     assert_eq!(listed.as_array().map(Vec::len), Some(1));
     assert_eq!(listed[0]["containerID"], "here");
@@ -99,7 +99,7 @@ fn gc_has_to_be_told_what_is_valid_and_live_is_what_has_a_namespace() {
     let gc = log.lines().rfind(|line| line.starts_with("GC ")).expect("GC was called");
     assert!(gc.contains(r#""containerID":"here""#) && !gc.contains("gone"), "{gc}");
     stdout(&cni(dir.path(), &["gc", "net", "--none"]));
-    assert_eq!(stdout(&cni(dir.path(), &["list", "-a", "--json"])).trim(), "[]");
+    assert_eq!(stdout(&cni(dir.path(), &["list", "-a", "-o", "json"])).trim(), "[]");
 }
 
 #[test]
@@ -123,5 +123,5 @@ fn a_failed_add_is_followed_by_del_and_keeps_nothing() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("the pool is empty"));
     let log = fs::read_to_string(dir.path().join("bin/log")).expect("the plugin ran");
     assert!(log.lines().last().is_some_and(|line| line.starts_with("DEL c1")), "{log}");
-    assert_eq!(stdout(&cni(dir.path(), &["list", "-a", "--json"])).trim(), "[]");
+    assert_eq!(stdout(&cni(dir.path(), &["list", "-a", "-o", "json"])).trim(), "[]");
 }

@@ -241,12 +241,18 @@ impl TestLab {
         text.split_whitespace().next().context("an empty PID file")?.parse().context("PID")
     }
 
+    /// All logs of the lab's daemons.
+    #[must_use]
+    pub fn log_files(&self) -> Vec<PathBuf> {
+        log_files(&self.dir, 4)
+    }
+
     /// The ends of all logs, for the reader of a failure.
     #[must_use]
     pub fn logs(&self) -> String {
         const LINES: usize = 40;
         let mut text = String::new();
-        for path in log_files(&self.dir, 4) {
+        for path in self.log_files() {
             let content = std::fs::read(&path).unwrap_or_default();
             let content = String::from_utf8_lossy(&content);
             let lines: Vec<_> = content.lines().collect();

@@ -432,6 +432,52 @@ async fn strangers_see_health_and_version_only() {
     assert_eq!(get(&cluster.client_with_token(Some("a.b.c")), "/version").await.0, 401);
 }
 
+/// A certificate of the cluster's own authority that ended long ago.
+fn expired(cluster: &Cluster, user: &str, group: &str) -> (String, String) {
+    use rcgen::{
+        CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, date_time_ymd,
+    };
+    let (ca, key) = (cluster.pki.read("ca.crt"), cluster.pki.read("ca.key"));
+    let ca_key = KeyPair::from_pem(&key.expect("ca.key")).expect("a key");
+    let issuer = Issuer::from_ca_cert_pem(&ca.expect("ca.crt"), &ca_key).expect("an authority");
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, user);
+    params.distinguished_name.push(DnType::OrganizationName, group);
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
+    let key = KeyPair::generate().expect("a key");
+    (params.signed_by(&key, &issuer).expect("a certificate").pem(), key.serialize_pem())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn expired_and_foreign_certificates_are_refused() {
+    let cluster = Cluster::start().await;
+    let masters = Identity::client("kubernetes-admin", Some("system:masters"));
+    let with = |(certificate, key): (String, String)| {
+        Client::https(&ClientConfig {
+            servers: vec![cluster.url()],
+            ca_pem: Some(cluster.pki.read("ca.crt").expect("ca.crt")),
+            cert_pem: Some(certificate),
+            key_pem: Some(key),
+            token: None,
+        })
+        .expect("a client")
+    };
+    let good = with(cluster.pki.ca().issue(&masters).expect("a certificate"));
+    assert!(good.get_text("/api/v1/nodes").await.is_ok());
+    // An authority of the same name, and etcd's, which is ours and for other things.
+    let impostor = orch_pki::Authority::create("orch-ca").expect("an authority");
+    for credentials in [
+        impostor.issue(&masters).expect("a certificate"),
+        cluster.pki.etcd_ca().issue(&masters).expect("a certificate"),
+        expired(&cluster, "kubernetes-admin", "system:masters"),
+    ] {
+        // Not even what strangers may see: the handshake fails.
+        let error = with(credentials).get_text("/version").await.expect_err("refused");
+        assert!(matches!(error, orch_client::Error::Transport { .. }), "{error:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_reads_and_writes_what_is_its_own() {
     let cluster = Cluster::start().await;

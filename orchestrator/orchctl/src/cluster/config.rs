@@ -16,7 +16,7 @@ const API_VERSION: &str = "orch.dev/v1";
 const KIND: &str = "HostConfiguration";
 
 /// The settings with their defaults and what they mean; also the reference in the docs.
-pub(super) const DOCUMENTED: &str = include_str!("config.yaml");
+pub(crate) const DOCUMENTED: &str = include_str!("config.yaml");
 
 /// What a host does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]

@@ -29,6 +29,8 @@ use anyhow::Context as _;
 use orch_client::Client;
 use serde_json::{Value, json};
 
+#[cfg(test)]
+pub(crate) use self::config::DOCUMENTED;
 use self::config::{Config, Supervisor, Timers};
 use self::host::Host;
 use crate::output;

@@ -87,6 +87,7 @@ pub(crate) const CHAPTERS: &[Chapter] = &[
     told("a_policy_is_enforced_on_every_node_and_outlives_its_agent", policy::policies),
     told("a_pod_that_sends_at_once_sends_nothing_that_policy_forbids", policy::closed_before_open),
     told("pods_of_a_killed_node_run_elsewhere_and_the_node_keeps_its_subnet", faults::node_killed),
+    with_kubectl("secrets_and_tokens_are_in_no_log", rights::secrets_are_in_no_log),
 ];
 
 /// The pods of the demo, once `count` are ready and none is leaving.

@@ -67,10 +67,14 @@ pub(super) fn roles(lab: &TestLab) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the Secret of the chapter holds, and how it looks in an object.
+const HIDDEN: [&str; 2] = ["correct-horse-battery", "Y29ycmVjdC1ob3JzZS1iYXR0ZXJ5"];
+
 pub(super) fn node_credentials(lab: &TestLab) -> anyhow::Result<()> {
-    lab.ok(&["create", "secret", "generic", "vault", "--from-literal=k=v"])?;
+    let literal = format!("--from-literal=k={}", HIDDEN[0]);
+    lab.ok(&["create", "secret", "generic", "vault", &literal])?;
     lab.apply(
-        "apiVersion: v1\nkind: Pod\nmetadata: {name: keeper}\nspec: {nodeName: node-2, terminationGracePeriodSeconds: 0, containers: [{name: main, image: 'tools:v1', command: [sleep, '3600']}], volumes: [{name: v, secret: {secretName: vault}}]}\n",
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: keeper}\nspec: {nodeName: node-2, terminationGracePeriodSeconds: 0, containers: [{name: main, image: 'tools:v1', command: [sleep, '3600'], env: [{name: K, valueFrom: {secretKeyRef: {name: vault, key: k}}}], volumeMounts: [{name: v, mountPath: /v}]}], volumes: [{name: v, secret: {secretName: vault}}]}\n",
     )?;
     lab.ok(&["wait", "pod/keeper", "--for=condition=Ready", "--timeout=60s"])?;
     let own = |node: &str| -> anyhow::Result<String> {
@@ -105,5 +109,37 @@ pub(super) fn node_credentials(lab: &TestLab) -> anyhow::Result<()> {
     lab.ok(&["get", "pod", "keeper"])?;
     lab.ok(&["delete", "pod", "keeper"])?;
     lab.ok(&["delete", "secret", "vault"])?;
+    Ok(())
+}
+
+/// Secrets, tokens and keys that the story used are in no log of a daemon.
+pub(super) fn secrets_are_in_no_log(lab: &TestLab) -> anyhow::Result<()> {
+    let token = lab.orchctl(&["token", "create", "-o", "json"], SOON)?.ok()?.text();
+    let token: serde_json::Value = serde_json::from_str(&token).context("a token as JSON")?;
+    let token =
+        token["token"].as_str().and_then(|token| token.split_once('.')).context("ID.KEY")?;
+    let account = lab.ok(&["create", "token", "default"])?;
+    let signature = account.trim().rsplit('.').next().context("a token's signature")?.to_owned();
+    // It is used, so that it goes by whatever logs requests, and a wrong one too, which is refused.
+    let server =
+        lab.ok(&["config", "view", "--minify", "-o", "jsonpath={.clusters[0].cluster.server}"])?;
+    let (server, good) = (format!("--server={server}"), format!("--token={}", account.trim()));
+    let bad = format!("{good}x");
+    for (token, word) in [(&good, "forbidden"), (&bad, "nauthorized")] {
+        let words = ["--kubeconfig=/dev/null", &server, "--insecure-skip-tls-verify", token];
+        refused(lab, &[&words[..], &["get", "secrets"]].concat(), &[word])?;
+    }
+    let hidden = [HIDDEN[0], HIDDEN[1], token.1, &signature];
+    let files = lab.log_files();
+    let mut bytes = 0;
+    for path in &files {
+        let text = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
+        bytes += text.len();
+        for one in hidden {
+            let found = text.windows(one.len()).any(|part| part == one.as_bytes());
+            ensure!(!found, "{} holds {one:?}", path.display());
+        }
+    }
+    ensure!(files.len() >= 5 && bytes > 1000, "{bytes} bytes in {files:?} are not all logs");
     Ok(())
 }
