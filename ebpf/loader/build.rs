@@ -1,7 +1,7 @@
 //! Compiles the C programs with clang. They need no headers but their own.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// `CLANG`, then what Debian calls it.
@@ -12,13 +12,19 @@ fn main() {
     // Not env!: a target folder that several copies of the tree share would keep the first one's path.
     let progs =
         PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("../progs");
-    let source = progs.join("policy.bpf.c");
-    let object = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("policy.o");
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     // From the package's folder: a copy of the tree is not to look at the original.
     println!("cargo:rerun-if-changed=../progs");
     println!("cargo:rerun-if-env-changed=CLANG");
     let clang = clang();
-    let status = Command::new(&clang)
+    for name in ["policy", "services"] {
+        compile(&clang, &progs, name, &out);
+    }
+}
+
+fn compile(clang: &str, progs: &Path, name: &str, out: &Path) {
+    let source = progs.join(format!("{name}.bpf.c"));
+    let status = Command::new(clang)
         .args(["-target", "bpf", "-mcpu=v3", "-O2", "-g"])
         .args(["-Wall", "-Wextra", "-Werror", "-Wno-unused-function"])
         // The object is the same wherever the tree lies.
@@ -26,7 +32,7 @@ fn main() {
         .arg("-c")
         .arg(&source)
         .arg("-o")
-        .arg(&object)
+        .arg(out.join(format!("{name}.o")))
         .status();
     match status {
         Ok(status) if status.success() => {}

@@ -2,7 +2,8 @@
 //!
 //! Programs and maps live in the kernel, held by files in a BPF file system ([`Pins`]): they outlive every process. The
 //! agent puts them there ([`install()`]), the `policy` plugin attaches them to a pod's link ([`attach()`]), both write maps
-//! ([`Maps`]), and they talk ([`ask()`]). Nothing here decides what is allowed.
+//! ([`Maps`]), and they talk ([`ask()`]). Nothing here decides what is allowed. [`Services`] are an object of their own, at
+//! the sockets.
 //!
 //! Needs Linux 5.10 or newer: TCX links where the kernel has them (6.6), else filters of a `clsact` qdisc.
 
@@ -13,6 +14,7 @@ mod install;
 mod kept;
 mod maps;
 mod pins;
+mod services;
 
 pub use announce::{Announcement, Answer, AskError, PodRef, Request, ask};
 pub use attach::{
@@ -23,3 +25,6 @@ pub use install::{OBJECT, install, retire_others, uninstall};
 pub use kept::Kept;
 pub use maps::{ClassMap, Events, Maps, RuleTable};
 pub use pins::Pins;
+pub use services::{
+    Services, cgroup_root, install_services, network_namespace_cookie, uninstall_services,
+};

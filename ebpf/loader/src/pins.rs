@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-use orch_ebpf_maps::LAYOUT_VERSION;
+use orch_ebpf_maps::{LAYOUT_VERSION, SERVICES_VERSION};
 
 use crate::{Error, Hook};
 
@@ -23,6 +23,14 @@ impl Pins {
     pub fn below(root: &Path) -> Self {
         let mount_point = root.join("sys/fs/bpf");
         let folder = mount_point.join(format!("orch/v{LAYOUT_VERSION}"));
+        Self { mount_point, folder }
+    }
+
+    /// The pins of the socket programs of the same node: a folder of their own, so that each comes and goes alone.
+    #[must_use]
+    pub fn services_below(root: &Path) -> Self {
+        let mount_point = root.join("sys/fs/bpf");
+        let folder = mount_point.join(format!("orch/services-v{SERVICES_VERSION}"));
         Self { mount_point, folder }
     }
 

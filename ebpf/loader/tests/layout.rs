@@ -6,10 +6,12 @@ use std::path::Path;
 use std::process::Command;
 
 use orch_ebpf_maps::{
-    ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, Action, Address, AddressData, ClassKey,
-    Config, Direction, Endpoint, Event, FAMILY_BITS, FAMILY_IPV4, FAMILY_IPV6, FLOW_DEFERRED, Flow,
-    FlowKey, ISOLATED_EGRESS, ISOLATED_INGRESS, LAYOUT_VERSION, MARK_PLAIN, MAX_CLASS_ENTRIES,
-    MAX_ENDPOINTS, MAX_RULE_ENTRIES, Reason, Rule, RuleKey, state,
+    ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, Action, Address, AddressData, Backend,
+    BackendKey, ClassKey, Config, Direction, Endpoint, Event, FAMILY_BITS, FAMILY_IPV4,
+    FAMILY_IPV6, FLOW_DEFERRED, Flow, FlowKey, Frontend, FrontendKey, ISOLATED_EGRESS,
+    ISOLATED_INGRESS, LAYOUT_VERSION, MARK_PLAIN, MAX_BACKENDS, MAX_CLASS_ENTRIES, MAX_ENDPOINTS,
+    MAX_FRONTENDS, MAX_POD_NAMESPACES, MAX_RULE_ENTRIES, Reason, Rule, RuleKey, SERVICES_VERSION,
+    state,
 };
 
 macro_rules! layout {
@@ -35,7 +37,7 @@ macro_rules! layout {
 
 #[test]
 fn rust_and_c_agree_on_layouts_and_numbers() {
-    let mut text = String::from("#include \"fast_path.h\"\n");
+    let mut text = String::from("#include \"fast_path.h\"\n#include \"services.h\"\n");
     layout!(text, Endpoint = "endpoint" { uid slot generation class_map table addr mac state flags revision addr6 });
     layout!(text, ClassKey = "class_key" { prefix_len });
     // In C the key is flat.
@@ -58,10 +60,18 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
         time_ns uid ifindex saddr daddr sport dport protocol direction reason family rule peer_class
     });
     layout!(text, Config = "config" { version vxlan_port pad });
+    layout!(text, FrontendKey = "frontend_key" { addr port protocol pad });
+    layout!(text, Frontend = "frontend" { service count });
+    layout!(text, BackendKey = "backend_key" { service slot });
+    layout!(text, Backend = "backend" { addr port pad });
     let mut number = |name: &str, value: u64| {
         writeln!(text, "_Static_assert({name} == {value}, \"{name}\");").expect("written");
     };
     number("LAYOUT_VERSION", LAYOUT_VERSION.into());
+    number("SERVICES_VERSION", SERVICES_VERSION.into());
+    number("MAX_FRONTENDS", MAX_FRONTENDS.into());
+    number("MAX_BACKENDS", MAX_BACKENDS.into());
+    number("MAX_POD_NAMESPACES", MAX_POD_NAMESPACES.into());
     number("MAX_ENDPOINTS", MAX_ENDPOINTS.into());
     number("MAX_CLASS_ENTRIES", MAX_CLASS_ENTRIES.into());
     number("MAX_RULE_ENTRIES", MAX_RULE_ENTRIES.into());

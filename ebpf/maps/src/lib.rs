@@ -8,8 +8,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 mod reason;
+mod services;
 
 pub use reason::{Direction, Reason};
+pub use services::{
+    Backend, BackendKey, Frontend, FrontendKey, MAX_BACKENDS, MAX_FRONTENDS, MAX_POD_NAMESPACES,
+    SERVICES_VERSION,
+};
 
 /// Part of the pin folder's name: programs and maps of one layout belong together.
 pub const LAYOUT_VERSION: u32 = 2;
@@ -333,7 +338,10 @@ pub struct Config {
 
 #[cfg(feature = "aya")]
 mod pod {
-    use super::{Address, AddressData, Config, Endpoint, Event, Flow, FlowKey, Rule};
+    use super::{
+        Address, AddressData, Backend, BackendKey, Config, Endpoint, Event, Flow, FlowKey,
+        Frontend, FrontendKey, Rule,
+    };
 
     macro_rules! pod {
         ($($name:ident)+) => { $(
@@ -342,6 +350,7 @@ mod pod {
         )+ };
     }
     pod!(Address AddressData Config Endpoint Event Flow FlowKey Rule);
+    pod!(Backend BackendKey Frontend FrontendKey);
 }
 
 #[cfg(test)]

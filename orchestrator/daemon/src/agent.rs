@@ -63,6 +63,10 @@ pub(crate) struct Flags {
     /// Enforce NetworkPolicies: `auto` does it where the kernel can, `on` starts no pod without
     #[arg(long, value_name = "off|auto|on", env = "ORCH_POLICY", default_value_t = orch_netagent::policy::Mode::Auto)]
     policy: orch_netagent::policy::Mode,
+    /// How pods reach Services: `nftables` translates packets; `ebpf` also gives TCP sockets their backend when they
+    /// connect, on machines with cgroups v2 and Linux 5.14; `auto` does so where it can
+    #[arg(long, value_name = "nftables|auto|ebpf", env = "ORCH_SERVICES", default_value_t = orch_netagent::services::connect_time::Mode::Nftables)]
+    services: orch_netagent::services::connect_time::Mode,
     /// Short failure timers, as for `orchestrator server`
     #[arg(long)]
     fast_failover: bool,
@@ -124,6 +128,7 @@ pub(crate) async fn run(flags: Flags, stop: CancellationToken) -> anyhow::Result
         cluster_domain: domain.clone(),
         upstream_dns: flags.upstream_dns,
         policy: flags.policy,
+        services: flags.services,
         ..orch_netagent::Options::default()
     };
     let runtime = orch_cri::DockerRuntime::new(&flags.engine, &flags.node_name);

@@ -127,6 +127,7 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         ..ListParams::default()
     };
     let nodes = informers.selected::<Node>(&own_node);
+    let (in_force, ports_in_force) = watch::channel(None);
     let (health, health_checks) = watch::channel(BTreeMap::new());
     let follower = Follower {
         services: services.clone(),
@@ -139,10 +140,17 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         node_name: options.node_name.clone(),
         nodes: nodes.clone(),
         health,
+        in_force,
         status: status.clone(),
         firewall: news.services,
     };
     spawn(&mut parts, "service proxy", follower.run(stop.clone()));
+    let connect_time = service_plane::connect_time::Task {
+        mode: options.services,
+        paths: paths.clone(),
+        ports: ports_in_force,
+    };
+    spawn(&mut parts, "services at connect time", connect_time.run(stop.clone()));
     let task = service_plane::health::serve(health_checks, stop.clone());
     spawn(&mut parts, "health checks of load balancers", task);
     let mirror = node::mirror(

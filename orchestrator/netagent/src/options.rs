@@ -53,6 +53,8 @@ pub struct Options {
     pub resolv_conf: PathBuf,
     /// Whether NetworkPolicies are enforced.
     pub policy: Mode,
+    /// How pods reach Services.
+    pub services: crate::services::connect_time::Mode,
 }
 
 impl Options {
@@ -92,6 +94,7 @@ impl Default for Options {
             upstream_dns: Vec::new(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             policy: Mode::default(),
+            services: crate::services::connect_time::Mode::default(),
         }
     }
 }

@@ -60,10 +60,11 @@ const KEYS: &[Key] = &[
 ];
 
 /// Variables that no flag of `orchctl` names.
-const OTHER_VARIABLES: [(&str, &str); 3] = [
+const OTHER_VARIABLES: [(&str, &str); 4] = [
     ("KUBECONFIG", "`orchctl`: credentials of the cluster, where `--kubeconfig` names none"),
     ("ORCH_LOG", "the daemons: what is logged, `info` or `orch_kubelet=debug,info`"),
     ("ORCH_POLICY", "`orchestrator agent`, `--policy`: enforce NetworkPolicies"),
+    ("ORCH_SERVICES", "`orchestrator agent`, `--services`: how pods reach Services"),
 ];
 
 #[test]

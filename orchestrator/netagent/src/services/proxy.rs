@@ -188,6 +188,8 @@ pub(crate) struct Follower {
     pub(crate) nodes: Informer<Node>,
     /// What load balancers are told.
     pub(crate) health: watch::Sender<BTreeMap<u16, HealthCheck>>,
+    /// What is in force, for the socket programs.
+    pub(crate) in_force: watch::Sender<Option<Arc<Vec<Port>>>>,
     pub(crate) status: Arc<watch::Sender<NetStatus>>,
     /// Somebody removed the table.
     pub(crate) firewall: Arc<Notify>,
@@ -213,11 +215,13 @@ impl Follower {
             slices.borrow_and_update();
             nodes.borrow_and_update();
             let networks = self.networks();
-            let ports = known.then(|| self.ports(&mut known_api));
+            let ports = known.then(|| Arc::new(self.ports(&mut known_api)));
             let check_first = std::mem::take(&mut verify);
-            let counts = ports.as_deref().map(counts);
+            let counts = ports.as_deref().map(|ports| counts(ports));
+            let wanted = ports.clone();
             let work = move || {
-                let outcome = look(&mut proxy, ports.as_deref(), &networks, check_first);
+                let ports = wanted.as_ref().map(|ports| ports.as_slice());
+                let outcome = look(&mut proxy, ports, &networks, check_first);
                 (proxy, outcome)
             };
             // The work is not safe to drop half-way, so it is waited for; it takes milliseconds.
@@ -229,6 +233,13 @@ impl Follower {
                 }
             };
             proxy = back;
+            if let (Some(ports), Ok(_)) = (ports, &outcome) {
+                self.in_force.send_if_modified(|before| {
+                    let changed = before.as_ref() != Some(&ports);
+                    *before = Some(ports);
+                    changed
+                });
+            }
             let mut pause = GATHER;
             let mut again = false;
             match &outcome {

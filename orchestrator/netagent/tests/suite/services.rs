@@ -6,6 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use crate::support::netns::Netns;
+use orch_config::Paths;
+use orch_netagent::services::connect_time::{self, ConnectTime};
 use orch_netagent::services::model::{Endpoint, Port, Protocol};
 use orch_netagent::services::proxy::Proxy;
 use orch_netagent::services::ruleset::Networks;
@@ -393,4 +395,125 @@ fn local_near_and_leaving_endpoints_are_chosen_as_the_service_says() {
     port.endpoints[0].ready = false;
     world.apply(&[port]);
     assert_eq!(answers(&world.pods[1], CLUSTER_IP).len(), 2, "terminating");
+}
+
+/// The socket programs of a node whose files are in a folder of the test.
+struct Sockets {
+    root: tempfile::TempDir,
+    connect_time: ConnectTime,
+}
+
+impl Sockets {
+    /// With these namespaces as the node's pods.
+    fn new(pods: &[&Netns]) -> Self {
+        let root = tempfile::tempdir().expect("a folder");
+        let mut sockets = Self {
+            connect_time: ConnectTime::install(&Paths::new(root.path())).expect("installed"),
+            root,
+        };
+        sockets.know(pods);
+        sockets
+    }
+
+    fn know(&mut self, pods: &[&Netns]) {
+        let paths: Vec<_> =
+            pods.iter().map(|pod| format!("/run/netns/{}", pod.name).into()).collect();
+        self.connect_time.set_pods(&paths).expect("written");
+    }
+
+    /// What an agent does that starts again.
+    fn restart(&mut self) {
+        let again = ConnectTime::install(&Paths::new(self.root.path())).expect("taken over");
+        self.connect_time = again;
+    }
+}
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        let _ = connect_time::uninstall(&Paths::new(self.root.path()));
+        let _ = nix::mount::umount(&self.root.path().join("sys/fs/bpf"));
+    }
+}
+
+/// What a connected socket says of its other end.
+fn peer_of(pod: &Netns, address: &str) -> String {
+    let address = address.to_owned();
+    pod.within(move || {
+        let stream = std::net::TcpStream::connect(address).expect("connect");
+        stream.peer_addr().expect("a peer").to_string()
+    })
+}
+
+#[test]
+fn sockets_of_pods_get_their_endpoint_at_connect_and_nobody_elses_do() {
+    let world = World::new();
+    let [first, second] = world.pods.as_slice() else { panic!("two pods") };
+    // Who is not translated learns so at once.
+    world.node.ip("route add unreachable 10.96.0.0/12");
+    let mut sockets = Sockets::new(&[first, second]);
+    let port = dual(Protocol::Tcp, BOTH);
+    // There is no table of nftables here: who gets an answer has it from the socket programs.
+    assert!(sockets.connect_time.apply(std::slice::from_ref(&port)).expect("written") > 0);
+    assert_eq!(sockets.connect_time.apply(std::slice::from_ref(&port)).expect("a look"), 0);
+    // A pod that reaches itself sees itself: nothing is masqueraded.
+    assert_eq!(answers(first, CLUSTER_IP), set(&["pod2 10.244.1.2", "pod3 10.244.1.2"]));
+    let seen = set(&["pod2 fd00:10:244:1::2", "pod3 fd00:10:244:1::2"]);
+    assert_eq!(answers(first, CLUSTER_IP_V6), seen);
+    // A socket of both families.
+    assert_eq!(answers(first, "[::ffff:10.96.3.4]:80").len(), 2);
+    assert_eq!(peer_of(first, CLUSTER_IP), CLUSTER_IP, "getpeername");
+    assert_eq!(peer_of(first, CLUSTER_IP_V6), CLUSTER_IP_V6, "getpeername");
+    assert_eq!(peer_of(first, "10.244.1.3:8080"), "10.244.1.3:8080");
+    first.ask("10.96.3.4:81").expect_err("another port");
+    world.node.ask(CLUSTER_IP).expect_err("the node is no pod");
+
+    // The agent starts again; what is in force stays, and follows what changed meanwhile.
+    sockets.restart();
+    assert_eq!(answers(first, CLUSTER_IP).len(), 2);
+    assert_eq!(sockets.connect_time.apply(std::slice::from_ref(&port)).expect("a look"), 0);
+    let one = dual(Protocol::Tcp, &[(3, true)]);
+    sockets.connect_time.apply(&[one]).expect("written");
+    assert_eq!(answers(second, CLUSTER_IP), set(&["pod3 10.244.1.3"]));
+    sockets.know(&[second]);
+    first.ask(CLUSTER_IP).expect_err("no pod any more");
+    assert_eq!(answers(second, CLUSTER_IP).len(), 1);
+    assert!(connect_time::uninstall(&Paths::new(sockets.root.path())).expect("removed"));
+    second.ask(CLUSTER_IP).expect_err("the programs are gone");
+}
+
+#[test]
+fn connections_go_on_while_endpoints_change_and_programs_come_and_go() {
+    let mut world = World::new();
+    world.apply(&[web(Protocol::Tcp, BOTH)]);
+    let mut sockets = Sockets::new(&[&world.pods[0], &world.pods[1]]);
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopped = stop.clone();
+    let client = world.pods[0].spawn(move || {
+        let mut count = 0;
+        while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+            let mut stream = std::net::TcpStream::connect(CLUSTER_IP).expect("connect");
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut stream, &mut text).expect("an answer");
+            assert!(text.starts_with("pod"), "{text}");
+            count += 1;
+        }
+        count
+    });
+    for round in 0..20 {
+        let endpoints = &BOTH[round % 2..];
+        let port = web(Protocol::Tcp, endpoints);
+        sockets.connect_time.apply(std::slice::from_ref(&port)).expect("written");
+        if round % 5 == 4 {
+            sockets.connect_time.apply(&[]).expect("emptied");
+            sockets.restart();
+        }
+    }
+    drop(sockets);
+    let (start, least) = (std::time::Instant::now(), Duration::from_millis(50));
+    while start.elapsed() < least {
+        std::thread::yield_now();
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let count = client.join().expect("no connection failed");
+    assert!(count > 50, "{count} connections");
 }
