@@ -53,7 +53,9 @@ struct World {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        let _ = nix::mount::umount(&self.folder.path().join("sys/fs/bpf"));
+        // Whoever copied the mounts just then keeps it busy.
+        let folder = self.folder.path().join("sys/fs/bpf");
+        let _ = nix::mount::umount2(&folder, nix::mount::MntFlags::MNT_DETACH);
     }
 }
 
