@@ -28,7 +28,8 @@ pub struct Etcd {
     pub options: Options,
     pub cancel: CancellationToken,
     pub supervisor: Option<Managed>,
-    dir: TempDir,
+    /// Goes with it.
+    _dir: TempDir,
 }
 
 impl Etcd {
@@ -49,7 +50,7 @@ impl Etcd {
         let cancel = CancellationToken::new();
         let supervisor =
             managed::spawn(options.clone(), cancel.clone()).await.expect("etcd starts");
-        let etcd = Etcd { options, cancel, supervisor: Some(supervisor), dir };
+        let etcd = Etcd { options, cancel, supervisor: Some(supervisor), _dir: dir };
         etcd.store().await.revision().await.expect("etcd answers");
         etcd
     }
@@ -86,7 +87,6 @@ impl Drop for Etcd {
 /// A store whose watches can be cut, as by a broken network between us and etcd.
 pub struct Cuttable {
     pub inner: EtcdStore,
-    pub cut: CancellationToken,
     down: AtomicBool,
     current: parking_lot::Mutex<CancellationToken>,
 }
@@ -95,7 +95,6 @@ impl Cuttable {
     pub fn new(inner: EtcdStore) -> Arc<Self> {
         Arc::new(Self {
             inner,
-            cut: CancellationToken::new(),
             down: AtomicBool::new(false),
             current: parking_lot::Mutex::default(),
         })
