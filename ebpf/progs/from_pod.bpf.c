@@ -122,18 +122,17 @@ static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct e
 SEC("classifier")
 int from_pod(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex;
-	struct endpoint *endpoint = bpf_map_lookup_elem(&endpoints, &ifindex);
+	struct endpoint endpoint;
 	struct packet packet = {};
 	struct basis basis = {};
 	__u8 flags = 0;
 	int reason;
 
-	if (!endpoint) {
+	if (!read_endpoint(skb->ifindex, &endpoint)) {
 		count(EGRESS, REASON_NO_ENDPOINT);
 		return TCX_DROP;
 	}
-	reason = decide_from_pod(skb, endpoint, &packet, &flags, &basis);
-	skb->mark = endpoint->slot << MARK_SLOT_SHIFT | (flags & FLOW_DEFERRED ? MARK_DEFERRED : 0);
-	return act(skb, endpoint, &packet, EGRESS, reason, &basis);
+	reason = decide_from_pod(skb, &endpoint, &packet, &flags, &basis);
+	skb->mark = endpoint.slot << MARK_SLOT_SHIFT | (flags & FLOW_DEFERRED ? MARK_DEFERRED : 0);
+	return act(skb, &endpoint, &packet, EGRESS, reason, &basis);
 }

@@ -89,16 +89,15 @@ static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct end
 SEC("classifier")
 int to_pod(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex;
-	struct endpoint *endpoint = bpf_map_lookup_elem(&endpoints, &ifindex);
+	struct endpoint endpoint;
 	struct packet packet = {};
 	struct basis basis = {};
 	int reason;
 
-	if (!endpoint) {
+	if (!read_endpoint(skb->ifindex, &endpoint)) {
 		count(INGRESS, REASON_NO_ENDPOINT);
 		return TCX_DROP;
 	}
-	reason = decide_to_pod(skb, endpoint, &packet, &basis);
-	return act(skb, endpoint, &packet, INGRESS, reason, &basis);
+	reason = decide_to_pod(skb, &endpoint, &packet, &basis);
+	return act(skb, &endpoint, &packet, INGRESS, reason, &basis);
 }

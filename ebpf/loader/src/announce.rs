@@ -62,6 +62,40 @@ pub enum Request {
     },
     /// Are you there?
     Status,
+    /// What would the loaded programs do with the first packet of this connection?
+    Explain(Connection),
+}
+
+/// A connection of a pod of the node, seen from the pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Connection {
+    /// Namespace of the pod.
+    pub namespace: String,
+    /// Name of the pod.
+    pub name: String,
+    /// Whether the other end opens it.
+    pub incoming: bool,
+    /// The other end.
+    pub peer: IpAddr,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Destination port.
+    pub port: u16,
+    /// Whether the other end is the pod's node itself.
+    pub from_node: bool,
+}
+
+/// What the programs did with the packet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Explanation {
+    /// Whether it passed.
+    pub passed: bool,
+    /// Why, in the word of the programs.
+    pub reason: String,
+    /// The rule that decided, if one did.
+    pub rule: Option<String>,
 }
 
 /// What the agent answers.
@@ -75,6 +109,8 @@ pub enum Answer {
     },
     /// Not done, and why.
     Refused(String),
+    /// What the programs did.
+    Explained(Explanation),
 }
 
 /// Why there is no good answer.
@@ -98,6 +134,38 @@ pub enum AskError {
 /// # Errors
 /// If there is none, or the agent refuses.
 pub fn ask(socket: &Path, request: &Request, patience: Duration) -> Result<u64, AskError> {
+    match talk(socket, request, patience)? {
+        Answer::Done { revision } => Ok(revision),
+        other => Err(unexpected(socket, other)),
+    }
+}
+
+/// Has the agent run the programs.
+///
+/// # Errors
+/// If there is no answer, or the agent refuses.
+pub fn explain(
+    socket: &Path,
+    about: &Connection,
+    patience: Duration,
+) -> Result<Explanation, AskError> {
+    match talk(socket, &Request::Explain(about.clone()), patience)? {
+        Answer::Explained(said) => Ok(said),
+        other => Err(unexpected(socket, other)),
+    }
+}
+
+fn unexpected(socket: &Path, answer: Answer) -> AskError {
+    match answer {
+        Answer::Refused(why) => AskError::Refused(why),
+        _ => AskError::Away {
+            path: socket.to_owned(),
+            source: io::Error::new(io::ErrorKind::InvalidData, "the answer to something else"),
+        },
+    }
+}
+
+fn talk(socket: &Path, request: &Request, patience: Duration) -> Result<Answer, AskError> {
     let away = |source| AskError::Away { path: socket.to_owned(), source };
     let line = (|| {
         let mut stream = UnixStream::connect(socket)?;
@@ -111,9 +179,6 @@ pub fn ask(socket: &Path, request: &Request, patience: Duration) -> Result<u64, 
         Ok(line)
     })()
     .map_err(away)?;
-    match serde_json::from_str(&line) {
-        Ok(Answer::Done { revision }) => Ok(revision),
-        Ok(Answer::Refused(why)) => Err(AskError::Refused(why)),
-        Err(error) => Err(away(io::Error::new(io::ErrorKind::InvalidData, error))),
-    }
+    serde_json::from_str(&line)
+        .map_err(|error| away(io::Error::new(io::ErrorKind::InvalidData, error)))
 }

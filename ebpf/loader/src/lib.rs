@@ -14,9 +14,12 @@ mod install;
 mod kept;
 mod maps;
 mod pins;
+mod probe;
 mod services;
 
-pub use announce::{Announcement, Answer, AskError, PodRef, Request, ask};
+pub use announce::{
+    Announcement, Answer, AskError, Connection, Explanation, PodRef, Request, ask, explain,
+};
 pub use attach::{
     Hook, attach, detach, detach_hook, is_attached, links_with, supports_fast_path, sweep,
 };
@@ -25,6 +28,7 @@ pub use install::{OBJECT, install, retire_others, uninstall};
 pub use kept::Kept;
 pub use maps::{ClassMap, Events, Maps, RuleTable};
 pub use pins::Pins;
+pub use probe::{Probe, Question, Ran};
 pub use services::{
     Services, cgroup_root, install_services, network_namespace_cookie, uninstall_services,
 };

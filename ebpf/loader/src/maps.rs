@@ -1,6 +1,8 @@
 //! The maps, by what is done with them.
 
 use std::net::IpAddr;
+use std::panic::resume_unwind;
+use std::thread;
 
 use aya::maps::hash_map::HashMap;
 use aya::maps::lpm_trie::{Key, LpmTrie};
@@ -17,9 +19,15 @@ const NO_EXIST: u64 = 1;
 /// `BPF_F_NO_PREALLOC`, which LPM tries need.
 const NO_PREALLOC: u32 = 1;
 /// Reasons per direction in `counters`.
-const REASON_COUNT: u32 = 32;
+pub(crate) const REASON_COUNT: u32 = 32;
 /// Slots that marks can carry.
 const SLOTS: u32 = 65535;
+/// Writers of an outer map at one time. Each waits until no program runs any more that may have seen the old map; those
+/// that wait together wait for the same ones.
+const WRITERS: usize = 32;
+
+type ClassMaps = HashOfMaps<MapData, u32, LpmTrie<MapData, AddressData, u32>>;
+type Tables = HashOfMaps<MapData, u32, LpmTrie<MapData, RuleData, Rule>>;
 
 /// A rule key as the kernel's trie has it behind the prefix length.
 #[repr(C)]
@@ -77,10 +85,11 @@ impl RuleTable {
 
 /// Handles on all maps.
 pub struct Maps {
+    pins: Pins,
     endpoints: HashMap<MapData, u32, Endpoint>,
     slots: HashMap<MapData, u32, u32>,
-    class_maps: HashOfMaps<MapData, u32, LpmTrie<MapData, AddressData, u32>>,
-    tables: HashOfMaps<MapData, u32, LpmTrie<MapData, RuleData, Rule>>,
+    class_maps: ClassMaps,
+    tables: Tables,
     addresses: LpmTrie<MapData, AddressData, Address>,
     flows: HashMap<MapData, FlowKey, Flow>,
     counters: PerCpuArray<MapData, u64>,
@@ -93,16 +102,8 @@ impl Maps {
     /// # Errors
     /// If one is missing, or is of another type.
     pub fn open(pins: &Pins) -> Result<Self, Error> {
-        fn open<M: TryFrom<Map, Error = MapError>>(
-            pins: &Pins,
-            name: &'static str,
-        ) -> Result<M, Error> {
-            MapData::from_pin(pins.map(name))
-                .and_then(Map::from_map_data)
-                .and_then(M::try_from)
-                .map_err(Error::map("open", name))
-        }
         Ok(Self {
+            pins: pins.clone(),
             endpoints: open(pins, "endpoints")?,
             slots: open(pins, "slots")?,
             class_maps: open(pins, "class_maps")?,
@@ -204,6 +205,17 @@ impl Maps {
         self.tables.insert(key, inner, 0).map_err(Error::map("fill", "tables"))
     }
 
+    /// Publishes many rule tables in about the time of one; what came of each.
+    pub fn put_tables(&mut self, tables: &[(u32, RuleTable)]) -> Vec<Result<(), Error>> {
+        match tables {
+            [(key, table)] => vec![self.put_table(*key, table)],
+            _ => at_once(tables, |(key, table)| {
+                let mut map: Tables = open(&self.pins, "tables")?;
+                map.insert(*key, &table.0, 0).map_err(Error::map("fill", "tables"))
+            }),
+        }
+    }
+
     /// Removes class maps and rule tables that are not wanted.
     ///
     /// # Errors
@@ -213,15 +225,22 @@ impl Maps {
         class_map: impl Fn(u32) -> bool,
         table: impl Fn(u32) -> bool,
     ) -> Result<(), Error> {
-        let keys: Vec<u32> = self.class_maps.keys().filter_map(Result::ok).collect();
-        for key in keys.into_iter().filter(|key| !class_map(*key)) {
-            gone(self.class_maps.remove(&key)).map_err(Error::map("empty", "class_maps"))?;
-        }
-        let keys: Vec<u32> = self.tables.keys().filter_map(Result::ok).collect();
-        for key in keys.into_iter().filter(|key| !table(*key)) {
-            gone(self.tables.remove(&key)).map_err(Error::map("empty", "tables"))?;
-        }
-        Ok(())
+        let (class_maps, tables) = self.published();
+        let unwanted = |keys: Vec<u32>, is_wanted: &dyn Fn(u32) -> bool| -> Vec<u32> {
+            keys.into_iter().filter(|key| !is_wanted(*key)).collect()
+        };
+        let class_maps = unwanted(class_maps, &class_map);
+        let tables = unwanted(tables, &table);
+        let removed = at_once(&class_maps, |key| {
+            let mut map: ClassMaps = open(&self.pins, "class_maps")?;
+            gone(map.remove(key)).map_err(Error::map("empty", "class_maps"))
+        });
+        removed.into_iter().collect::<Result<(), _>>()?;
+        let removed = at_once(&tables, |key| {
+            let mut map: Tables = open(&self.pins, "tables")?;
+            gone(map.remove(key)).map_err(Error::map("empty", "tables"))
+        });
+        removed.into_iter().collect()
     }
 
     /// Keys of published class maps and rule tables.
@@ -273,6 +292,14 @@ impl Maps {
     /// If the kernel cannot be asked.
     pub fn flows(&self) -> Result<Vec<(FlowKey, Flow)>, Error> {
         self.flows.iter().collect::<Result<_, _>>().map_err(Error::map("read", "flows"))
+    }
+
+    /// Says that a flow is known, as if the programs had seen it begin.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn put_flow(&mut self, key: FlowKey, flow: Flow) -> Result<(), Error> {
+        self.flows.insert(key, flow, 0).map_err(Error::map("fill", "flows"))
     }
 
     /// Packets by direction and reason since the maps were made, those that are not 0.
@@ -344,11 +371,36 @@ impl Iterator for Events {
 
     /// The next event that is there already.
     fn next(&mut self) -> Option<Event> {
-        let item = self.0.next()?;
-        // SAFETY: the programs write whole events, and every bit pattern is one; the read does not ask for alignment.
-        (item.len() >= size_of::<Event>())
-            .then(|| unsafe { item.as_ptr().cast::<Event>().read_unaligned() })
+        event(&self.0.next()?)
     }
+}
+
+/// An item of a ring; `None` if it is none of an event's size.
+pub(crate) fn event(item: &[u8]) -> Option<Event> {
+    // SAFETY: the programs write whole events, and every bit pattern is one; the read does not ask for alignment.
+    (item.len() >= size_of::<Event>())
+        .then(|| unsafe { item.as_ptr().cast::<Event>().read_unaligned() })
+}
+
+fn open<M: TryFrom<Map, Error = MapError>>(pins: &Pins, name: &'static str) -> Result<M, Error> {
+    MapData::from_pin(pins.map(name))
+        .and_then(Map::from_map_data)
+        .and_then(M::try_from)
+        .map_err(Error::map("open", name))
+}
+
+/// Does the same to many things, some at a time; the results in their order.
+fn at_once<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let mut results = Vec::with_capacity(all.len());
+    for part in all.chunks(WRITERS) {
+        thread::scope(|scope| {
+            let started: Vec<_> = part.iter().map(|one| scope.spawn(|| work(one))).collect();
+            let joined =
+                started.into_iter().map(|one| one.join().unwrap_or_else(|e| resume_unwind(e)));
+            results.extend(joined);
+        });
+    }
+    results
 }
 
 fn found<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {

@@ -1,5 +1,8 @@
 //! Frames in, verdicts out: the loaded programs, by test runs in the kernel. Needs root; shows as ignored without.
 
+#[path = "programs/limits.rs"]
+mod limits;
+
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::Command;

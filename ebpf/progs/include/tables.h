@@ -118,3 +118,41 @@ struct {
 	__type(key, __u32);
 	__type(value, struct config);
 } settings SEC(".maps");
+
+/* There is no memcmp to call. */
+static __always_inline int is_same_row(const struct endpoint *one, const struct endpoint *other)
+{
+	const __u64 *left = (const __u64 *)one, *right = (const __u64 *)other;
+	__u64 difference = 0;
+
+	_Static_assert(sizeof(*one) % sizeof(*left) == 0, "rows are compared in words");
+#pragma unroll
+	for (unsigned int i = 0; i < sizeof(*one) / sizeof(*left); i++)
+		difference |= left[i] ^ right[i];
+	return !difference;
+}
+
+/* How often a row that is being replaced is read again. */
+#define ROW_ATTEMPTS 8
+
+/* The row of a link, whole; 0 if there is none. The kernel gives the memory of a replaced row to the next one that is
+ * written, while a program may still look at it: behind a pointer a row could turn into somebody else's in the middle of a
+ * packet. So it is copied, and the copy counts once a second look finds the same. A search that has come to such memory may
+ * also miss a row that is there, so it is begun again.
+ */
+static __always_inline int read_endpoint(__u32 ifindex, struct endpoint *row)
+{
+	struct endpoint *found;
+
+#pragma unroll
+	for (int i = 0; i < ROW_ATTEMPTS; i++) {
+		found = bpf_map_lookup_elem(&endpoints, &ifindex);
+		if (!found)
+			continue;
+		*row = *found;
+		found = bpf_map_lookup_elem(&endpoints, &ifindex);
+		if (found && is_same_row(row, found))
+			return 1;
+	}
+	return 0;
+}

@@ -283,17 +283,22 @@ static __always_inline int act(const struct __sk_buff *skb, const struct endpoin
 }
 
 /* The sender of a packet whose destination has been translated since it left the pod. The packet must be the one that
- * from_pod marked, so it was not born here.
+ * from_pod marked, so it was not born here. The stack has no room for a copy of a second row.
  */
 static __always_inline struct endpoint *deferred_by(const struct __sk_buff *skb)
 {
 	__u32 slot = skb->mark >> MARK_SLOT_SHIFT;
+	struct endpoint *sender;
 	__u32 *ifindex;
 
 	if (!(skb->mark & MARK_DEFERRED) || !skb->ingress_ifindex)
 		return 0;
 	ifindex = bpf_map_lookup_elem(&slots, &slot);
-	return ifindex ? bpf_map_lookup_elem(&endpoints, ifindex) : 0;
+	if (!ifindex)
+		return 0;
+	sender = bpf_map_lookup_elem(&endpoints, ifindex);
+	/* A slot is freed with its row, but not in the same instant. */
+	return sender && sender->slot == slot ? sender : 0;
 }
 
 /* The family of an Ethernet type; 0 if it is none of IP's. */

@@ -10,10 +10,12 @@
 //! over and changes nothing before it knows the whole cluster.
 
 pub mod engine;
+pub mod explain;
 pub mod node;
 pub mod world;
 
 mod adopt;
+mod connections;
 pub(crate) mod metrics;
 pub(crate) mod socket;
 pub(crate) mod task;

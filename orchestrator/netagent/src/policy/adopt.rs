@@ -11,7 +11,7 @@ use orch_ebpf_loader::{Announcement, Kept, Maps, Pins};
 use orch_policy::Name;
 use serde_json::{Map, Value, json};
 
-use super::{PLUGIN, plugin_conf, state_dir};
+use super::{PLUGIN, connections, plugin_conf, state_dir};
 
 /// Attachments of pods that `is_wanted`, and that the plugin knows nothing of or has no row for.
 ///
@@ -59,7 +59,7 @@ fn cni(paths: &Paths) -> Cni {
     }
 }
 
-/// Calls the plugin. A failure leaves the pod closed or, if nothing was made yet, as it was; then it stays among those
+/// Calls the plugin, and tells the programs what the pod has open. A failure leaves the pod closed or, if nothing was made yet, as it was; then it stays among those
 /// that [`find`] gives.
 ///
 /// # Errors
@@ -76,7 +76,13 @@ pub(super) fn adopt(paths: &Paths, attachment: &CachedAttachment) -> Result<(), 
         path: paths.cni_bin_dir().display().to_string(),
         ..Env::default()
     };
-    Delegate::new(&env, &[]).add(PLUGIN, &conf(paths, attachment)).map(drop)
+    Delegate::new(&env, &[]).add(PLUGIN, &conf(paths, attachment))?;
+    let kept = Kept::of(&state_dir(paths), attachment.network.as_ref());
+    let made = kept.read(id.container_id.as_ref(), id.ifname.as_str());
+    if let (Some(made), Ok(mut maps)) = (made, Maps::open(&Pins::below(paths.root()))) {
+        connections::take_over(&mut maps, &attachment.attachment.netns, &made);
+    }
+    Ok(())
 }
 
 fn conf(paths: &Paths, attachment: &CachedAttachment) -> Map<String, Value> {

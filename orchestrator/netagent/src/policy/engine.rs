@@ -4,7 +4,7 @@
 //! each packet meets one whole policy. Maps that the rows no longer name are removed at the look after the next one: a
 //! program may still be reading them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use orch_ebpf_loader::{Announcement, ClassMap, Error, Maps, RuleTable};
@@ -16,6 +16,9 @@ use orch_policy::{Compiled, Direction, Name, Peer, Prefix, Row, Table, compile};
 use tracing::warn;
 
 use super::world::Reader;
+
+/// Tables that are built before they are published together.
+const TABLES_AT_ONCE: usize = 64;
 
 /// What is to apply to an endpoint.
 #[derive(Debug, Clone)]
@@ -155,6 +158,10 @@ impl Engine {
         } else {
             0
         };
+        let unfit = self.ensure_tables(wants.iter().filter_map(|(_, want, _)| match want {
+            Want::Table(table) => Some(table),
+            _ => None,
+        }));
         let mut report = Report { endpoints: rows, ..Report::default() };
         for (ifindex, want, pod) in wants {
             let Some(before) = report.endpoints.get(&ifindex).copied() else { continue };
@@ -163,14 +170,14 @@ impl Engine {
             match want {
                 Want::Closed => now.state = state::PENDING,
                 Want::Open => {}
-                Want::Table(table) => match self.ensure_table(&table) {
-                    Ok(key) => {
+                Want::Table(table) => match self.tables.get(&place(&table)) {
+                    Some((_, key)) => {
                         now.flags = isolation(&table);
-                        now.table = key;
+                        now.table = *key;
                         now.class_map = class_map;
                     }
-                    Err(error) => {
-                        let why = crate::chain(&error);
+                    None => {
+                        let why = unfit.get(&place(&table)).cloned().unwrap_or_default();
                         warn!(pod, why, "the pod's policies do not fit into maps; it is closed");
                         report.locked.push(format!("{pod}: {why}"));
                         now.state = state::LOCKED;
@@ -222,23 +229,38 @@ impl Engine {
         Ok(key)
     }
 
-    fn ensure_table(&mut self, table: &Arc<Table>) -> Result<u32, Error> {
-        if let Some((_, key)) = self.tables.get(&Arc::as_ptr(table).addr()) {
-            return Ok(*key);
+    /// Publishes those of the tables that are not yet, many at a time: each write waits for the kernel. Gives why some
+    /// could not be.
+    fn ensure_tables<'a>(
+        &mut self,
+        tables: impl Iterator<Item = &'a Arc<Table>>,
+    ) -> HashMap<usize, String> {
+        let mut seen = HashSet::new();
+        let new: Vec<&Arc<Table>> = tables
+            .filter(|table| !self.tables.contains_key(&place(table)) && seen.insert(place(table)))
+            .collect();
+        let mut unfit = HashMap::new();
+        // A table that is not published yet holds a file descriptor.
+        for part in new.chunks(TABLES_AT_ONCE) {
+            let (mut kept, mut built) = (Vec::new(), Vec::new());
+            for table in part {
+                match build(table) {
+                    Ok(map) => {
+                        kept.push(*table);
+                        built.push((self.take_key(), map));
+                    }
+                    Err(error) => drop(unfit.insert(place(table), crate::chain(&error))),
+                }
+            }
+            let outcomes = self.maps.put_tables(&built);
+            for ((table, (key, _)), outcome) in kept.iter().zip(&built).zip(outcomes) {
+                match outcome {
+                    Ok(()) => drop(self.tables.insert(place(table), ((*table).clone(), *key))),
+                    Err(error) => drop(unfit.insert(place(table), crate::chain(&error))),
+                }
+            }
         }
-        let rules: Vec<(RuleKey, Rule)> = table.rows().iter().map(rule).collect();
-        if rules.len() > MAX_RULE_ENTRIES as usize {
-            return Err(Error::TooBig {
-                what: "rules",
-                count: rules.len(),
-                most: MAX_RULE_ENTRIES,
-            });
-        }
-        let built = RuleTable::build(rules.into_iter())?;
-        let key = self.take_key();
-        self.maps.put_table(key, &built)?;
-        self.tables.insert(Arc::as_ptr(table).addr(), (table.clone(), key));
-        Ok(key)
+        unfit
     }
 
     /// Removes inner maps that no row names now or named when the last look ended.
@@ -255,6 +277,19 @@ impl Engine {
         self.tables.retain(|_, (_, key)| in_use(key));
         Ok(())
     }
+}
+
+/// Equal tables share their allocation.
+fn place(table: &Arc<Table>) -> usize {
+    Arc::as_ptr(table).addr()
+}
+
+fn build(table: &Table) -> Result<RuleTable, Error> {
+    let rules: Vec<(RuleKey, Rule)> = table.rows().iter().map(rule).collect();
+    if rules.len() > MAX_RULE_ENTRIES as usize {
+        return Err(Error::TooBig { what: "rules", count: rules.len(), most: MAX_RULE_ENTRIES });
+    }
+    RuleTable::build(rules.into_iter())
 }
 
 /// What is to apply to each endpoint that is announced and has a row, with its name for people.

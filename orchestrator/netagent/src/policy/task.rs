@@ -33,7 +33,7 @@ use super::engine::{Engine, Report};
 use super::node::{self, Seen};
 use super::socket::{self, Asked};
 use super::world::{Cluster, Local, Reader, desired_addresses, name};
-use super::{Mode, PLUGIN, adopt, metrics, rules_file, socket_path, state_dir};
+use super::{Mode, PLUGIN, adopt, explain, metrics, rules_file, socket_path, state_dir};
 use crate::chain;
 use crate::fast_path::FastPath;
 use crate::files::ensure_content;
@@ -362,7 +362,7 @@ impl Task {
                 () = cancel.cancelled() => return,
                 asked = requests.recv() => match asked {
                     Some(asked) => {
-                        waiting.extend(take(asked, known, complained.as_deref(), report.as_ref()));
+                        waiting.extend(take(asked, &self.paths, known, complained.as_deref(), report.as_ref()));
                         false
                     }
                     None => return,
@@ -386,7 +386,7 @@ impl Task {
                     () = cancel.cancelled() => return,
                     () = sleep(pause) => {}
                     asked = requests.recv() => match asked {
-                        Some(asked) => waiting.extend(take(asked, known, complained.as_deref(), report.as_ref())),
+                        Some(asked) => waiting.extend(take(asked, &self.paths, known, complained.as_deref(), report.as_ref())),
                         None => return,
                     },
                 }
@@ -579,6 +579,7 @@ fn link_exists(ifindex: u32) -> bool {
 /// Takes a request: answers at once, or gives what has to wait for a look.
 fn take(
     asked: Asked,
+    paths: &Paths,
     known: bool,
     complaint: Option<&str>,
     report: Option<&Report>,
@@ -587,6 +588,15 @@ fn take(
         Request::Add(made) => {
             let until = Instant::now() + ANSWER_WITHIN;
             return Some(Waiting { made, answer: asked.answer, until });
+        }
+        Request::Explain(about) => {
+            let paths = paths.clone();
+            // Programs are loaded for it; nothing else waits for that, and whoever gave up needs no answer.
+            tokio::task::spawn_blocking(move || {
+                let said = explain::explain(&paths, &about);
+                drop(asked.answer.send(said.map_or_else(Answer::Refused, Answer::Explained)));
+            });
+            return None;
         }
         // The maps are the plugin's work; the look that follows sees what is left.
         Request::Del { .. } => Answer::Done { revision: revision(report) },

@@ -9,11 +9,13 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use nix::sched::{CloneFlags, unshare};
-use orch_ebpf_loader::{Announcement, Maps, Pins, PodRef, install, uninstall};
+use orch_config::Paths;
+use orch_ebpf_loader::{Announcement, Connection, Kept, Maps, Pins, PodRef, install, uninstall};
 use orch_ebpf_maps::{Endpoint, ISOLATED_EGRESS, ISOLATED_INGRESS, state};
 use orch_netagent::policy::engine::{Engine, Report};
-use orch_netagent::policy::node;
+use orch_netagent::policy::explain::explain;
 use orch_netagent::policy::world::{Cluster, Local, Reader};
+use orch_netagent::policy::{node, state_dir};
 use serde_json::{Value, json};
 
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 2);
@@ -255,5 +257,40 @@ fn ways_out_are_judged_and_ports_of_the_bridge_are_none() {
         assert_eq!(node::ensure_wires(&w.pins, &look()).expect("attached"), ["eth1"]);
         assert!(uninstall(&w.pins).expect("removed"));
         assert!(!uninstall(&w.pins).expect("nothing is left"));
+    });
+}
+
+#[test]
+fn the_loaded_programs_say_what_they_would_do_and_nothing_is_left_of_it() {
+    in_world(|w| {
+        w.plug(7);
+        w.cluster.pods = vec![
+            pod("web", "one", None, json!({"app": "web"})),
+            pod("front", "two", Some(OTHER), json!({"app": "front"})),
+        ];
+        w.cluster.policies = vec![only_from_front()];
+        w.look();
+        let paths = Paths::new(&w.root);
+        let kept = Kept::of(&state_dir(&paths), "orch");
+        kept.write("c1", "eth0", &w.local.endpoints[0]).expect("written");
+        let ask = |name: &str, peer: Ipv4Addr| {
+            let about = Connection {
+                namespace: "shop".to_owned(),
+                name: name.to_owned(),
+                incoming: true,
+                peer: peer.into(),
+                protocol: 6,
+                port: 80,
+                from_node: false,
+            };
+            explain(&paths, &about).map(|said| (said.passed, said.reason))
+        };
+        assert_eq!(ask("web", OTHER), Ok((true, "allowed".to_owned())));
+        let stranger = Ipv4Addr::new(10, 244, 2, 8);
+        assert_eq!(ask("web", stranger), Ok((false, "policy".to_owned())));
+        let absent = ask("db", OTHER).expect_err("no such pod");
+        assert_eq!(absent, "the node has no endpoint of pod shop/db");
+        assert_eq!(w.maps().flows().expect("read"), []);
+        assert_eq!(w.maps().counters().expect("read"), []);
     });
 }

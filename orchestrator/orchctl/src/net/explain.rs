@@ -1,10 +1,13 @@
 //! `orchctl net explain`: whether policies allow a connection, and which of them says so.
 //!
-//! The answer is the compiler's, from what the API server has now: the same tables as the ones on the nodes.
+//! Two answers: the compiler's, from what the API server has now, which knows the names; and that of the programs on the
+//! nodes, which the agents run on the connection's first packet. They differ while a change is on its way; when they go on
+//! to differ, that is a defect, and it is said.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::bail;
 use orch_api::cluster_policy::ClusterNetworkPolicy;
@@ -12,13 +15,18 @@ use orch_api::k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use orch_api::k8s_openapi::api::networking::v1::NetworkPolicy;
 use orch_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use orch_client::{Api, Client, Kind, ListParams};
+use orch_ebpf_loader::{Connection, Explanation};
 use orch_policy::{
     ClusterPolicy, Compiled, Direction, Name, PodFacts, Policy, Prefix, Protocol, World, compile,
 };
 use serde::Serialize;
 
+use super::hosts::{Host, Hosts};
 use super::{Format, print_json};
 use crate::output;
+
+/// The agent loads programs for the answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A port with its protocol: `80`, `53/udp`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +101,47 @@ struct Said {
     direction: &'static str,
     allowed: bool,
     because: String,
+    /// What the node's programs did, if they could be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    programs: Option<Ran>,
+}
+
+/// The programs' answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase", untagged)]
+enum Ran {
+    Did {
+        #[serde(flatten)]
+        explanation: Explanation,
+        /// Whether it is what the compiler says.
+        agrees: bool,
+    },
+    NotAsked {
+        #[serde(rename = "notAsked")]
+        why: String,
+    },
+}
+
+impl fmt::Display for Ran {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAsked { why } => write!(f, "its node's programs were not asked: {why}"),
+            Self::Did { explanation: Explanation { passed, reason, rule }, agrees } => {
+                let verdict = if *passed { "pass" } else { "drop" };
+                write!(f, "its node's programs {verdict} the first packet ({reason}")?;
+                if let Some(rule) = rule {
+                    write!(f, ", {rule}")?;
+                }
+                f.write_str(")")?;
+                if *agrees {
+                    return Ok(());
+                }
+                f.write_str(
+                    ". THE TWO DISAGREE: ask again in a second; if they still do, see the agent's log",
+                )
+            }
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -107,6 +156,7 @@ struct Explained {
 
 /// Prints the answer; 1 as exit code when the connection is denied.
 pub(super) async fn run(
+    hosts: &Hosts,
     client: &Client,
     from: &str,
     to: &str,
@@ -116,7 +166,12 @@ pub(super) async fn run(
 ) -> anyhow::Result<u8> {
     let world = read(client).await?;
     let (from, to) = (find(&world, from, namespace)?, find(&world, to, namespace)?);
-    let ends = explain(&world, &from, &to, port);
+    let mut ends = explain(&world, &from, &to, port);
+    // Without a node to look into, the compiler's answer is one, too.
+    let known = hosts.all().unwrap_or_default();
+    for (said, (end, other)) in ends.iter_mut().zip([(&from, &to), (&to, &from)]) {
+        said.programs = ask(&known, end, other, port, said);
+    }
     let explained = Explained {
         allowed: ends.iter().all(|said| said.allowed),
         from: from.to_string(),
@@ -138,9 +193,43 @@ pub(super) async fn run(
                 verdict(said.allowed),
                 said.because
             ))?;
+            if let Some(programs) = &said.programs {
+                output::line(&format!("  {programs}"))?;
+            }
         }
     }
     Ok(u8::from(!explained.allowed))
+}
+
+/// Has the end's node run its programs; `None` where there is nothing to run.
+fn ask(known: &[Host], end: &End, other: &End, port: Port, said: &Said) -> Option<Ran> {
+    let End::Pod { name, node, .. } = end else { return None };
+    let not_asked = |why: &str| Some(Ran::NotAsked { why: why.to_owned() });
+    if end.ip() == other.ip() {
+        return None;
+    }
+    // A host that is no lab has one node, whatever its name.
+    let host = known.iter().find(|host| host.name == *node).or_else(|| match known {
+        [one] if one.netns.is_none() => Some(one),
+        _ => None,
+    });
+    let Some(host) = host else { return not_asked("it cannot be looked into from here") };
+    let connection = Connection {
+        namespace: name.namespace.clone(),
+        name: name.name.clone(),
+        incoming: said.direction == "ingress",
+        peer: other.ip(),
+        protocol: port.protocol.number(),
+        port: port.number,
+        from_node: matches!(other, End::Node { node: other, .. } if other == node),
+    };
+    match orch_ebpf_loader::explain(&host.paths.run().join("policy.sock"), &connection, PATIENCE) {
+        Ok(explanation) => {
+            let agrees = explanation.passed == said.allowed;
+            Some(Ran::Did { explanation, agrees })
+        }
+        Err(error) => Some(Ran::NotAsked { why: format!("{:#}", anyhow::Error::from(error)) }),
+    }
 }
 
 async fn list<K: Kind>(client: &Client) -> anyhow::Result<Vec<K>> {
@@ -250,7 +339,7 @@ fn explain(world: &World, from: &End, to: &End, port: Port) -> Vec<Said> {
                 Direction::Ingress => "ingress",
                 Direction::Egress => "egress",
             };
-            Said { end: end.to_string(), direction, allowed, because }
+            Said { end: end.to_string(), direction, allowed, because, programs: None }
         })
         .collect()
 }

@@ -133,7 +133,8 @@ pub(crate) async fn run(
             flows::run(&hosts, &client()?, &filter).await.map(|()| 0)
         }
         Command::Explain { from, to, port, namespace, output } => {
-            explain::run(&client()?, &from, &to, port, &namespace, output).await
+            let hosts = Hosts::find(lab_dir, EtcdFlags::default())?;
+            explain::run(&hosts, &client()?, &from, &to, port, &namespace, output).await
         }
     }
 }

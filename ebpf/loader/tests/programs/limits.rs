@@ -1,0 +1,258 @@
+//! What happens at the limits: rows that are replaced while a program runs, and maps that are full.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use orch_ebpf_loader::{Events, Probe, Question};
+use orch_ebpf_maps::{Flow, FlowKey, MAX_ENDPOINTS, in_key};
+
+use super::*;
+
+/// How long rows are replaced below running programs.
+const STORM: Duration = Duration::from_millis(1500);
+const RUNS_AT_ONCE: u32 = 2000;
+/// More flows than the map takes, and than it forgets early because each CPU has a stock of its own.
+const FLOOD: u32 = 100_000;
+
+/// The frame as one of many flows.
+fn from_port(mut frame: Frame, place: u32) -> Vec<u8> {
+    let [_, high, low, last] = place.to_be_bytes();
+    frame.sport = u16::from_be_bytes([low, last]);
+    frame.src = Ipv4Addr::new(10, 244, 3, high);
+    frame.bytes()
+}
+
+#[test]
+fn a_row_that_is_replaced_shows_as_nobody_elses() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS, &[deny(RuleKey::any(0, Direction::Ingress))]);
+        let closed = w.maps.endpoint(w.pod).expect("read").expect("there");
+        // The kernel gives the memory of one replaced row to the next one that is written.
+        let open = Endpoint { uid: 78, flags: 0, ..closed };
+        let open = w.maps.insert_endpoint(WIRE, open).expect("inserted");
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut maps = Maps::open(&w.pins).expect("pinned");
+                let mut row = closed;
+                while !stop.load(Ordering::Relaxed) {
+                    row.generation = row.generation.wrapping_add(1);
+                    maps.update_endpoint(w.pod, row).expect("written");
+                    maps.update_endpoint(WIRE, open).expect("written");
+                }
+            });
+            let path = w.pins.folder().join("programs").join(Hook::ToPod.program());
+            let program = SchedClassifier::from_pin(path).expect("pinned");
+            let frame = tcp(OTHER, 1000, POD, 80, SYN).bytes();
+            let context = Context::new(w.pod, WIRE, 0);
+            let start = Instant::now();
+            while start.elapsed() < STORM {
+                let options = TestRunOptions {
+                    data_in: Some(&frame),
+                    ctx_in: Some(context.bytes()),
+                    repeat: RUNS_AT_ONCE,
+                    ..TestRunOptions::default()
+                };
+                program.test_run(options).expect("run");
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(w.count(Direction::Ingress, Reason::NotIsolated), 0, "the other row is open");
+        assert_eq!(w.count(Direction::Ingress, Reason::NoEndpoint), 0, "the row was always there");
+        assert!(w.count(Direction::Ingress, Reason::Policy) >= u64::from(RUNS_AT_ONCE));
+    });
+}
+
+#[test]
+fn an_endpoint_too_many_is_refused_and_its_link_is_closed() {
+    in_world(|w| {
+        let row = |uid| Endpoint { uid, state: state::READY, ..Endpoint::default() };
+        // One is there already.
+        for link in 0..MAX_ENDPOINTS - 1 {
+            w.maps.insert_endpoint(100_000 + link, row(link)).expect("there is room");
+        }
+        w.maps.insert_endpoint(WIRE, row(1)).expect_err("full");
+        let frame = tcp(POD, 1000, OTHER, 80, SYN).bytes();
+        assert_eq!(w.run(Hook::FromPod, &frame, 0, 0, WIRE).0, DROP);
+        assert_eq!(w.run(Hook::ToPod, &frame, w.pod, 0, WIRE).0, DROP);
+        assert_eq!(w.count(Direction::Egress, Reason::NoEndpoint), 1);
+        assert_eq!(w.count(Direction::Ingress, Reason::NoEndpoint), 1);
+        // One that goes makes room.
+        assert!(w.maps.remove_endpoint(100_000).expect("removed"));
+        w.maps.insert_endpoint(WIRE, row(1)).expect("there is room again");
+    });
+}
+
+#[test]
+fn a_class_map_too_many_is_refused_and_what_is_in_force_stays() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS, &web_for_other());
+        let none = ClassMap::build([].into_iter()).expect("built");
+        let refused = (1000..1100).find_map(|key| w.maps.put_class_map(key, &none).err());
+        assert!(refused.is_some(), "there is a limit");
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT);
+        assert_eq!(w.gets(tcp(STRANGER, 1000, POD, 80, SYN)), DROP);
+    });
+}
+
+#[test]
+fn flows_that_were_forgotten_are_judged_again() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS, &web_for_other());
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT, "allowed to come");
+        assert_eq!(
+            w.sends(tcp(POD, 2000, STRANGER, 443, SYN)),
+            NEXT,
+            "nothing isolates its egress"
+        );
+        // Not asked for its answer yet: what is used stays longer.
+        let path = w.pins.folder().join("programs").join(Hook::FromPod.program());
+        let program = SchedClassifier::from_pin(path).expect("pinned");
+        let context = Context::new(w.pod, 0, 0);
+        for place in 0..FLOOD {
+            let mut frame = from_port(tcp(POD, 0, STRANGER, 443, SYN), place);
+            // Its own address, to as many others.
+            let (source, target) = (POD.octets(), frame[26..30].to_vec());
+            frame[26..30].copy_from_slice(&source);
+            frame[30..34].copy_from_slice(&target);
+            let options = TestRunOptions {
+                data_in: Some(&frame),
+                ctx_in: Some(context.bytes()),
+                ..TestRunOptions::default()
+            };
+            assert_eq!(program.test_run(options).expect("run").return_value, NEXT, "never full");
+        }
+        let flows = w.maps.flows().expect("read").len();
+        assert!(flows < FLOOD as usize, "{flows} flows: the oldest went");
+        assert_eq!(w.count(Direction::Egress, Reason::FlowTableFull), 0);
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, ACK)), NEXT, "still allowed, so it goes on");
+        assert_eq!(
+            w.gets(tcp(STRANGER, 443, POD, 2000, ACK)),
+            DROP,
+            "nobody asked, as far as is known"
+        );
+        assert_eq!(w.count(Direction::Ingress, Reason::Policy), 1);
+        assert_eq!(w.sends(tcp(POD, 2000, STRANGER, 443, ACK)), NEXT);
+        assert_eq!(w.gets(tcp(STRANGER, 443, POD, 2000, ACK)), NEXT, "known again");
+    });
+}
+
+#[test]
+fn a_flood_is_dropped_and_counted_whole_though_nobody_hears_of_it() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS, &web_for_other());
+        let path = w.pins.folder().join("programs").join(Hook::ToPod.program());
+        let program = SchedClassifier::from_pin(path).expect("pinned");
+        let frame = tcp(STRANGER, 1000, POD, 80, SYN).bytes();
+        let context = Context::new(w.pod, WIRE, 0);
+        let flood = 50_000;
+        let options = TestRunOptions {
+            data_in: Some(&frame),
+            ctx_in: Some(context.bytes()),
+            repeat: flood,
+            ..TestRunOptions::default()
+        };
+        assert_eq!(program.test_run(options).expect("run").return_value, DROP);
+        assert_eq!(w.count(Direction::Ingress, Reason::Policy), u64::from(flood));
+        let told = Events::open(&w.pins).expect("pinned").count();
+        assert!(told > 0 && told < flood as usize, "{told} events");
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT, "what is allowed passes");
+    });
+}
+
+#[test]
+fn many_tables_are_published_and_removed_together() {
+    in_world(|w| {
+        let table = |key: u32| {
+            let rules = [allow(RuleKey::any(key, Direction::Ingress))];
+            (key, RuleTable::build(rules.into_iter()).expect("built"))
+        };
+        let tables: Vec<(u32, RuleTable)> = (1000..1100).map(table).collect();
+        assert!(w.maps.put_tables(&tables).iter().all(Result::is_ok));
+        let published = |w: &World| {
+            let mut keys = w.maps.published().1;
+            keys.sort_unstable();
+            keys
+        };
+        assert_eq!(published(w), (1000..1100).collect::<Vec<u32>>());
+        w.maps.retain(|_| true, |key| key >= 1090).expect("removed");
+        assert_eq!(published(w), (1090..1100).collect::<Vec<u32>>());
+    });
+}
+
+#[test]
+fn a_probe_says_what_the_programs_would_do_and_leaves_no_trace() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS, &web_for_other());
+        let mut probe = Probe::load(&w.pins).expect("loaded");
+        let mut ask = |peer: Ipv4Addr, port, direction, born_here| {
+            let (ifindex, peer) = (w.pod, peer.into());
+            let question = Question { ifindex, direction, peer, protocol: TCP, port, born_here };
+            let ran = probe.ask(&w.maps, &question).expect("run").expect("an endpoint");
+            (ran.passed, ran.reason, ran.rule)
+        };
+        let comes = Direction::Ingress;
+        // Twice the same: the first leaves nothing that would answer the second.
+        for _ in 0..2 {
+            assert_eq!(ask(OTHER, 80, comes, false), (true, Reason::Allowed, 5));
+        }
+        assert_eq!(ask(OTHER, 81, comes, false), (false, Reason::Policy, 0));
+        assert_eq!(ask(STRANGER, 80, comes, false), (false, Reason::Policy, 0));
+        assert_eq!(ask(NODE, 81, comes, true), (true, Reason::Node, 0));
+        assert_eq!(ask(STRANGER, 80, Direction::Egress, false), (true, Reason::NotIsolated, 0));
+        assert_eq!(w.maps.flows().expect("read"), []);
+        assert_eq!(w.maps.counters().expect("read"), []);
+        assert_eq!(Events::open(&w.pins).expect("pinned").count(), 0);
+        let absent = Question {
+            ifindex: 4000,
+            direction: comes,
+            peer: OTHER.into(),
+            protocol: TCP,
+            port: 80,
+            born_here: false,
+        };
+        assert_eq!(probe.ask(&w.maps, &absent).expect("asked"), None);
+    });
+}
+
+#[test]
+fn a_connection_that_was_open_before_goes_on_if_policy_would_let_it_begin() {
+    in_world(|w| {
+        let mut rules = web_for_other();
+        rules.push(deny(RuleKey::any(0, Direction::Egress)));
+        rules.push(deny(RuleKey::any(CLASS, Direction::Egress)));
+        w.enforce(ISOLATED_INGRESS | ISOLATED_EGRESS, &rules);
+        let answer = |to, port| tcp(POD, 80, to, port, ACK);
+        assert_eq!(w.sends(answer(OTHER, 1000)), DROP, "an answer to nothing that is known");
+        for from in [OTHER, STRANGER] {
+            let ((family, saddr), (_, daddr)) = (in_key(from.into()), in_key(POD.into()));
+            let key = FlowKey {
+                uid: 77,
+                saddr,
+                daddr,
+                sport: 1000_u16.to_be(),
+                dport: 80_u16.to_be(),
+                protocol: TCP,
+                direction: Direction::Ingress as u8,
+                family,
+                pad: 0,
+            };
+            let now =
+                nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("a clock");
+            let flow = Flow {
+                last_ns: now.tv_sec().unsigned_abs() * 1_000_000_000,
+                packets: 0,
+                // Of a policy before this one.
+                generation: w.generation - 1,
+                rule: 0,
+                tcp_flags: 0,
+                flags: 0,
+                pad: [0; 6],
+            };
+            w.maps.put_flow(key, flow).expect("put");
+        }
+        assert_eq!(w.sends(answer(OTHER, 1000)), NEXT);
+        assert_eq!(w.sends(answer(STRANGER, 1000)), DROP, "who may not come is not answered");
+        assert_eq!(w.count(Direction::Egress, Reason::Revoked), 1);
+    });
+}
