@@ -88,8 +88,8 @@ bench-footprint: build ## start-up times, and memory, CPU and writes to etcd of 
 docs: deps ## write docs/reference from the code; `make test` fails when it is stale
 	ORCH_WRITE_DOCS=1 cargo test --release --locked --workspace --bin orchctl --bin orchestrator -- the_reference
 
-fuzz: deps ## property tests of everything that reads bytes from outside, with many more cases
-	PROPTEST_CASES=$(FUZZ_CASES) cargo test --release --workspace --lib fuzz
+fuzz: deps ## property tests of everything that reads bytes from outside, with many more cases; as root also the eBPF programs
+	PROPTEST_CASES=$(FUZZ_CASES) cargo test --release --workspace --lib --test loaded fuzz
 
 install-cni: build ## put the CNI plugins into $(DESTDIR)/opt/cni/bin
 	@scripts/install-cni "$(DESTDIR)"

@@ -7,6 +7,7 @@
 
 #[cfg(test)]
 mod compiler;
+pub mod frames;
 pub mod oracle;
 mod tiers;
 pub mod worlds;

@@ -1,6 +1,11 @@
 //! The loaded eBPF programs against the oracle: random clusters are compiled, put into the kernel's maps, and asked with
 //! made packets by test runs; then something changes, and the same flows are asked again. Needs root; says so without.
 
+#[path = "loaded/frames.rs"]
+mod frames;
+#[path = "loaded/packets.rs"]
+mod packets;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
