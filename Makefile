@@ -12,7 +12,7 @@ LAB_NODES ?= 3
 BENCH_ROUNDS ?= 20
 FUZZ_CASES ?= 20000
 
-.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes test-ha test-provision test-hosts deb dist check bench bench-cni bench-overlay bench-footprint docs fuzz install-cni
+.PHONY: help deps build up down test test-unit test-e2e test-cni test-runtimes test-ha test-provision test-hosts deb dist check bench bench-cni bench-overlay bench-policy bench-footprint docs fuzz install-cni
 
 help: ## list the tasks
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -87,6 +87,9 @@ bench-footprint: build ## start-up times, and memory, CPU and writes to etcd of 
 
 docs: deps ## write docs/reference from the code; `make test` fails when it is stale
 	ORCH_WRITE_DOCS=1 cargo test --release --locked --workspace --bin orchctl --bin orchestrator -- the_reference
+
+bench-policy: deps ## NetworkPolicies and Services against none and against nftables, in namespaces of its own (two minutes)
+	cargo run --release --locked -q -p tests-bench --bin policy-bench
 
 fuzz: deps ## property tests of everything that reads bytes from outside, with many more cases; as root also the eBPF programs
 	PROPTEST_CASES=$(FUZZ_CASES) cargo test --release --workspace --lib --test loaded fuzz
