@@ -307,6 +307,23 @@ fn answers_pass_and_a_connection_ends_when_policy_does_not_allow_it_any_more() {
     });
 }
 
+/// Where only ingress is isolated, the pod may open connections: what it sends on one that was cut opens none.
+#[test]
+fn a_connection_that_was_cut_is_not_begun_anew_by_what_the_pod_sends_again() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS, &web_for_other());
+        assert_eq!(w.gets(tcp(OTHER, 2000, POD, 80, SYN)), NEXT);
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 2000, SYN | ACK)), NEXT, "answer");
+        w.enforce(ISOLATED_INGRESS, &[deny(RuleKey::any(0, Direction::Ingress))]);
+        assert_eq!(w.gets(tcp(OTHER, 2000, POD, 80, ACK)), DROP, "cut");
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 2000, ACK)), DROP, "sent again by the pod");
+        assert_eq!(w.gets(tcp(OTHER, 2000, POD, 80, ACK)), DROP, "still cut");
+        assert_eq!(w.sends(tcp(POD, 2001, OTHER, 80, SYN)), NEXT, "one of its own");
+        w.enforce(ISOLATED_INGRESS, &web_for_other());
+        assert_eq!(w.gets(tcp(OTHER, 2000, POD, 80, ACK)), NEXT, "allowed again: it goes on");
+    });
+}
+
 #[test]
 fn ranges_and_the_classes_own_rules_decide_by_the_longest_match() {
     in_world(|w| {

@@ -106,7 +106,11 @@ static __always_inline int follow(const struct endpoint *endpoint, const struct 
 		/* What gets translated is judged after that, packet by packet. */
 		reason = flow->flags & FLOW_DEFERRED ? REASON_DEFERRED : judge_flow(endpoint, key, basis);
 		if (is_drop(reason)) {
-			bpf_map_delete_elem(&flows, key);
+			/* A cut TCP connection stays known as one that is judged at every packet: forgotten, it would be begun
+			 * anew, the other way round, by the next packet of the pod that had been asked.
+			 */
+			if (key->protocol != IPPROTO_TCP)
+				bpf_map_delete_elem(&flows, key);
 			return REASON_REVOKED;
 		}
 		flow->generation = endpoint->generation;
