@@ -77,10 +77,10 @@ bench: build ## ratios against references in the same run, in the lab (started i
 
 bench-cni: build ## our CNI plugins, the reference ones (installed if missing) and bare netlink, by turns
 	@scripts/cni-peers plugins
-	@ORCH_BIN=$(abspath $(OUT)) cargo run --release --locked -q -p tests-conformance --bin bench-cni
+	@ORCH_BIN=$(abspath $(OUT)) cargo run --release --locked -q --bin bench-cni
 
 bench-overlay: deps ## the overlay against loopback and a VXLAN made by hand, in namespaces of its own (a minute)
-	cargo run --release --locked -q -p tests-bench --bin overlay-bench
+	cargo run --release --locked -q --bin overlay-bench
 
 bench-footprint: build ## start-up times, and memory, CPU and writes to etcd of an idle cluster, beside their goals (5 minutes)
 	@scripts/bench-footprint $(OUT)
@@ -89,7 +89,7 @@ docs: deps ## write docs/reference from the code; `make test` fails when it is s
 	ORCH_WRITE_DOCS=1 cargo test --release --locked --workspace --bin orchctl --bin orchestrator -- the_reference
 
 bench-policy: deps ## NetworkPolicies and Services against none and against nftables, in namespaces of its own (two minutes)
-	cargo run --release --locked -q -p tests-bench --bin policy-bench
+	cargo run --release --locked -q --bin policy-bench
 
 fuzz: deps ## property tests of everything that reads bytes from outside, with many more cases; as root also the eBPF programs
 	PROPTEST_CASES=$(FUZZ_CASES) cargo test --release --workspace --lib --test loaded fuzz

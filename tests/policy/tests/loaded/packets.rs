@@ -414,10 +414,9 @@ impl Lab {
         (counts, open)
     }
 
-    /// What is open goes on if a new connection would be allowed, and else is cut. Gives how many were to be cut, and how
-    /// many of these went on.
-    fn assert_judged_again(&self, open: Vec<Open>) -> [usize; 2] {
-        let (mut cut, mut went_on) = (0, 0);
+    /// What is open goes on if a new connection would be allowed, and else is cut. Gives how many were cut.
+    fn assert_judged_again(&self, open: Vec<Open>) -> usize {
+        let mut cut = 0;
         let mut waiting = Vec::new();
         for mut one in open {
             one.near.write_all(b"x").expect("into the socket's buffer");
@@ -440,13 +439,10 @@ impl Lab {
             let Open { from, to, port, .. } = one;
             let what = format!("open TCP {from} to {to}, port {port}");
             assert!(arrived || !allowed, "lost: {}", self.describe(&what));
-            if arrived && !allowed {
-                eprintln!("went on: {what}");
-                went_on += 1;
-            }
+            assert!(allowed || !arrived, "went on: {}", self.describe(&what));
             cut += usize::from(!allowed);
         }
-        [cut, went_on]
+        cut
     }
 }
 
@@ -514,11 +510,11 @@ fn real_packets_between_pods_pass_as_the_oracle_says_before_and_after_each_chang
     }
     let given = std::env::var("TRUTH_POLICIES").ok();
     let total = given.map_or(POLICIES, |text| text.parse().expect("TRUTH_POLICIES is a number"));
-    let (sums, cut, went_on) = in_mounts(move || {
+    let (sums, cut) = in_mounts(move || {
         let start = Instant::now();
         let mut drawn = Drawn { runner: TestRunner::deterministic() };
         let mut lab = Lab::new(&mut drawn);
-        let (mut sums, mut cut, mut went_on, mut used) = ([0; 2], 0, 0, 0);
+        let (mut sums, mut cut, mut used) = ([0; 2], 0, 0);
         let mut open = Vec::new();
         let mut step = 0;
         while used < total {
@@ -536,8 +532,7 @@ fn real_packets_between_pods_pass_as_the_oracle_says_before_and_after_each_chang
                 }
             }
             lab.look();
-            let [to_cut, still] = lab.assert_judged_again(std::mem::take(&mut open));
-            (cut, went_on) = (cut + to_cut, went_on + still);
+            cut += lab.assert_judged_again(std::mem::take(&mut open));
             let udp = lab.ask_udp(step);
             let (tcp, now_open) = lab.ask_tcp();
             open = now_open;
@@ -550,15 +545,12 @@ fn real_packets_between_pods_pass_as_the_oracle_says_before_and_after_each_chang
             sums[1],
             start.elapsed().as_secs_f64()
         );
-        (sums, cut, went_on)
+        (sums, cut)
     });
     assert!(
         sums.iter().all(|sum| *sum > total * 10) && cut > total / 10,
         "a run that says nothing: {sums:?}, {cut}"
     );
-    // Known: a packet from the middle of a connection that is not known opens a flow of its sender's direction, and then the
-    // other end's packets pass as its answers. On an overloaded machine one of thousands went on like that.
-    assert!(went_on * 500 <= cut, "{went_on} of {cut} connections went on that new ones may not");
 }
 
 /// Ends a flood also when its test has failed.
