@@ -11,8 +11,8 @@ use netlink_packet_route::RouteNetlinkMessage;
 use crate::neighbour::{fdb_message, neighbour_message, put_neighbour_message};
 use crate::socket::append;
 use crate::{
-    AddressOptions, FdbEntry, Neighbour, Netlink, NetlinkError, Route, address, link, mac_text,
-    route,
+    AddressOptions, FdbEntry, MacBytes, Neighbour, Netlink, NetlinkError, Route, address, link,
+    mac_text, route,
 };
 
 /// So many refusals still fit into a socket's default receive buffer (208 KiB; an answer takes about 1 KiB of it), so
@@ -35,6 +35,13 @@ pub enum Change {
     SetUp {
         /// Index of the link.
         link: u32,
+    },
+    /// As [`Netlink::set_mac`].
+    SetMac {
+        /// Index of the link.
+        link: u32,
+        /// The MAC.
+        mac: MacBytes,
     },
     /// As [`Netlink::set_alias`].
     SetAlias {
@@ -89,6 +96,7 @@ impl Change {
                 NLM_F_CREATE | NLM_F_REPLACE
             }
             Self::SetUp { .. }
+            | Self::SetMac { .. }
             | Self::SetAlias { .. }
             | Self::SetArpNotify { .. }
             | Self::DeleteRoute(_)
@@ -103,6 +111,9 @@ impl Change {
                 address::new_address_message(*link, *address, options),
             ),
             Self::SetUp { link } => RouteNetlinkMessage::SetLink(link::up_message(*link)),
+            Self::SetMac { link, mac } => {
+                RouteNetlinkMessage::SetLink(link::mac_message(*link, *mac))
+            }
             Self::SetAlias { link, alias } => {
                 RouteNetlinkMessage::SetLink(link::alias_message(*link, alias))
             }
@@ -128,6 +139,7 @@ impl Change {
                 format!("add address {address} to link {link}")
             }
             Self::SetUp { link } => format!("switch on link {link}"),
+            Self::SetMac { link, mac } => format!("set MAC {} of link {link}", mac_text(*mac)),
             Self::SetAlias { link, .. } => format!("set alias of link {link}"),
             Self::SetArpNotify { link } => format!("set arp_notify of link {link}"),
             Self::AddRoute(route) => route::describe("add", route),

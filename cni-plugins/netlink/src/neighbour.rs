@@ -60,6 +60,27 @@ impl Netlink {
         self.dump(RouteNetlinkMessage::GetNeighbour(message), request, read)
     }
 
+    /// The neighbour with this address on a link, if its MAC is known.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked, as those before 5.0 cannot for a single one.
+    pub fn neighbour(&self, link: u32, ip: IpAddr) -> Result<Option<Neighbour>, NetlinkError> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family_of(ip);
+        message.header.ifindex = link;
+        message.attributes.push(address(ip));
+        let request = || format!("get neighbour {ip} on link {link}");
+        let mut found = None;
+        let asked = self.ask(RouteNetlinkMessage::GetNeighbour(message), request, |payload| {
+            found = parse_neighbour(payload);
+            Ok(())
+        });
+        match asked {
+            Err(error) if error.is_not_found() => Ok(None),
+            asked => asked.map(|()| found),
+        }
+    }
+
     /// Forwarding entries of a device.
     ///
     /// # Errors
