@@ -1,8 +1,8 @@
 //! The configuration: as it is written, and as it is meant.
 
 use cni_netlink::TokenBucket;
-use cni_spec::{Error, code};
-use serde::{Deserialize, Deserializer};
+use cni_spec::{Error, code, or_default};
+use serde::Deserialize;
 use serde_json::Value;
 
 /// How long a packet may wait at most, in milliseconds; what would wait longer is dropped.
@@ -50,13 +50,6 @@ pub struct Rates {
     /// From the container.
     #[serde(deserialize_with = "or_default")]
     pub egress_burst: i64,
-}
-
-/// Go writes an empty object as `null`.
-fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
-    deserializer: D,
-) -> Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 /// What the configuration means.

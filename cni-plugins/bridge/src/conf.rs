@@ -1,8 +1,8 @@
 //! The configuration: as it is written, and as it is meant.
 
 use cni_netlink::{MacBytes, PortVlan, parse_unicast_mac};
-use cni_spec::{CniArgs, Dns, Error, IfName, code};
-use serde::{Deserialize, Deserializer};
+use cni_spec::{CniArgs, Dns, Error, IfName, code, first_said, or_default};
+use serde::Deserialize;
 
 /// Highest VLAN: 4095 is reserved (IEEE 802.1Q).
 const VLAN_MAX: u16 = 4094;
@@ -127,13 +127,6 @@ pub struct MacArg {
     /// The MAC, or empty.
     #[serde(deserialize_with = "or_default")]
     pub mac: String,
-}
-
-/// Go writes an empty list or object as `null`.
-fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
-    deserializer: D,
-) -> Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 /// What the configuration means; holds only what can be done.
@@ -274,12 +267,7 @@ impl NetConf {
             ("\"args.cni.mac\"", Some(self.args.cni.mac.as_str()), code::INVALID_CONFIG),
             ("CNI_ARGS: MAC", args.get("MAC"), code::INVALID_ENVIRONMENT),
         ];
-        let asked = places.into_iter().find_map(|(place, text, code)| {
-            text.filter(|text| !text.is_empty()).map(|text| (place, text, code))
-        });
-        let Some((place, text, code)) = asked else { return Ok(None) };
-        let wrong = || format!("{place} is \"{text}\" and has to be the MAC of one interface");
-        parse_unicast_mac(text).map(Some).ok_or_else(|| Error::new(code, wrong()))
+        first_said(&places, "the MAC of one interface", parse_unicast_mac)
     }
 }
 

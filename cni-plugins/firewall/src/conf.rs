@@ -1,7 +1,7 @@
 //! The configuration: as it is written, and as it is meant.
 
-use cni_spec::{Error, code};
-use serde::{Deserialize, Deserializer};
+use cni_spec::{Error, code, or_default};
+use serde::Deserialize;
 
 use crate::pods::Policy;
 
@@ -23,13 +23,6 @@ pub struct NetConf {
     /// Who may open connections to containers.
     #[serde(deserialize_with = "or_default")]
     pub ingress_policy: String,
-}
-
-/// Go writes an empty string as `null`, if it is a pointer.
-fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
-    deserializer: D,
-) -> Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 /// What the configuration means.

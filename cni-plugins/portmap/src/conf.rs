@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use cni_spec::{AddResult, Error, code};
+use cni_spec::{AddResult, Error, code, or_default};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Deserializer};
 
@@ -76,13 +76,6 @@ pub struct PortMapping {
     /// Address of the host; all if empty.
     #[serde(rename = "hostIP", deserialize_with = "or_default")]
     pub host_ip: String,
-}
-
-/// Go writes an empty list as `null`.
-fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
-    deserializer: D,
-) -> Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 fn or_true<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {

@@ -15,6 +15,7 @@ mod error;
 mod name;
 mod owner;
 mod result;
+mod said;
 mod version;
 
 pub use args::CniArgs;
@@ -26,6 +27,7 @@ pub use error::{Error, code};
 pub use name::{AttachmentId, ContainerId, IfName, NameError, NetworkName, stable_hash};
 pub use owner::Owner;
 pub use result::{AddResult, Dns, Interface, IpConfig, Route, parse_cidr};
+pub use said::{Place, first_said, or_default};
 pub use version::Version;
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use ipnetwork::IpNetwork;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 
-use crate::{Error, Version, code};
+use crate::{Error, Version, code, or_default};
 
 /// The result of ADD, and `prevResult`.
 ///
@@ -116,13 +116,6 @@ pub struct Dns {
     /// Options of the resolver.
     #[serde(default, deserialize_with = "or_default")]
     pub options: Vec<String>,
-}
-
-/// Go writes an empty list as `null`.
-fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
-    deserializer: D,
-) -> Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 fn interface_index<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {

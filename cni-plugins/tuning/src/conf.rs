@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use cni_netlink::{MacBytes, parse_unicast_mac};
-use cni_spec::{CniArgs, Error, code};
-use serde::{Deserialize, Deserializer};
+use cni_spec::{CniArgs, Error, code, first_said, or_default};
+use serde::Deserialize;
 
 use crate::link::Attributes;
 use crate::sysctl::{self, Sysctl};
@@ -70,13 +70,6 @@ pub struct Args {
     pub cni: Overrides,
 }
 
-/// Go writes an empty object as `null`.
-fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
-    deserializer: D,
-) -> Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
-
 /// What the configuration means for one interface.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
@@ -93,9 +86,8 @@ impl NetConf {
     /// Checks values and puts together what is said in several places: the container's own words count.
     pub(crate) fn settings(&self, args: &CniArgs, ifname: &str) -> Result<Settings, Error> {
         let (all, own) = (&self.values, &self.args.cni);
-        let mut values = all.sysctl.clone();
-        values.extend(own.sysctl.clone());
-        let sysctls = values.into_iter().map(|(key, value)| sysctl::parse(&key, value, ifname));
+        let parse = |of: &Overrides| sysctl::parse_all(&of.sysctl, ifname);
+        let sysctls = sysctl::overridden(parse(all)?, parse(own)?);
         let mtu = own.mtu.or(all.mtu).filter(|mtu| *mtu != 0);
         if let Some(mtu) = mtu.filter(|mtu| !MTU_RANGE.contains(mtu)) {
             let (least, most) = (MTU_RANGE.start(), MTU_RANGE.end());
@@ -104,7 +96,7 @@ impl NetConf {
         }
         Ok(Settings {
             data_dir: self.data_dir().to_owned(),
-            sysctls: sysctls.collect::<Result<_, _>>()?,
+            sysctls,
             link: Attributes {
                 mac: self.asked_mac(args)?,
                 mtu,
@@ -123,12 +115,7 @@ impl NetConf {
             ("CNI_ARGS: MAC", args.get("MAC"), code::INVALID_ENVIRONMENT),
             ("\"mac\"", self.values.mac.as_deref(), code::INVALID_CONFIG),
         ];
-        let asked = places.into_iter().find_map(|(place, text, code)| {
-            text.filter(|text| !text.is_empty()).map(|text| (place, text, code))
-        });
-        let Some((place, text, code)) = asked else { return Ok(None) };
-        let wrong = || format!("{place} is \"{text}\" and has to be the MAC of one interface");
-        parse_unicast_mac(text).map(Some).ok_or_else(|| Error::new(code, wrong()))
+        first_said(&places, "the MAC of one interface", parse_unicast_mac)
     }
 }
 
@@ -160,6 +147,16 @@ mod tests {
         let values: Vec<&str> = found.sysctls.iter().map(|sysctl| &*sysctl.value).collect();
         assert_eq!(values, ["2", "0"]);
 
+        let spelt = json!({
+            "sysctl": {"net.ipv4.conf.IFNAME.forwarding": "1"},
+            "args": {"cni": {"sysctl": {"net/ipv4/conf/eth0/forwarding": "0"}}},
+        });
+        let found = settings(spelt, "").expect("good").sysctls;
+        assert!(
+            found.len() == 1 && found[0].value == "0",
+            "one switch, spelt otherwise: {found:?}"
+        );
+
         let mac = |conf, args| settings(conf, args).expect("good").link.mac.map(|mac| mac[5]);
         assert_eq!(mac(conf.clone(), "MAC=02:00:00:00:00:02"), Some(2));
         let mut conf = conf;
@@ -180,6 +177,7 @@ mod tests {
             (json!({"mac": "01:00:5e:00:00:01"}), "\"mac\" is \"01:00:5e:00:00:01\""),
             (json!({"mtu": 67}), "\"mtu\" is 67"),
             (json!({"sysctl": {"kernel.panic": "1"}}), "kernel.panic"),
+            (json!({"sysctl": {"net.a.b": "1", "net/a/b": "2"}}), "\"net.a.b\" and \"net/a/b\""),
         ] {
             let error = settings(conf, "").expect_err("wrong");
             assert_eq!(error.code, code::INVALID_CONFIG);

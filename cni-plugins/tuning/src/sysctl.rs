@@ -1,5 +1,6 @@
 //! Switches below `/proc/sys/net`, of the namespace that the thread is in.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,36 @@ pub(crate) fn parse(key: &str, value: String, ifname: &str) -> Result<Sysctl, Er
         return Err(Error::new(code::INVALID_CONFIG, msg));
     }
     Ok(Sysctl { key: key.to_owned(), path: Path::new(ROOT).join(&relative), value })
+}
+
+/// Pure. Two names of one switch may not say different things: which of them would count is nobody's intention.
+pub(crate) fn parse_all(
+    values: &BTreeMap<String, String>,
+    ifname: &str,
+) -> Result<Vec<Sysctl>, Error> {
+    let mut parsed: Vec<Sysctl> = Vec::new();
+    for (key, value) in values {
+        let next = parse(key, value.clone(), ifname)?;
+        match parsed.iter().find(|sysctl| sysctl.path == next.path) {
+            None => parsed.push(next),
+            Some(same) if same.value == next.value => {}
+            Some(Sysctl { key: other, value: first, .. }) => {
+                let msg = format!(
+                    "\"sysctl\" has \"{other}\" and \"{key}\", which are one switch, as \"{first}\" and \"{value}\""
+                );
+                return Err(Error::new(code::INVALID_CONFIG, msg));
+            }
+        }
+    }
+    Ok(parsed)
+}
+
+/// Pure. Those of all containers, with this container's own in their places.
+pub(crate) fn overridden(all: Vec<Sysctl>, own: Vec<Sysctl>) -> Vec<Sysctl> {
+    let others = all.into_iter().filter(|sysctl| own.iter().all(|one| one.path != sysctl.path));
+    let mut sysctls: Vec<Sysctl> = others.chain(own.iter().cloned()).collect();
+    sysctls.sort_by(|a, b| a.key.cmp(&b.key));
+    sysctls
 }
 
 fn is_no_name(part: &str) -> bool {
