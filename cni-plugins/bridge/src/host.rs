@@ -6,13 +6,14 @@ use std::os::unix::fs::MetadataExt as _;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use cni_netlink::{AddressOptions, Bridge, Link, Neighbour, Netlink, PortVlan, VethPair};
+use cni_netlink::{AddressOptions, Bridge, Link, MacBytes, Neighbour, Netlink, PortVlan, VethPair};
 use cni_spec::{Error, IfName, code};
 use ipnetwork::IpNetwork;
 
 use crate::conf::{DEFAULT_VLAN, Settings};
 use crate::kernel::{KernelError, netlink_error, set_sysctl};
-use crate::name::{bridge_mac, gateway_port_name};
+use crate::mac::{FOLLOWING, bridge_mac};
+use crate::name::gateway_port_name;
 use crate::plan::{AddressStep, BridgeStep, WantBridge, plan_bridge, plan_gateways};
 
 /// How often the bridge is looked at again when another plugin made it, or took it away, in between.
@@ -34,6 +35,7 @@ fn want_bridge(settings: &Settings, seen: Option<&Link>) -> WantBridge {
         name: name.to_owned(),
         mtu: settings.mtu,
         mac: seen.is_none().then(mac),
+        group: Some(FOLLOWING),
         vlan_filtering: !settings.vlans.is_empty(),
         up: true,
     };
@@ -200,7 +202,48 @@ pub(crate) fn gateway_link(
     Ok(netlink.link(name)?)
 }
 
-/// What the host may remember of addresses: the next pod with one of them has another MAC.
+/// Whether a pod with this MAC has to be announced: somebody may know one of its addresses by another MAC. `following`
+/// says that its MAC follows from its address; one that does not ends that for the whole bridge.
+pub(crate) fn must_announce(
+    netlink: &Netlink,
+    bridge: &Link,
+    following: bool,
+    gateway: Option<u32>,
+    mac: MacBytes,
+    ips: &[IpAddr],
+) -> Result<bool, KernelError> {
+    // No bridge gets into the group later, so one that was not in it is not.
+    if bridge.group != FOLLOWING {
+        return Ok(true);
+    }
+    if !following {
+        end_following(netlink, &bridge.name)?;
+        return Ok(true);
+    }
+    // Asked again, now that the addresses are leased: a pod of another kind may have had one of them since.
+    let now = netlink.link_at(bridge.index)?;
+    Ok(now.is_none_or(|bridge| bridge.group != FOLLOWING)
+        || gateway.is_some_and(|link| knows_otherwise(netlink, link, mac, ips)))
+}
+
+/// Whether the host knows one of these addresses by another MAC, from a pod that the reference plugin had here.
+fn knows_otherwise(netlink: &Netlink, link: u32, mac: MacBytes, ips: &[IpAddr]) -> bool {
+    ips.iter().any(|ip| match netlink.neighbour(link, *ip) {
+        Ok(known) => known.is_some_and(|known| known.mac != mac),
+        // A kernel that does not say.
+        Err(_) => true,
+    })
+}
+
+/// From now on not all MACs of this bridge's pods follow from their addresses.
+pub(crate) fn end_following(netlink: &Netlink, bridge: &str) -> Result<(), KernelError> {
+    match netlink.link(bridge)? {
+        Some(link) if link.group == FOLLOWING => Ok(netlink.set_group(link.index, 0)?),
+        _ => Ok(()),
+    }
+}
+
+/// What the host may remember of addresses: the next pod with one of them may have another MAC.
 pub(crate) fn neighbours(link: u32, ips: &[IpAddr]) -> Vec<Neighbour> {
     ips.iter().map(|ip| Neighbour { link, ip: *ip, mac: [0; 6], permanent: false }).collect()
 }

@@ -7,6 +7,7 @@
 //!   everything without the pod's namespace, and what an ADD left that was killed half-way is known as such, and
 //!   cleared away by the next one.
 //! * A failed ADD leaves nothing: what was made goes again when its guard is dropped.
+//! * The pod's MAC follows from its address, so that an address which is used again needs no announcement (`mac.rs`).
 //! * Masquerade is a rule per subnet, not per pod (`masquerade.rs`), and `nftables` is the only way to it.
 //! * GC removes the links of attachments that are gone, and with the last one the rules of the network.
 //!
@@ -17,6 +18,7 @@ mod conf;
 mod host;
 mod kernel;
 mod lease;
+mod mac;
 mod masquerade;
 mod name;
 mod plan;
@@ -46,8 +48,8 @@ use crate::pod::Pod;
 pub use crate::conf::{Args, IpamConf, MacArg, NetConf, TrunkRange};
 pub use crate::name::{host_veth_alias, host_veth_name};
 
-/// Keys of `CNI_ARGS` that may come without `IgnoreUnknown=1`: ours, and that of host-local.
-const KNOWN_ARGS: &[&str] = &["MAC", "IP"];
+/// Keys of `CNI_ARGS` that may come without `IgnoreUnknown=1`: ours, and those of the IPAM plugins.
+const KNOWN_ARGS: &[&str] = &["MAC", "IP", "GATEWAY"];
 
 /// The plugin.
 #[derive(Debug, Clone, Copy, Default)]
@@ -162,27 +164,33 @@ fn attach(
         settings.gateway,
         settings.default_gateway,
     )?;
+    let ips = addresses(&given.ips);
+    let pod_mac = plan::pod_mac(settings, &ips).unwrap_or(macs.pod);
 
     let port = made.veth.link.clone();
     host::set_up_port(&netlink, &port, settings)?;
     if settings.check_spoofing {
-        spoof::guard(&req.name, &port.name, macs.pod)?;
+        spoof::guard(&req.name, &port.name, pod_mac)?;
     }
     // Before the pod is switched on: the kernel then has the links locked for a while.
     let gateway = set_up_gateway(&netlink, &bridge, settings, &given)?;
     if settings.masquerade {
         masquerade::ensure(&req.name, &plan::subnets(&given.ips))?;
     }
+    // Before the pod has its addresses: whoever gets one of them next has to know.
+    let following = settings.gateway && !ips.is_empty() && mac::follows(pod_mac, &ips);
+    let announce = host::must_announce(&netlink, &bridge, following, gateway, pod_mac, &ips)?;
     let mut pod = Pod::new(inside.finish().map_err(netlink_error)?, &req.ifname, &port, macs.pod)?;
     if !settings.keep_down {
-        pod = pod.set_up(netns, settings, &given)?;
+        pod = pod.set_up(netns, settings, &given, pod_mac)?;
         host::wait_for_port(&netlink, &port)?;
-        pod.announce()?;
+        if announce {
+            pod.announce()?;
+        }
     }
 
     // A pod that had the address before and went without DEL may still be in the host's memory.
-    let forgotten =
-        gateway.map_or(Vec::new(), |link| host::neighbours(link, &addresses(&given.ips)));
+    let forgotten = gateway.map_or(Vec::new(), |link| host::neighbours(link, &ips));
     made.keep(&forgotten, &host_veth_alias(&req.name, &req.attachment()))?;
     Ok(result(
         req.prev_result.unwrap_or_default(),
@@ -200,7 +208,8 @@ fn open_container(path: &Path) -> Result<NetNs, Error> {
     })
 }
 
-/// The MACs of a pair. They are given when it is made, so that udev has no time to choose others.
+/// The MACs that a pair is made with, so that udev has no time to choose others. The pod's end may get another one when
+/// its address is known: in its namespace nobody chooses.
 #[derive(Debug, Clone, Copy)]
 struct Macs {
     host: MacBytes,
@@ -209,7 +218,7 @@ struct Macs {
 
 impl Macs {
     fn choose(settings: &Settings) -> Self {
-        Self { host: name::random_mac(), pod: settings.mac.unwrap_or_else(name::random_mac) }
+        Self { host: mac::random_mac(), pod: settings.mac.unwrap_or_else(mac::random_mac) }
     }
 }
 
@@ -386,7 +395,10 @@ fn result(
 /// Removes the pair, from whichever end there is, and what the host remembers of the pod.
 fn detach(req: &DelRequest<NetConf>, name: &str) -> Result<(), Error> {
     let netlink = Netlink::open().map_err(netlink_error)?;
-    remove_pair(&netlink, req, name)?;
+    let of_another_plugin = remove_pair(&netlink, req, name)?;
+    if of_another_plugin || plan::had_another_mac(req.prev_result.as_ref(), &req.ifname) {
+        host::end_following(&netlink, &req.conf.bridge)?;
+    }
     let ips = req.prev_result.as_ref().map(|prev| addresses(&prev.ips)).unwrap_or_default();
     if ips.is_empty() {
         return Ok(());
@@ -402,15 +414,17 @@ fn detach(req: &DelRequest<NetConf>, name: &str) -> Result<(), Error> {
     }
 }
 
-fn remove_pair(netlink: &Netlink, req: &DelRequest<NetConf>, name: &str) -> Result<(), Error> {
+/// Returns whether the pair was made by another plugin, which we know by the name of its near end.
+fn remove_pair(netlink: &Netlink, req: &DelRequest<NetConf>, name: &str) -> Result<bool, Error> {
     if let Some(link) = netlink.link(name).map_err(netlink_error)? {
-        return netlink.delete_link_unawaited(link.index).map_err(netlink_error);
+        netlink.delete_link_unawaited(link.index).map_err(netlink_error)?;
+        return Ok(false);
     }
-    let Some(path) = &req.netns else { return Ok(()) };
+    let Some(path) = &req.netns else { return Ok(false) };
     match NetNs::open(path) {
         Ok(netns) => Ok(pod::remove(&netns, &req.ifname)?),
         // The namespace is gone, and the pair with it.
-        Err(error) if error.is_not_found() => Ok(()),
+        Err(error) if error.is_not_found() => Ok(false),
         Err(error) => Err(netlink_error(error)),
     }
 }

@@ -1,9 +1,6 @@
 //! Names that are worked out instead of kept: whoever knows an attachment finds its host interface, after a crash, a
 //! reboot of the agent, or the end of the namespace.
 
-use std::hash::{BuildHasher as _, RandomState};
-
-use cni_netlink::MacBytes;
 use cni_spec::{AttachmentId, NetworkName, stable_hash};
 
 const PREFIX: &str = "veth";
@@ -66,24 +63,6 @@ pub(crate) fn is_alias_of(alias: &str, network: &NetworkName) -> bool {
     rest.and_then(|rest| rest.split_once('/')).is_some_and(|(name, _)| name == network.as_str())
 }
 
-/// MAC of a bridge: the same one whenever it is made again on this boot of this host, so that pods find their gateway
-/// where they knew it. `host` keeps hosts, and namespaces that play hosts, apart.
-pub(crate) fn bridge_mac(bridge: &str, host: &str) -> MacBytes {
-    unicast(stable_hash(&[bridge, host]))
-}
-
-/// A MAC for one end of a pair.
-pub(crate) fn random_mac() -> MacBytes {
-    // A hasher's keys are the standard library's only source of randomness.
-    unicast(RandomState::new().hash_one(()))
-}
-
-/// Locally administered, for one interface.
-fn unicast(random: u64) -> MacBytes {
-    let bytes = random.to_be_bytes();
-    [(bytes[2] & 0xfc) | 2, bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]]
-}
-
 /// A short name for a text, for objects of nftables.
 pub(crate) fn short(text: &str) -> String {
     format!("{:016x}", stable_hash(&[text]))
@@ -127,15 +106,5 @@ mod tests {
             &attachment(&"c".repeat(200), "eth0"),
         );
         assert_eq!(long.len(), 255);
-    }
-
-    #[test]
-    fn the_mac_of_a_bridge_is_local_and_follows_what_it_stands_for() {
-        let mac = bridge_mac("cni0", "boot");
-        assert_eq!(mac[0] & 3, 2);
-        assert_eq!(mac, bridge_mac("cni0", "boot"));
-        assert_ne!(mac, bridge_mac("cni1", "boot"));
-        assert_ne!(mac, bridge_mac("cni0", "other boot"));
-        assert_ne!(random_mac(), random_mac());
     }
 }

@@ -2,9 +2,12 @@
 
 use std::net::IpAddr;
 
-use cni_netlink::{Bridge, Link, LinkKind, Route};
-use cni_spec::{AddResult, Error, IpConfig, code};
+use cni_netlink::{Bridge, Link, LinkKind, MacBytes, Route, parse_mac};
+use cni_spec::{AddResult, Error, IfName, IpConfig, code};
 use ipnetwork::IpNetwork;
+
+use crate::conf::Settings;
+use crate::mac;
 
 /// One change of the bridge.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -144,6 +147,29 @@ fn everything(address: &IpNetwork) -> IpNetwork {
         IpNetwork::V6(_) => IpAddr::from([0; 16]),
     };
     IpNetwork::new(nothing, 0).expect("0 is a prefix length of both families")
+}
+
+/// The MAC that a pod has to have: that which was asked for, else, where the bridge is the gateway, the one that follows
+/// from its address. `None` is any.
+pub(crate) fn pod_mac(settings: &Settings, ips: &[IpAddr]) -> Option<MacBytes> {
+    settings.mac.or_else(|| mac::mac_of_pod(ips).filter(|_| settings.gateway))
+}
+
+/// Whether a pod that goes had a MAC that does not follow from its addresses, as far as the result of its ADD tells. Later
+/// plugins of the chain (`tuning`) may have set it.
+pub(crate) fn had_another_mac(result: Option<&AddResult>, ifname: &IfName) -> bool {
+    let Some(result) = result else { return false };
+    let ours = |interface: &cni_spec::Interface| {
+        interface.name == ifname.as_str() && !interface.sandbox.is_empty()
+    };
+    let Some(at) = result.interfaces.iter().position(ours) else { return false };
+    let ips: Vec<IpAddr> = result
+        .ips
+        .iter()
+        .filter(|ip| ip.interface.is_none_or(|index| index == at))
+        .map(|ip| ip.address.ip())
+        .collect();
+    parse_mac(&result.interfaces[at].mac).is_some_and(|mac| !mac::follows(mac, &ips))
 }
 
 /// Addresses that the bridge has as gateway.
@@ -343,6 +369,32 @@ mod tests {
                 .gateway,
             None
         );
+    }
+
+    #[test]
+    fn the_result_of_add_tells_whether_the_mac_followed_from_the_address() {
+        let eth0: IfName = "eth0".parse().expect("a name");
+        let mut result = lease(&["10.1.0.5/24"]);
+        let interface = |name: &str, mac: &str, sandbox: &str| cni_spec::Interface {
+            name: name.into(),
+            mac: mac.into(),
+            sandbox: sandbox.into(),
+            ..cni_spec::Interface::default()
+        };
+        result.interfaces = vec![
+            interface("eth0", "02:00:00:00:00:01", ""),
+            interface("eth0", "0a:58:0a:01:00:05", "/n"),
+        ];
+        result.ips[0].interface = Some(1);
+        assert!(!had_another_mac(Some(&result), &eth0) && !had_another_mac(None, &eth0));
+        // The address of another interface of the chain.
+        result.ips.push(IpConfig { interface: Some(0), ..IpConfig::new(net("192.0.2.1/24")) });
+        assert!(!had_another_mac(Some(&result), &eth0));
+        result.ips[1].interface = Some(1);
+        assert!(had_another_mac(Some(&result), &eth0), "a second address");
+        result.ips.pop();
+        result.interfaces[1].mac = "02:00:00:00:00:09".into();
+        assert!(had_another_mac(Some(&result), &eth0), "set by tuning");
     }
 
     #[test]

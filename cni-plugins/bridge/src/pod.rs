@@ -17,7 +17,7 @@ pub(crate) struct Pod {
 }
 
 impl Pod {
-    /// The far end of a pair that was made just now, with this MAC.
+    /// The far end of a pair that was made just now with this MAC.
     pub(crate) fn new(
         netlink: Netlink,
         ifname: &IfName,
@@ -39,14 +39,20 @@ impl Pod {
         Ok(Self { link, netlink })
     }
 
-    /// Gives the interface what IPAM gave, and switches it on.
+    /// Gives the interface what IPAM gave, and its MAC, and switches it on.
     pub(crate) fn set_up(
         mut self,
         netns: &NetNs,
         settings: &Settings,
         lease: &AddResult,
+        mac: MacBytes,
     ) -> Result<Self, KernelError> {
-        let changes = plan(self.link.index, settings, lease);
+        let mut changes = Vec::new();
+        if mac != self.link.mac {
+            changes.push(Change::SetMac { link: self.link.index, mac });
+            self.link.mac = mac;
+        }
+        changes.extend(plan(self.link.index, settings, lease));
         if !lease.ips.iter().any(|ip| ip.address.is_ipv6()) {
             self.apply(&changes)?;
             self.link.up = true;
@@ -79,7 +85,7 @@ impl Pod {
     }
 
     /// Tells the neighbours where the pod's addresses are now: who knew one of them as another pod's would send to a
-    /// dead MAC for as long as it believes in it. A MAC that is set, to what it is, makes the kernel do so. When the
+    /// dead MAC for as long as it believes in it. Mostly nobody can know another one (`mac.rs`). A MAC that is set, to what it is, makes the kernel do so. When the
     /// interface went up would have been too early, since the bridge may not have passed frames of the port yet, and
     /// both are one too many: each goes to every pod of the bridge. A packet socket of our own would do as well, but
     /// closing one takes the kernel some ten milliseconds.
@@ -88,7 +94,8 @@ impl Pod {
     }
 }
 
-/// Pure. In the order the kernel wants: routes need a link that is up; the announcement is not to be made when it goes up.
+/// Pure. In the order the kernel wants: routes need a link that is up; an announcement is not to be made when it goes up,
+/// and is to be made when a later plugin, or the pod itself, sets another MAC.
 fn plan(link: u32, settings: &Settings, lease: &AddResult) -> Vec<Change> {
     let options =
         AddressOptions { nodad: !settings.detect_duplicates, ..AddressOptions::default() };
@@ -130,11 +137,13 @@ pub(crate) fn observe(
 }
 
 /// Removes the pod's interface from its own side, for one whose host end has another name than ours: made by the
-/// reference plugin, before we came.
-pub(crate) fn remove(netns: &NetNs, ifname: &IfName) -> Result<(), KernelError> {
+/// reference plugin, before we came. Returns whether there was one.
+pub(crate) fn remove(netns: &NetNs, ifname: &IfName) -> Result<bool, KernelError> {
     let netlink = Netlink::open_in(netns)?;
     match netlink.link(ifname.as_str())? {
-        Some(link) if link.kind == LinkKind::Veth => Ok(netlink.delete_link_unawaited(link.index)?),
-        _ => Ok(()),
+        Some(link) if link.kind == LinkKind::Veth => {
+            Ok(netlink.delete_link_unawaited(link.index).map(|()| true)?)
+        }
+        _ => Ok(false),
     }
 }

@@ -4,6 +4,7 @@ mod bandwidth;
 mod bridge;
 mod firewall;
 mod kill;
+mod macs;
 mod portmap;
 mod removal;
 mod tuning;
