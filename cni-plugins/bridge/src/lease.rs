@@ -5,8 +5,10 @@ use cni_spec::{AddResult, Env, Error, code};
 use serde_json::{Map, Value};
 
 /// IPAM plugins that are part of our executable: called without a process, if the name on `CNI_PATH` is this file.
-const BUILTINS: &[Builtin] =
-    &[("host-local", |env, stdin| cni_skel::call(&cni_ipam::HostLocal, env, stdin))];
+const BUILTINS: &[Builtin] = &[
+    ("host-local", |env, stdin| cni_skel::call(&cni_ipam::HostLocal, env, stdin)),
+    ("static", |env, stdin| cni_skel::call(&cni_ipam::Static, env, stdin)),
+];
 
 /// The IPAM plugin of a configuration; without one every verb is nothing, and the network pure layer 2.
 pub(crate) struct Ipam<'a> {

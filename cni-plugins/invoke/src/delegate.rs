@@ -77,6 +77,9 @@ impl<'a> Delegate<'a> {
     /// # Errors
     /// The delegate's.
     pub fn status(&self, plugin: &str, conf: &Map<String, Value>) -> Result<(), Error> {
+        // Without the plugin no ADD can work, whatever else is wrong with it.
+        find_program(plugin, &self.env.path_dirs())
+            .map_err(|error| Error { code: code::NOT_AVAILABLE, ..error })?;
         self.call(plugin, Command::Status, conf).map(drop)
     }
 

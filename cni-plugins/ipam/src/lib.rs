@@ -1,4 +1,5 @@
-//! The `host-local` IPAM plugin: addresses from ranges, leased by files on this host.
+//! The `host-local` IPAM plugin: addresses from ranges, leased by files on this host. And `static`, which gives what the
+//! configuration names (`fixed.rs`).
 //!
 //! Configuration and files are those of the reference plugin of the same name, so a node can switch between the
 //! two in either direction with containers running. Beyond the reference: GC, STATUS, a CHECK that compares
@@ -9,11 +10,13 @@
 
 mod allocate;
 mod conf;
+mod fixed;
 mod range;
 mod store;
 
 pub use allocate::AllocError;
 pub use conf::Conf;
+pub use fixed::{Static, StaticConf};
 pub use range::{Range, RangeError, RangeSet};
 pub use store::{Owner, Store, StoreError};
 

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 type Main = fn() -> ExitCode;
 
 /// Each plugin by its name.
-const PLUGINS: [(&str, Main); 9] = [
+const PLUGINS: [(&str, Main); 10] = [
     ("bandwidth", cni_bandwidth::main),
     ("bridge", cni_bridge::main),
     ("firewall", cni_firewall::main),
@@ -19,6 +19,7 @@ const PLUGINS: [(&str, Main); 9] = [
     ("loopback", cni_loopback::main),
     ("policy", cni_policy::main),
     ("portmap", cni_portmap::main),
+    ("static", || cni_skel::main(&cni_ipam::Static)),
     ("tuning", cni_tuning::main),
     ("vxlan", || cni_skel::main(&cni_vxlan::Vxlan)),
 ];

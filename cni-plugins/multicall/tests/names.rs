@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 10] = [
     "bandwidth",
     "bridge",
     "firewall",
@@ -16,6 +16,7 @@ const NAMES: [&str; 9] = [
     "loopback",
     "policy",
     "portmap",
+    "static",
     "tuning",
     "vxlan",
 ];

@@ -26,8 +26,8 @@ use crate::link::Attributes;
 
 pub use crate::conf::{Args, NetConf, Overrides, RuntimeConfig};
 
-/// Keys of `CNI_ARGS` that may come without `IgnoreUnknown=1`: ours, and that of host-local.
-const KNOWN_ARGS: &[&str] = &["MAC", "IP"];
+/// Keys of `CNI_ARGS` that may come without `IgnoreUnknown=1`: ours, and those of the IPAM plugins.
+const KNOWN_ARGS: &[&str] = &["MAC", "IP", "GATEWAY"];
 
 /// The plugin.
 #[derive(Debug, Clone, Copy, Default)]

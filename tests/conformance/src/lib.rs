@@ -1,8 +1,8 @@
 //! What CNI plugins owe to their callers, row by row, asked of real executables against the real kernel.
 //!
 //! There is no official conformance suite for CNI (containernetworking/cni#540), so this is our own list: the points
-//! that follow from the specification (`rows/spec.rs`), each option of the reference's `bridge` and `host-local`
-//! (`rows/bridge.rs`, `rows/host_local.rs`), input that is wrong (`rows/bad_input.rs`) and processes that are killed
+//! that follow from the specification (`rows/spec.rs`, `rows/upkeep.rs`), each option of the reference's `bridge`,
+//! `host-local` and `static` (`rows/bridge.rs`, `rows/host_local.rs`, `rows/static_ipam.rs`), input that is wrong (`rows/bad_input.rs`) and processes that are killed
 //! (`rows/faults.rs`).
 //!
 //! `CNI_UNDER_TEST=FOLDER` points all of it at the plugins of that folder; without it, it is about ours. [`Bed`] is one
@@ -19,7 +19,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, bail, ensure};
 use cni_netlink::{Link, NetNs, Netlink, Route, RouteFilter};
 use serde_json::{Value, json};
-use tests_netns::{Answer, Pod, Testbed};
+use tests_netns::{Answer, Pod, Testbed, spawn};
 
 /// Names the folder with the plugins under test.
 pub const UNDER_TEST: &str = "CNI_UNDER_TEST";
@@ -157,7 +157,7 @@ impl Bed {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let output = self.host.run(|| -> Result<_> {
-            let mut child = command.spawn().with_context(|| format!("run {command:?}"))?;
+            let mut child = spawn(&mut command)?;
             // A plugin that fails before it has read all closes the pipe.
             let _ = child.stdin.take().context("stdin")?.write_all(stdin);
             Ok(child.wait_with_output()?)

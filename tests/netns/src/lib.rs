@@ -7,7 +7,7 @@
 //! The executable is `$ORCH_BIN/cni-plugins`, else the newest of what `make build` and `cargo build` made. Needs root.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
@@ -31,6 +31,7 @@ const PLUGINS: &[&str] = &[
     "loopback",
     "policy",
     "portmap",
+    "static",
     "tuning",
     "vxlan",
 ];
@@ -98,6 +99,24 @@ impl Answer {
     }
 }
 
+/// Starts a program, as CNI's library does: a copy that another thread has just made may still be open for writing in a
+/// child of a third one that is about to run something else.
+///
+/// # Errors
+/// If it cannot be run.
+pub fn spawn(command: &mut Command) -> anyhow::Result<Child> {
+    let mut tries = 0;
+    loop {
+        match command.spawn() {
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy && tries < 100 => {
+                tries += 1;
+                thread::sleep(Duration::from_millis(10));
+            }
+            started => return started.with_context(|| format!("run {command:?}")),
+        }
+    }
+}
+
 /// A fresh namespace, made by a thread that ends at once: the open file keeps it.
 ///
 /// # Errors
@@ -137,12 +156,11 @@ impl Testbed {
         let executable = executable()?;
         for name in PLUGINS {
             let to = path.path().join(name);
-            // Hard links, as they are installed; a copy where the folder is on another file system.
-            match path.path().join(PLUGINS[0]) {
-                first if first.exists() => fs::hard_link(first, &to),
-                _ => fs::copy(&executable, &to).map(drop),
-            }
-            .with_context(|| format!("put {} on CNI_PATH", executable.display()))?;
+            // Hard links, as they are installed; of a copy where the folder is on another file system.
+            let first = Some(path.path().join(PLUGINS[0])).filter(|first| first.exists());
+            fs::hard_link(first.as_ref().unwrap_or(&executable), &to)
+                .or_else(|_| fs::copy(&executable, &to).map(drop))
+                .with_context(|| format!("put {} on CNI_PATH", executable.display()))?;
         }
         Self::with(path.path().to_owned(), Some(path))
     }
@@ -230,7 +248,7 @@ impl Testbed {
         let stdin = conf.to_string();
         // A child is in the namespace of the thread that starts it.
         self.host.run(|| {
-            let mut child = command.spawn().with_context(|| format!("run {command:?}"))?;
+            let mut child = spawn(&mut command)?;
             // A plugin that fails before it reads closes the pipe.
             let _ = child.stdin.take().context("stdin")?.write_all(stdin.as_bytes());
             Ok(child)

@@ -18,6 +18,7 @@ pub(crate) const ROWS: &[Row] = rows![
     the_hosts_own_namespace_is_refused,
     an_interface_name_of_16_bytes_is_refused,
     a_gateway_outside_of_the_subnet_is_refused,
+    ranges_that_overlap_are_refused_with_both,
     a_prev_result_that_is_none_is_refused,
     an_ipam_plugin_that_is_missing_is_named,
     an_ipam_plugin_with_a_path_is_refused,
@@ -43,6 +44,9 @@ fn wrong_types_are_named(t: &Bed) -> Result {
         let (code, msg) = t.refused(&conf)?;
         ensure!(code == 6 || code == 7, "{key}: {code} {msg}");
         ensure!(msg.contains(key), "{key}: the message does not name it: {msg}");
+        let said = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+        let said = value.is_array() || msg.contains(&said);
+        ensure!(said, "{key}: the message does not say {value}: {msg}");
     }
     Ok(())
 }
@@ -145,6 +149,15 @@ fn a_gateway_outside_of_the_subnet_is_refused(t: &Bed) -> Result {
     let (code, msg) = t.refused(&conf)?;
     ensure!(code == 7 && msg.contains("10.99.0.1"), "{code} {msg}");
     Ok(())
+}
+
+fn ranges_that_overlap_are_refused_with_both(t: &Bed) -> Result {
+    let mut conf = t.conf(&[SUBNET, "10.88.0.128/25"]);
+    let (code, msg) = t.refused(&conf)?;
+    ensure!(code == 7 && msg.contains("overlap"), "{code} {msg}");
+    ensure!(msg.contains("10.88.0.1") && msg.contains("10.88.0.129"), "{msg}");
+    conf["runtimeConfig"] = json!({"ipRanges": [[{"subnet": SUBNET}]]});
+    t.refused(&conf).map(drop)
 }
 
 fn a_prev_result_that_is_none_is_refused(t: &Bed) -> Result {

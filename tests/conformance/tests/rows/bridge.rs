@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use cni_netlink::{AddressOptions, Bridge, Netlink, PortVlan, VethPair};
+use cni_netlink::{AddressOptions, Bridge, Netlink, PortVlan, Route, RouteFilter, VethPair};
 use serde_json::{Value, json};
 use tests_conformance::{
     Bed, Result, SUBNET, addresses, default_routes, ip, merge, sysctl, with_result,
@@ -24,11 +24,14 @@ pub(crate) const ROWS: &[Row] = rows![
     is_gateway_alone_gives_no_default_route,
     is_default_gateway_gives_a_default_route_per_family,
     is_default_gateway_keeps_the_default_route_of_ipam,
+    routes_of_ipam_are_in_the_pod_with_all_their_fields,
     force_address_replaces_what_is_an_error_without_it,
     ip_masq_hides_pods_from_the_outside_alone,
     ip_masq_backend_nftables_is_known,
+    ip_masq_backend_iptables_is_known,
     ip_masq_backend_of_another_name_is_refused,
     mtu_is_that_of_bridge_and_both_ends,
+    mtu_is_the_kernels_where_none_is_said,
     mtu_is_in_results_of_1_1_0_only,
     hairpin_mode_is_that_of_the_port,
     hairpin_and_promiscuous_exclude_each_other,
@@ -46,6 +49,7 @@ pub(crate) const ROWS: &[Row] = rows![
     port_isolation_separates_pods_but_not_from_the_gateway,
     no_ipam_is_pure_layer_2,
     dns_of_the_configuration_is_in_the_result,
+    dns_of_ipam_is_in_the_result_where_the_configuration_has_none,
     mac_comes_from_three_places_in_this_order,
     mac_of_the_bridge_is_stable,
     several_ranges_give_several_addresses,
@@ -54,6 +58,7 @@ pub(crate) const ROWS: &[Row] = rows![
     port_forwards_when_add_returns,
     forwarding_is_on_for_both_families,
     pod_announces_its_address_when_it_is_used_again,
+    pod_after_one_with_a_mac_of_its_own_is_reached_at_once,
 ];
 
 fn bridge_is_made_up_and_without_router_advertisements(t: &Bed) -> Result {
@@ -126,6 +131,32 @@ fn is_default_gateway_keeps_the_default_route_of_ipam(t: &Bed) -> Result {
     Ok(())
 }
 
+fn routes_of_ipam_are_in_the_pod_with_all_their_fields(t: &Bed) -> Result {
+    let routes = json!([
+        {"dst": "192.0.2.0/24", "gw": "10.88.0.9", "mtu": 1300, "advmss": 1200, "priority": 77},
+        {"dst": "198.51.100.0/24", "table": 100},
+        {"dst": "203.0.113.0/24", "scope": 253},
+    ]);
+    let conf = t.conf_with(json!({"ipam": {"routes": routes}}));
+    let pod = t.pod()?;
+    let result = t.add(&pod, &conf)?;
+    let inside = Netlink::open_in(&pod.netns)?;
+    let all = |table| inside.routes(&RouteFilter { table, ..RouteFilter::default() });
+    let to = |routes: &[Route], dst: &str| {
+        routes.iter().find(|route| route.dst.to_string() == dst).cloned().context(dst.to_owned())
+    };
+    let (main, own) = (all(None)?, all(Some(100))?);
+    let first = to(&main, "192.0.2.0/24")?;
+    ensure!(first.via == Some(ip("10.88.0.9")?) && first.metric == Some(77), "{first:?}");
+    ensure!((first.mtu, first.advmss) == (Some(1300), Some(1200)), "{first:?}");
+    let second = to(&own, "198.51.100.0/24")?;
+    ensure!(second.via == Some(gateway(&result)?), "by the gateway: {second:?}");
+    let third = to(&main, "203.0.113.0/24")?;
+    ensure!(third.via.is_none(), "a route of the link: {third:?}");
+    ensure!(result["routes"][0]["mtu"] == 1300, "{result}");
+    t.attachment("CHECK", &pod, &with_result(&conf, &result))?.success().map(drop)
+}
+
 fn force_address_replaces_what_is_an_error_without_it(t: &Bed) -> Result {
     let made = Bridge { name: "cni0".into(), up: true, ..Bridge::default() };
     let made = t.netlink.create_bridge(&made)?;
@@ -152,9 +183,17 @@ fn ip_masq_hides_pods_from_the_outside_alone(t: &Bed) -> Result {
 }
 
 fn ip_masq_backend_nftables_is_known(t: &Bed) -> Result {
+    masquerades_by(t, "nftables")
+}
+
+fn ip_masq_backend_iptables_is_known(t: &Bed) -> Result {
+    masquerades_by(t, "iptables")
+}
+
+fn masquerades_by(t: &Bed, backend: &str) -> Result {
     let outside = t.outside("192.0.2.1/24", "192.0.2.2/24")?;
     let pod = t.pod()?;
-    let conf = t.conf_with(json!({"ipMasq": true, "ipMasqBackend": "nftables"}));
+    let conf = t.conf_with(json!({"ipMasq": true, "ipMasqBackend": backend}));
     t.add(&pod, &conf)?;
     let seen = connect(&pod.netns, &outside, ip("192.0.2.2")?)?;
     ensure!(seen == ip("192.0.2.1")?, "outside sees {seen}");
@@ -172,6 +211,19 @@ fn mtu_is_that_of_bridge_and_both_ends(t: &Bed) -> Result {
     t.add(&pod, &t.conf_with(json!({"mtu": 1400})))?;
     let seen = (t.bridge()?.mtu, t.port()?.mtu, pod.eth0()?.context("eth0")?.mtu);
     ensure!(seen == (1400, 1400, 1400), "{seen:?}");
+    Ok(())
+}
+
+fn mtu_is_the_kernels_where_none_is_said(t: &Bed) -> Result {
+    for mtu in [Value::Null, json!(0)] {
+        let pod = t.pod()?;
+        let mut conf = t.conf(&[SUBNET]);
+        merge(&mut conf, json!({"mtu": mtu}));
+        t.add(&pod, &conf)?;
+        let seen = (t.port()?.mtu, pod.eth0()?.context("eth0")?.mtu);
+        ensure!(seen == (1500, 1500), "mtu {mtu}: {seen:?}");
+        t.del(&pod, &conf)?;
+    }
     Ok(())
 }
 
@@ -382,6 +434,19 @@ fn dns_of_the_configuration_is_in_the_result(t: &Bed) -> Result {
     Ok(())
 }
 
+fn dns_of_ipam_is_in_the_result_where_the_configuration_has_none(t: &Bed) -> Result {
+    let path = t.state.path().join("resolv.conf");
+    std::fs::write(&path, "nameserver 192.0.2.53\n")?;
+    let conf = t.conf_with(json!({"ipam": {"resolvConf": path}}));
+    let result = t.add(&t.pod()?, &conf)?;
+    ensure!(result["dns"]["nameservers"] == json!(["192.0.2.53"]), "{result}");
+    let mut own = conf;
+    own["dns"] = json!({"nameservers": ["192.0.2.54"]});
+    let result = t.add(&t.pod()?, &own)?;
+    ensure!(result["dns"]["nameservers"] == json!(["192.0.2.54"]), "{result}");
+    Ok(())
+}
+
 fn mac_comes_from_three_places_in_this_order(t: &Bed) -> Result {
     let pod = t.pod()?;
     let mut conf = t.conf(&[SUBNET]);
@@ -484,4 +549,20 @@ fn pod_announces_its_address_when_it_is_used_again(t: &Bed) -> Result {
         connect_within(from, &new.netns, ip, Duration::from_millis(500))?;
     }
     Ok(())
+}
+
+/// Neighbours who knew the address by a MAC that was asked for must not go on with it.
+fn pod_after_one_with_a_mac_of_its_own_is_reached_at_once(t: &Bed) -> Result {
+    let conf = t.conf(&[SUBNET]);
+    let wanted = t.conf_with(json!({"args": {"cni": {"ips": ["10.88.0.77"]}}}));
+    let (peer, old, new) = (t.pod()?, t.pod()?, t.pod()?);
+    t.add(&peer, &conf)?;
+    let mut with_mac = wanted.clone();
+    with_mac["args"]["cni"]["mac"] = json!("02:00:00:00:00:09");
+    let result = t.add(&old, &with_mac)?;
+    let ip = address(&result, 0)?;
+    connect(&peer.netns, &old.netns, ip)?;
+    t.del(&old, &with_result(&with_mac, &result))?;
+    t.add(&new, &wanted)?;
+    connect_within(&peer.netns, &new.netns, ip, Duration::from_millis(500)).map(drop)
 }

@@ -21,25 +21,30 @@ pub(crate) const ROWS: &[Row] = rows![
     ranges_of_two_families_in_a_set_are_refused,
     ranges_that_overlap_are_refused,
     a_single_range_at_the_top_comes_first,
+    results_of_0_2_0_have_one_address_per_family,
     routes_are_copied,
     resolv_conf_is_read,
     data_dir_is_used,
     data_dir_has_a_default,
     ip_ranges_of_the_runtime_come_first,
     requested_addresses_come_from_three_places,
+    requested_addresses_may_be_of_several_sets,
     a_requested_address_in_use_is_refused,
     a_requested_address_out_of_range_is_refused,
     a_requested_gateway_is_refused,
+    every_requested_address_has_to_be_usable,
     subnet_is_required,
     subnet_with_host_bits_is_refused,
     subnets_without_room_are_refused,
     gateway_is_the_first_host_address_and_never_given,
     gateway_may_be_another_one,
     range_start_and_end_bound_the_addresses,
+    a_range_that_ends_before_it_starts_is_refused,
     broadcast_is_not_given,
     files_are_those_of_the_reference,
     addresses_are_given_in_turn,
     the_same_attachment_twice_is_an_error,
+    calls_wait_for_the_lock_of_the_folder,
     a_second_interface_of_a_container_has_its_own_lease,
     del_frees_and_is_repeatable,
     del_of_an_unknown_container_succeeds,
@@ -137,6 +142,20 @@ fn a_single_range_at_the_top_comes_first(t: &Bed) -> Result {
     Ok(())
 }
 
+fn results_of_0_2_0_have_one_address_per_family(t: &Bed) -> Result {
+    let two = json!([[{"subnet": "10.1.0.0/24"}], [{"subnet": "10.2.0.0/24"}]]);
+    let mut conf = conf(t, json!({"ranges": two}));
+    conf["cniVersion"] = json!("0.2.0");
+    refused(t, &conf)?;
+    conf["ipam"]["ranges"] = json!([[{"subnet": "10.1.0.0/24"}], [{"subnet": "fd01::/64"}]]);
+    let result = add(t, "a", &conf)?;
+    ensure!(
+        result["ip4"]["ip"] == "10.1.0.2/24" && result["ip6"]["ip"] == "fd01::2/64",
+        "{result}"
+    );
+    Ok(())
+}
+
 fn routes_are_copied(t: &Bed) -> Result {
     let routes = json!([{"dst": "0.0.0.0/0"}, {"dst": "192.0.2.0/24", "gw": "10.1.0.9"}]);
     let mut conf = one(t, "10.1.0.0/24");
@@ -208,6 +227,26 @@ fn requested_addresses_come_from_three_places(t: &Bed) -> Result {
     conf["runtimeConfig"] = json!({"ips": ["10.1.0.55/24"]});
     let result = add(t, "c", &conf)?;
     ensure!(given(&result) == ["10.1.0.55/24"], "runtimeConfig.ips: {result}");
+    Ok(())
+}
+
+fn requested_addresses_may_be_of_several_sets(t: &Bed) -> Result {
+    let ranges = json!([[{"subnet": "10.1.0.0/24"}], [{"subnet": "fd01::/64"}]]);
+    let mut conf = conf(t, json!({"ranges": ranges}));
+    conf["args"] = json!({"cni": {"ips": ["fd01::77", "10.1.0.77"]}});
+    let result = add(t, "a", &conf)?;
+    ensure!(given(&result) == ["10.1.0.77/24", "fd01::77/64"], "{result}");
+    Ok(())
+}
+
+fn every_requested_address_has_to_be_usable(t: &Bed) -> Result {
+    // Both are in the one set, which gives one.
+    let mut conf = one(t, "10.1.0.0/24");
+    conf["runtimeConfig"] = json!({"ips": ["10.1.0.7", "10.1.0.8"]});
+    refused(t, &conf)?;
+    conf["runtimeConfig"] = json!({"ips": ["10.1.0.7", "192.0.2.1"]});
+    let (_, msg) = refused(t, &conf)?;
+    ensure!(msg.contains("192.0.2.1"), "{msg}");
     Ok(())
 }
 
@@ -296,6 +335,13 @@ fn range_start_and_end_bound_the_addresses(t: &Bed) -> Result {
     call(t, "ADD", "d", "eth0", &conf)?.failure().map(drop)
 }
 
+fn a_range_that_ends_before_it_starts_is_refused(t: &Bed) -> Result {
+    let range = json!({"subnet": "10.1.0.0/24", "rangeStart": "10.1.0.9", "rangeEnd": "10.1.0.5"});
+    let (_, msg) = refused(t, &conf(t, json!({"ranges": [[range]]})))?;
+    ensure!(msg.contains("10.1.0.9") || msg.contains("10.1.0.5"), "{msg}");
+    Ok(())
+}
+
 fn broadcast_is_not_given(t: &Bed) -> Result {
     let conf = one(t, "10.1.0.0/29");
     for id in ["a", "b", "c", "d", "e"] {
@@ -333,6 +379,28 @@ fn the_same_attachment_twice_is_an_error(t: &Bed) -> Result {
     add(t, "a", &conf)?;
     call(t, "ADD", "a", "eth0", &conf)?.failure()?;
     ensure!(t.leases()?.len() == 1, "a second lease");
+    Ok(())
+}
+
+fn calls_wait_for_the_lock_of_the_folder(t: &Bed) -> Result {
+    let conf = one(t, "10.1.0.0/24");
+    add(t, "a", &conf)?;
+    let lock = fs::File::options().write(true).open(t.lease_folder().join("lock"))?;
+    lock.lock()?;
+    let variables = [
+        ("CNI_COMMAND", "ADD"),
+        ("CNI_CONTAINERID", "b"),
+        ("CNI_NETNS", "/nowhere/netns"),
+        ("CNI_IFNAME", "eth0"),
+    ];
+    let mut child = t.start("host-local", &variables, &conf)?;
+    // One that does not wait is done in a few milliseconds.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let early = child.try_wait()?;
+    ensure!(early.is_none() && t.leases()?.len() == 1, "it did not wait: {early:?}");
+    lock.unlock()?;
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success() && t.leases()?.len() == 2, "{output:?}");
     Ok(())
 }
 

@@ -5,6 +5,8 @@ mod bridge;
 mod faults;
 mod host_local;
 mod spec;
+mod static_ipam;
+mod upkeep;
 
 use tests_conformance::{Bed, Result};
 
@@ -22,8 +24,10 @@ use rows;
 /// All rows, by table.
 pub(crate) const TABLES: &[(&str, &[Row])] = &[
     ("spec", spec::ROWS),
+    ("spec", upkeep::ROWS),
     ("bridge", bridge::ROWS),
     ("host_local", host_local::ROWS),
+    ("static", static_ipam::ROWS),
     ("bad_input", bad_input::ROWS),
     ("faults", faults::ROWS),
 ];

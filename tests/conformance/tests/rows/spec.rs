@@ -1,19 +1,20 @@
-//! The twelve points that make a plugin conformant, asked of `bridge` with `host-local`, `loopback` and `vxlan`.
+//! The points that make a plugin conformant, asked of `bridge` with `host-local`, and of those that stand behind it: the
+//! protocol, ADD, DEL and chains. CHECK, GC and STATUS are in `upkeep.rs`.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 
 use anyhow::{Context as _, bail, ensure};
-use cni_netlink::{AddressOptions, Netlink, Route};
 use serde_json::{Value, json};
 use tests_conformance::{Bed, Result, SUBNET, borrowed, ip, with_result};
-use tests_netns::{Pod, address, connect, gateway};
+use tests_netns::{Pod, address, connect};
 
 use super::{Row, rows};
 
 pub(crate) const ROWS: &[Row] = rows![
     p01_missing_variables_are_all_named,
+    p01_empty_variables_are_missing,
     p01_optional_variables_may_be_absent,
     p01_a_call_without_command_talks_to_people_only,
     p02_container_ids_have_a_syntax,
@@ -24,32 +25,17 @@ pub(crate) const ROWS: &[Row] = rows![
     p03_an_absent_version_is_0_1_0,
     p03_version_lists_all_of_them,
     p04_results_are_those_of_the_version_asked_for,
+    p04_results_of_the_first_versions_have_one_address_per_family,
     p05_stdout_has_one_document_or_nothing,
+    p05_every_verb_says_one_document_or_nothing,
     p06_an_interface_that_exists_is_an_error_without_residue,
     p06_a_failure_at_any_step_leaves_nothing,
     p07_del_is_repeatable_and_may_come_first,
     p07_del_does_without_a_namespace,
     p07_del_does_without_prev_result,
     p07_del_after_a_reboot_frees_the_lease,
-    p08_check_accepts_what_add_made,
-    p08_check_needs_prev_result,
-    p08_check_finds_link_gone,
-    p08_check_finds_link_down,
-    p08_check_finds_another_mac,
-    p08_check_finds_address_gone,
-    p08_check_finds_route_gone,
-    p08_check_finds_port_off_the_bridge,
-    p08_check_finds_masquerade_gone,
-    p08_check_bears_what_later_plugins_add,
-    p09_gc_keeps_what_is_valid_and_removes_the_rest,
-    p09_gc_is_repeatable_and_bears_unknown_ids,
-    p09_gc_without_a_list_is_refused,
-    p09_gc_goes_on_past_errors,
-    p09_gc_frees_leases_of_namespaces_that_are_gone,
-    p10_status_is_0_when_add_could_work,
-    p10_status_is_50_when_the_pool_is_full,
-    p10_status_is_51_when_the_overlay_is_broken,
     p11_what_came_before_in_the_chain_survives,
+    p11_unknown_fields_of_the_previous_result_survive,
     p11_unknown_fields_of_the_configuration_are_no_error,
     p12_thirty_adds_at_once_make_one_bridge_and_thirty_addresses,
     p12_adds_and_dels_at_once_lose_nothing,
@@ -65,10 +51,11 @@ fn without(t: &Bed, command: &str, missing: &[&str], conf: &Value) -> Result<(u6
 
 fn p01_missing_variables_are_all_named(t: &Bed) -> Result {
     let conf = t.conf(&[SUBNET]);
-    let required: [(&str, &[&str]); 3] = [
+    let required: [(&str, &[&str]); 4] = [
         ("ADD", &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"]),
         ("CHECK", &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"]),
         ("DEL", &["CNI_CONTAINERID", "CNI_IFNAME", "CNI_PATH"]),
+        ("GC", &["CNI_PATH"]),
     ];
     for (command, names) in required {
         let each = names.iter().map(std::slice::from_ref);
@@ -82,6 +69,14 @@ fn p01_missing_variables_are_all_named(t: &Bed) -> Result {
     }
     let reply = t.raw("bridge", &[("CNI_COMMAND", "FROB")], b"{}")?;
     ensure!(reply.failure()?.0 == 4, "{reply:?}");
+    t.clean()
+}
+
+fn p01_empty_variables_are_missing(t: &Bed) -> Result {
+    for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"] {
+        let (code, msg) = with(t, name, "")?;
+        ensure!(code == 4 && msg.contains(name), "{name}: {code} {msg}");
+    }
     t.clean()
 }
 
@@ -224,6 +219,25 @@ fn p04_results_are_those_of_the_version_asked_for(t: &Bed) -> Result {
     Ok(())
 }
 
+fn p04_results_of_the_first_versions_have_one_address_per_family(t: &Bed) -> Result {
+    for version in ["0.1.0", "0.2.0"] {
+        let mut conf = t.conf(&[SUBNET, "fd88::/64"]);
+        conf["cniVersion"] = json!(version);
+        let result = t.add(&t.pod()?, &conf)?;
+        ensure!(result["cniVersion"] == version, "{result}");
+        for (family, begins) in [("ip4", "10.88.0."), ("ip6", "fd88::")] {
+            let ip = result[family]["ip"].as_str().context("no address")?;
+            ensure!(ip.starts_with(begins), "{result}");
+            ensure!(result[family]["gateway"].is_string(), "{result}");
+            ensure!(result[family]["routes"].as_array().map(Vec::len) == Some(1), "{result}");
+        }
+        for later in ["ips", "interfaces", "routes"] {
+            ensure!(result.get(later).is_none(), "{later} came later: {result}");
+        }
+    }
+    Ok(())
+}
+
 fn p05_stdout_has_one_document_or_nothing(t: &Bed) -> Result {
     let pod = t.pod()?;
     let conf = t.conf(&[SUBNET]);
@@ -242,6 +256,29 @@ fn p05_stdout_has_one_document_or_nothing(t: &Bed) -> Result {
     ensure!(deleted.ok && deleted.stdout.is_empty(), "{deleted:?}");
     let undecodable = call("ADD", "{\"cniVersion\": ")?;
     ensure!(undecodable.failure()?.0 == 6, "{undecodable:?}");
+    Ok(())
+}
+
+fn p05_every_verb_says_one_document_or_nothing(t: &Bed) -> Result {
+    let mut good = t.conf(&[SUBNET]);
+    good["cniVersion"] = json!("1.1.0");
+    good["cni.dev/valid-attachments"] = json!([]);
+    let mut bad = good.clone();
+    bad["bridge"] = json!("a-name-of-more-than-15");
+    bad["ipam"]["ranges"] = json!([[{"subnet": "nonsense"}]]);
+    for command in ["STATUS", "GC"] {
+        let variables = t.variables(command, &t.pod()?);
+        let reply = t.raw("bridge", &borrowed(&variables), good.to_string().as_bytes())?;
+        ensure!(reply.ok && reply.stdout.is_empty(), "{command}: {reply:?}");
+    }
+    for command in ["ADD", "CHECK", "STATUS"] {
+        let variables = t.variables(command, &t.pod()?);
+        let reply = t.raw("bridge", &borrowed(&variables), bad.to_string().as_bytes())?;
+        let (_, msg) = reply.failure().with_context(|| command.to_owned())?;
+        ensure!(!msg.is_empty(), "{command} does not say what is wrong");
+    }
+    let reply = t.raw("bridge", &[("CNI_COMMAND", "VERSION")], b"{\"cniVersion\":\"1.1.0\"}")?;
+    ensure!(reply.ok && reply.document()?.is_object(), "{reply:?}");
     Ok(())
 }
 
@@ -360,227 +397,6 @@ fn p07_del_after_a_reboot_frees_the_lease(t: &Bed) -> Result {
     t.clean()
 }
 
-/// An attachment, and CHECK of it.
-struct Checked<'a> {
-    t: &'a Bed,
-    pod: Pod,
-    conf: Value,
-    result: Value,
-}
-
-impl<'a> Checked<'a> {
-    fn new(t: &'a Bed) -> Result<Self> {
-        let conf = t.conf_with(json!({"ipMasq": true}));
-        let pod = t.pod()?;
-        let result = t.add(&pod, &conf)?;
-        let checked = Self { t, pod, conf, result };
-        checked.good()?;
-        Ok(checked)
-    }
-
-    fn answer(&self) -> Result<tests_netns::Answer> {
-        self.t.attachment("CHECK", &self.pod, &with_result(&self.conf, &self.result))
-    }
-
-    fn good(&self) -> Result {
-        self.answer()?.success().map(drop)
-    }
-
-    fn bad(&self) -> Result {
-        self.answer()?.failure().map(drop)
-    }
-
-    fn inside(&self) -> Result<(Netlink, u32)> {
-        let index = self.pod.eth0()?.context("eth0")?.index;
-        Ok((Netlink::open_in(&self.pod.netns)?, index))
-    }
-}
-
-fn p08_check_accepts_what_add_made(t: &Bed) -> Result {
-    Checked::new(t).map(drop)
-}
-
-fn p08_check_needs_prev_result(t: &Bed) -> Result {
-    let checked = Checked::new(t)?;
-    t.attachment("CHECK", &checked.pod, &checked.conf)?.failure().map(drop)
-}
-
-fn p08_check_finds_link_gone(t: &Bed) -> Result {
-    let checked = Checked::new(t)?;
-    t.netlink.delete_link(t.port()?.index)?;
-    checked.bad()
-}
-
-fn p08_check_finds_link_down(t: &Bed) -> Result {
-    let checked = Checked::new(t)?;
-    let (inside, eth0) = checked.inside()?;
-    inside.set_down(eth0)?;
-    checked.bad()
-}
-
-fn p08_check_finds_another_mac(t: &Bed) -> Result {
-    let checked = Checked::new(t)?;
-    let (inside, eth0) = checked.inside()?;
-    inside.set_mac(eth0, [2, 0, 0, 0, 0, 0x77])?;
-    checked.bad()
-}
-
-fn p08_check_finds_address_gone(t: &Bed) -> Result {
-    let checked = Checked::new(t)?;
-    let (inside, eth0) = checked.inside()?;
-    let text = checked.result["ips"][0]["address"].as_str().context("address")?;
-    inside.delete_address(eth0, text.parse()?)?;
-    checked.bad()
-}
-
-fn p08_check_finds_route_gone(t: &Bed) -> Result {
-    let checked = Checked::new(t)?;
-    let (inside, eth0) = checked.inside()?;
-    let via = Some(gateway(&checked.result)?);
-    inside.delete_route(&Route { via, link: Some(eth0), ..Route::default() })?;
-    checked.bad()
-}
-
-fn p08_check_finds_port_off_the_bridge(t: &Bed) -> Result {
-    let checked = Checked::new(t)?;
-    t.netlink.set_master(t.port()?.index, None)?;
-    checked.bad()
-}
-
-fn p08_check_finds_masquerade_gone(t: &Bed) -> Result {
-    let checked = Checked::new(t)?;
-    t.nft("flush ruleset")?;
-    checked.bad()
-}
-
-fn p08_check_bears_what_later_plugins_add(t: &Bed) -> Result {
-    let mut checked = Checked::new(t)?;
-    let (inside, eth0) = checked.inside()?;
-    inside.add_address(eth0, "192.0.2.7/32".parse()?, &AddressOptions::default())?;
-    let added = json!({"name": "tun0", "sandbox": checked.pod.path()});
-    checked.result["interfaces"].as_array_mut().context("interfaces")?.push(added);
-    checked.good()
-}
-
-/// Configuration in the version that has GC and STATUS.
-fn newest(t: &Bed, keys: Value) -> Value {
-    let mut conf = t.conf_with(keys);
-    conf["cniVersion"] = json!("1.1.0");
-    conf
-}
-
-fn p09_gc_keeps_what_is_valid_and_removes_the_rest(t: &Bed) -> Result {
-    let conf = newest(t, json!({"ipMasq": true, "macspoofchk": true}));
-    let (keep, stale) = (t.pod()?, t.pod()?);
-    let kept = t.add(&keep, &conf)?;
-    t.add(&stale, &conf)?;
-    let mut other = newest(t, json!({"name": "other", "forceAddress": true}));
-    other["ipam"]["ranges"] = json!([[{"subnet": "10.89.0.0/24"}]]);
-    let stranger = t.pod()?;
-    let strange = t.add(&stranger, &other)?;
-    t.gc(&[&keep], &conf)?.success()?;
-    ensure!(t.leases()? == [address(&kept, 0)?], "{:?}", t.leases()?);
-    ensure!(t.veths()?.len() == 2 && stale.eth0()?.is_none(), "{:?}", t.veths()?);
-    connect(&t.host, &keep.netns, address(&kept, 0)?)?;
-    connect(&t.host, &stranger.netns, address(&strange, 0)?)?;
-    t.attachment("CHECK", &keep, &with_result(&conf, &kept))?.success()?;
-    t.gc(&[], &conf)?.success()?;
-    ensure!(t.leases()?.is_empty() && t.veths()?.len() == 1, "another network's is left alone");
-    let rules = t.nft("list ruleset")?.to_lowercase();
-    ensure!(!rules.contains("masquerade") && !rules.contains("ether saddr"), "left: {rules}");
-    Ok(())
-}
-
-fn p09_gc_is_repeatable_and_bears_unknown_ids(t: &Bed) -> Result {
-    let conf = newest(t, json!({}));
-    let (pod, unknown) = (t.pod()?, t.pod()?);
-    t.add(&pod, &conf)?;
-    for _ in 0..2 {
-        t.gc(&[&pod, &unknown], &conf)?.success()?;
-        ensure!((t.veths()?.len(), t.leases()?.len()) == (1, 1), "{:?}", t.veths()?);
-    }
-    Ok(())
-}
-
-fn p09_gc_without_a_list_is_refused(t: &Bed) -> Result {
-    let conf = newest(t, json!({}));
-    t.add(&t.pod()?, &conf)?;
-    // Absent is not empty: somebody forgot to say which ones live.
-    let (code, msg) = t.call("bridge", "GC", &[], &conf)?.failure()?;
-    ensure!(code == 7, "{code} {msg}");
-    ensure!(t.leases()?.len() == 1, "it took the lease all the same");
-    let mut old = conf;
-    old["cni.dev/attachments"] = json!([]);
-    t.call("bridge", "GC", &[], &old)?.success().context("the key's older name")?;
-    ensure!(t.leases()?.is_empty(), "{:?}", t.leases()?);
-    Ok(())
-}
-
-fn p09_gc_goes_on_past_errors(t: &Bed) -> Result {
-    let conf = newest(t, json!({}));
-    let pod = t.pod()?;
-    t.add(&pod, &conf)?;
-    let mut broken = conf.clone();
-    broken["ipam"]["type"] = json!("no-such-ipam");
-    let (_, msg) = t.gc(&[], &broken)?.failure()?;
-    ensure!(msg.contains("no-such-ipam"), "{msg}");
-    ensure!(t.veths()?.is_empty(), "the link is left");
-    t.gc(&[], &conf)?.success()?;
-    t.clean()
-}
-
-fn p09_gc_frees_leases_of_namespaces_that_are_gone(t: &Bed) -> Result {
-    let conf = newest(t, json!({}));
-    for _ in 0..3 {
-        t.add(&t.pod()?, &conf)?;
-    }
-    t.gc(&[], &conf)?.success()?;
-    let leases = t.leases()?;
-    ensure!(leases.is_empty(), "{leases:?}");
-    Ok(())
-}
-
-fn p10_status_is_0_when_add_could_work(t: &Bed) -> Result {
-    let conf = newest(t, json!({"ipMasq": true}));
-    let answer = t.call("bridge", "STATUS", &[], &conf)?.success()?;
-    ensure!(answer.is_null(), "{answer}");
-    t.add(&t.pod()?, &conf)?;
-    t.call("bridge", "STATUS", &[], &conf)?.success().map(drop)
-}
-
-fn p10_status_is_50_when_the_pool_is_full(t: &Bed) -> Result {
-    let mut conf = newest(t, json!({}));
-    conf["ipam"]["ranges"] = json!([[{"subnet": "10.88.0.0/30"}]]);
-    let pod = t.pod()?;
-    t.add(&pod, &conf)?;
-    let (code, msg) = t.call("bridge", "STATUS", &[], &conf)?.failure()?;
-    ensure!(code == 50, "{code} {msg}");
-    t.del(&pod, &conf)?;
-    t.call("bridge", "STATUS", &[], &conf)?.success().map(drop)
-}
-
-fn p10_status_is_51_when_the_overlay_is_broken(t: &Bed) -> Result {
-    if !t.plugins.join("vxlan").exists() {
-        eprintln!("skipped: there is no plugin with an overlay");
-        return Ok(());
-    }
-    let file = t.state.path().join("subnet.env");
-    fs::write(
-        &file,
-        "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n",
-    )?;
-    let conf = json!({
-        "cniVersion": "1.1.0", "name": "net", "type": "vxlan", "device": "vxlan-orch",
-        "subnetFile": file, "dataDir": t.state.path().join("vxlan"),
-    });
-    let (code, msg) = t.call("vxlan", "STATUS", &[], &conf)?.failure()?;
-    ensure!(code == 51 && msg.contains("vxlan-orch"), "{code} {msg}");
-    fs::remove_file(&file)?;
-    let (code, msg) = t.call("vxlan", "STATUS", &[], &conf)?.failure()?;
-    ensure!(code == 50, "without a lease: {code} {msg}");
-    Ok(())
-}
-
 fn p11_what_came_before_in_the_chain_survives(t: &Bed) -> Result {
     let pod = t.pod()?;
     let mut conf = t.conf_with(json!({"type": "loopback"}));
@@ -606,6 +422,39 @@ fn p11_what_came_before_in_the_chain_survives(t: &Bed) -> Result {
         ensure!(there, "{list} lost {value}: {result}");
     }
     ensure!(result["dns"]["nameservers"] == json!(["192.0.2.53"]), "{result}");
+    Ok(())
+}
+
+/// Each plugin that stands behind another one hands on what it does not know: a later one may.
+fn p11_unknown_fields_of_the_previous_result_survive(t: &Bed) -> Result {
+    let base = t.conf(&[SUBNET]);
+    for plugin in ["loopback", "portmap", "bandwidth", "firewall", "tuning"] {
+        if !t.plugins.join(plugin).exists() {
+            eprintln!("skipped: there is no {plugin}");
+            continue;
+        }
+        let pod = t.pod()?;
+        let mut prev = t.add(&pod, &base)?;
+        prev["example.org/one"] = json!({"a": [1]});
+        prev["interfaces"][2]["example.org/two"] = json!("b");
+        prev["ips"][0]["example.org/three"] = json!(7);
+        let mut conf = json!({
+            "cniVersion": base["cniVersion"], "name": "net", "type": plugin, "prevResult": prev,
+        });
+        if plugin == "tuning" {
+            conf["dataDir"] = json!(t.state.path().join("tuning"));
+        }
+        let variables = t.variables("ADD", &pod);
+        let mut variables = borrowed(&variables);
+        if plugin == "loopback" {
+            variables.retain(|(name, _)| *name != "CNI_IFNAME");
+            variables.push(("CNI_IFNAME", "lo"));
+        }
+        let result = t.call(plugin, "ADD", &variables, &conf)?.success()?;
+        ensure!(result["example.org/one"] == prev["example.org/one"], "{plugin}: {result}");
+        ensure!(result["interfaces"][2]["example.org/two"] == "b", "{plugin}: {result}");
+        ensure!(result["ips"][0]["example.org/three"] == 7, "{plugin}: {result}");
+    }
     Ok(())
 }
 
