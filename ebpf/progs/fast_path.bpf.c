@@ -8,49 +8,10 @@
  */
 #include "include/fast_tunnel.h"
 
-/* Without options, and whole, which is how nearly all packets are. */
-#define PLAIN_IP 0x45
-#define SHORTEST (sizeof(struct eth_header) + sizeof(struct ip_header) + 8)
-#define TCP_FLAGS_AT (sizeof(struct eth_header) + sizeof(struct ip_header) + 13)
 /* They begin or end a connection. */
 #define TCP_TURNS (TCP_SYN | TCP_FIN | TCP_RST)
 
-struct ports_header {
-	__be16 source;
-	__be16 destination;
-};
-
-/* Where the headers are; TCP and UDP have their ports at the same place. */
-struct fast_frame {
-	struct eth_header *eth;
-	struct ip_header *ip;
-	struct ports_header *ports;
-	__u8 tcp_flags;
-};
-
-/* The frame at `offset`; 0 if it is of another kind. */
-static __always_inline int fast_frame(struct __sk_buff *skb, __u32 offset, struct fast_frame *frame)
-{
-	__u8 *start = (__u8 *)(long)skb->data + offset, *end = (void *)(long)skb->data_end;
-
-	if (skb->vlan_present || start + SHORTEST > end)
-		return 0;
-	frame->eth = (void *)start;
-	frame->ip = (void *)(start + sizeof(*frame->eth));
-	frame->ports = (void *)(start + sizeof(*frame->eth) + sizeof(*frame->ip));
-	frame->tcp_flags = 0;
-	if (frame->eth->type != bpf_htons(ETH_P_IP) || frame->ip->version_len != PLAIN_IP ||
-	    frame->ip->fragment & ~bpf_htons(IP_DONT_FRAGMENT))
-		return 0;
-	if (frame->ip->protocol == IPPROTO_UDP)
-		return 1;
-	if (frame->ip->protocol != IPPROTO_TCP || start + TCP_FLAGS_AT + 1 > end)
-		return 0;
-	frame->tcp_flags = start[TCP_FLAGS_AT];
-	return 1;
-}
-
-static __always_inline void fast_key(const struct fast_frame *frame, struct fast_key *key)
+static __always_inline void fast_key(const struct plain_frame *frame, struct fast_key *key)
 {
 	__builtin_memset(key, 0, sizeof(*key));
 	key->saddr = frame->ip->saddr;
@@ -118,15 +79,17 @@ static __always_inline int fast_judge(struct __sk_buff *skb, const struct endpoi
 static __always_inline int may_send(struct __sk_buff *skb, struct fast_flow *flow)
 {
 	__u32 ifindex = skb->ifindex;
-	struct endpoint *endpoint = bpf_map_lookup_elem(&endpoints, &ifindex);
+	struct row *row = bpf_map_lookup_elem(&endpoints, &ifindex);
+	struct endpoint *endpoint;
 	struct packet packet = {};
 	struct basis basis = {};
 	__u8 flags = 0;
 	int reason;
 
 	/* No pod's link: the packet comes from another node, which has judged it. */
-	if (!endpoint)
+	if (!row)
 		return !flow->is_sent;
+	endpoint = &row->endpoint;
 	if (is_valid(&flow->sent, endpoint)) {
 		count(EGRESS, REASON_ESTABLISHED);
 		return 1;
@@ -146,7 +109,7 @@ static __always_inline struct fast_flow *fast_find(const struct fast_key *key, _
 }
 
 /* Writes into the frame what it has when it leaves. */
-static __always_inline void fast_rewrite(struct fast_frame *frame, const struct fast_flow *flow)
+static __always_inline void fast_rewrite(struct plain_frame *frame, const struct fast_flow *flow)
 {
 	__builtin_memcpy(frame->eth->to, flow->to_mac, sizeof(flow->to_mac));
 	__builtin_memcpy(frame->eth->from, flow->from_mac, sizeof(flow->from_mac));
@@ -155,20 +118,20 @@ static __always_inline void fast_rewrite(struct fast_frame *frame, const struct 
 }
 
 /* A VXLAN packet that came in by the underlay's link. Into the pod, if all about it is known. */
-static __always_inline int fast_unwrap(struct __sk_buff *skb, const struct fast_frame *outer)
+static __always_inline int fast_unwrap(struct __sk_buff *skb, const struct plain_frame *outer)
 {
 	__u8 *start = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	struct vxlan_headers *vxlan = (void *)(start + sizeof(struct eth_header));
 	__u64 now = bpf_ktime_get_coarse_ns();
-	struct endpoint *endpoint;
-	struct fast_frame inner;
+	struct plain_frame inner;
 	struct fast_flow *flow;
 	struct tunnel *tunnel;
 	struct fast_key key;
+	struct row *row;
 	__u32 leaves, mtu = 0;
 
 	if ((__u8 *)(vxlan + 1) > end || vxlan->flags != VXLAN_FLAGS || (vxlan->ip.tos & ECN_MASK) == ECN_CE ||
-	    !fast_frame(skb, VXLAN_ROOM, &inner) || inner.tcp_flags & TCP_TURNS || inner.ip->ttl <= 1)
+	    !plain_frame(skb, VXLAN_ROOM, &inner) || inner.tcp_flags & TCP_TURNS || inner.ip->ttl <= 1)
 		return TCX_NEXT;
 	tunnel = find_tunnel(inner.eth->from, now);
 	if (!tunnel || tunnel->daddr != outer->ip->saddr || tunnel->saddr != outer->ip->daddr ||
@@ -183,11 +146,11 @@ static __always_inline int fast_unwrap(struct __sk_buff *skb, const struct fast_
 	if (now - flow->bulk_ns < BULK_NS)
 		return TCX_NEXT;
 	leaves = flow->leaves;
-	endpoint = bpf_map_lookup_elem(&endpoints, &leaves);
-	if (!endpoint || bpf_check_mtu(skb, leaves, &mtu, -(int)VXLAN_ROOM, 0) ||
+	row = bpf_map_lookup_elem(&endpoints, &leaves);
+	if (!row || bpf_check_mtu(skb, leaves, &mtu, -(int)VXLAN_ROOM, 0) ||
 	    bpf_skb_adjust_room(skb, -(int)VXLAN_ROOM, BPF_ADJ_ROOM_MAC, 0))
 		return TCX_NEXT;
-	if (fast_judge(skb, endpoint, flow) != TCX_NEXT || !fast_frame(skb, 0, &inner))
+	if (fast_judge(skb, &row->endpoint, flow) != TCX_NEXT || !plain_frame(skb, 0, &inner))
 		return TCX_DROP;
 	fast_rewrite(&inner, flow);
 	skb->mark = 0;
@@ -198,7 +161,7 @@ SEC("classifier")
 int fast_enter(struct __sk_buff *skb)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
-	struct fast_frame frame;
+	struct plain_frame frame;
 	struct fast_flow *flow;
 	struct tunnel *tunnel;
 	struct fast_key key;
@@ -206,7 +169,7 @@ int fast_enter(struct __sk_buff *skb)
 	__u8 tos;
 
 	/* Its destination is still to be translated, or is judged after that. */
-	if (skb->mark & MARK_DEFERRED || !fast_frame(skb, 0, &frame))
+	if (skb->mark & MARK_DEFERRED || !plain_frame(skb, 0, &frame))
 		return TCX_NEXT;
 	if (frame.ip->protocol == IPPROTO_UDP && is_vxlan_port(frame.ports->destination))
 		return fast_unwrap(skb, &frame);
@@ -223,11 +186,11 @@ int fast_enter(struct __sk_buff *skb)
 	if (frame.ip->ttl <= 1 || bpf_check_mtu(skb, leaves, &mtu, 0, BPF_MTU_CHK_SEGS))
 		return TCX_NEXT;
 	if (flow->is_local) {
-		struct endpoint *endpoint = bpf_map_lookup_elem(&endpoints, &leaves);
+		struct row *row = bpf_map_lookup_elem(&endpoints, &leaves);
 
-		if (!endpoint)
+		if (!row)
 			return TCX_NEXT;
-		if (fast_judge(skb, endpoint, flow) != TCX_NEXT)
+		if (fast_judge(skb, &row->endpoint, flow) != TCX_NEXT)
 			return TCX_DROP;
 		fast_rewrite(&frame, flow);
 		/* It concerns this node alone. */
@@ -257,7 +220,7 @@ int fast_leave(struct __sk_buff *skb)
 {
 	struct fast_flow flow = {};
 	__u32 *sender, slot, ifindex = skb->ifindex;
-	struct fast_frame frame;
+	struct plain_frame frame;
 	struct fast_key key;
 
 	/* Made by fast_enter, so there is nothing to learn from it. */
@@ -268,7 +231,7 @@ int fast_leave(struct __sk_buff *skb)
 	/* Only what has left by the VXLAN device before is its work; a pod may write the like. */
 	if (skb->mark & MARK_LEFT) {
 		skb->mark &= ~MARK_LEFT;
-		if (fast_frame(skb, 0, &frame) && frame.ip->protocol == IPPROTO_UDP &&
+		if (plain_frame(skb, 0, &frame) && frame.ip->protocol == IPPROTO_UDP &&
 		    is_vxlan_port(frame.ports->destination))
 			learn_tunnel(skb);
 		return TCX_NEXT;
@@ -289,7 +252,7 @@ int fast_leave(struct __sk_buff *skb)
 	flow.leaves = ifindex;
 	/* Between pods of one bridge there is no hop. */
 	flow.is_routed = !(sender && flow.is_local);
-	if (!flow.enters || !fast_frame(skb, 0, &frame) || frame.tcp_flags & TCP_TURNS)
+	if (!flow.enters || !plain_frame(skb, 0, &frame) || frame.tcp_flags & TCP_TURNS)
 		return TCX_NEXT;
 	fast_key(&frame, &key);
 	flow.learned_ns = bpf_ktime_get_coarse_ns();

@@ -26,9 +26,8 @@ static __always_inline int check_arp(struct __sk_buff *skb, const struct endpoin
  */
 static __always_inline int is_own_source(const struct endpoint *endpoint, const struct packet *packet)
 {
-	if (packet->family == FAMILY_IPV4)
-		return packet->saddr.words[0] == endpoint->addr;
-	return is_own_ipv6(endpoint, &packet->saddr) || is_unspecified(&packet->saddr);
+	return is_own(endpoint, packet->family, &packet->saddr) ||
+	       (packet->family == FAMILY_IPV6 && is_unspecified(&packet->saddr));
 }
 
 /* No pod speaks VXLAN to a node: it could put frames into any pod's network. */
@@ -51,15 +50,13 @@ static __always_inline int opens(const struct packet *packet)
 	return !packet->is_error && !(packet->protocol == IPPROTO_ICMP && packet->sport == bpf_htons(ICMP_ECHO));
 }
 
-static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
-					   __u8 *flags, struct basis *basis)
+/* A frame that is not plain. 0, or the reason for which it passes or is dropped at once. */
+static __always_inline int parse_from_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet)
 {
 	struct body body = {};
 	struct eth_header eth;
-	struct flow_key key;
-	__u32 daddr_flags;
 	__u8 family;
-	int reason, full;
+	int reason;
 
 	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
 		return REASON_MALFORMED;
@@ -80,21 +77,41 @@ static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct e
 	reason = parse_body(skb, endpoint->uid, EGRESS, packet, &body);
 	if (reason)
 		return reason;
-	if (family == FAMILY_IPV6) {
-		reason = check_neighbour(skb, endpoint, packet, &body);
-		if (reason >= 0)
+	if (family != FAMILY_IPV6)
+		return 0;
+	reason = check_neighbour(skb, endpoint, packet, &body);
+	return reason >= 0 ? reason : 0;
+}
+
+static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
+					   __u8 *flags, struct basis *basis)
+{
+	struct plain_frame frame;
+	struct flow_key key;
+	__u32 daddr_flags;
+	int reason, full;
+
+	if (plain_frame(skb, 0, &frame)) {
+		if (!is_same_mac(frame.eth->from, endpoint->mac))
+			return REASON_SPOOF;
+		parse_plain(&frame, packet);
+		if (!is_own_source(endpoint, packet))
+			return REASON_SPOOF;
+	} else {
+		reason = parse_from_pod(skb, endpoint, packet);
+		if (reason)
 			return reason;
 	}
 
 	flow_key(endpoint, packet, EGRESS, &key);
 	if (endpoint->state == ENDPOINT_READY) {
-		reason = is_known(endpoint, packet, &key, flags, basis);
+		reason = is_known(endpoint, packet, &key, EGRESS, flags, basis);
 		if (reason >= 0)
 			return reason;
 	}
 	daddr_flags = address_flags(packet);
 	/* Neighbours are no peers of any policy. */
-	if (family == FAMILY_IPV6 &&
+	if (packet->family == FAMILY_IPV6 &&
 	    (is_unspecified(&packet->saddr) || (is_link_local(&packet->saddr) && !(daddr_flags & ADDRESS_NODE))))
 		return REASON_SPOOF;
 	if (is_encapsulated(packet, daddr_flags))
@@ -111,28 +128,28 @@ static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct e
 		*flags = FLOW_DEFERRED;
 		reason = REASON_DEFERRED;
 	} else {
-		reason = judge_flow(endpoint, &key, basis);
+		reason = judge_flow(endpoint, &key, EGRESS, basis);
 	}
 	if (is_drop(reason))
 		return reason;
-	full = remember(endpoint, &key, packet->tcp_flags, *flags, basis);
+	full = remember(endpoint, &key, EGRESS, packet->tcp_flags, *flags);
 	return full ? full : reason;
 }
 
 SEC("classifier")
 int from_pod(struct __sk_buff *skb)
 {
-	struct endpoint endpoint;
+	struct row row;
 	struct packet packet = {};
 	struct basis basis = {};
 	__u8 flags = 0;
 	int reason;
 
-	if (!read_endpoint(skb->ifindex, &endpoint)) {
+	if (!read_endpoint(skb->ifindex, &row)) {
 		count(EGRESS, REASON_NO_ENDPOINT);
 		return TCX_DROP;
 	}
-	reason = decide_from_pod(skb, &endpoint, &packet, &flags, &basis);
-	skb->mark = endpoint.slot << MARK_SLOT_SHIFT | (flags & FLOW_DEFERRED ? MARK_DEFERRED : 0);
-	return act(skb, &endpoint, &packet, EGRESS, reason, &basis);
+	reason = decide_from_pod(skb, &row.endpoint, &packet, &flags, &basis);
+	skb->mark = row.endpoint.slot << MARK_SLOT_SHIFT | (flags & FLOW_DEFERRED ? MARK_DEFERRED : 0);
+	return act(skb, &row.endpoint, &packet, EGRESS, reason, &basis);
 }

@@ -4,23 +4,13 @@
  * a pod of this node that reached this one through a Service.
  */
 
-/* Bridges flood. */
-static __always_inline int is_for(const struct endpoint *endpoint, const struct packet *packet)
+/* A frame that is not plain. 0, or the reason for which it passes or is dropped at once. */
+static __always_inline int parse_to_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet)
 {
-	if (packet->family == FAMILY_IPV4)
-		return packet->daddr.words[0] == endpoint->addr;
-	return is_own_ipv6(endpoint, &packet->daddr);
-}
-
-static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
-					 struct basis *basis)
-{
-	struct endpoint *sender;
 	struct body body = {};
 	struct eth_header eth;
-	struct flow_key key;
-	__u8 family, flags = 0;
-	int reason, full;
+	__u8 family;
+	int reason;
 
 	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
 		return REASON_MALFORMED;
@@ -33,7 +23,7 @@ static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct end
 	reason = parse_addresses(skb, sizeof(eth), family, packet, &body);
 	if (reason)
 		return reason;
-	if (!is_for(endpoint, packet) && !(family == FAMILY_IPV6 && is_multicast(&packet->daddr)))
+	if (!is_own(endpoint, family, &packet->daddr) && !(family == FAMILY_IPV6 && is_multicast(&packet->daddr)))
 		return REASON_NOT_MINE;
 	reason = parse_body(skb, endpoint->uid, INGRESS, packet, &body);
 	if (reason)
@@ -44,6 +34,28 @@ static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct end
 		/* Other multicast is not forwarded to pods, in either family. */
 		if (is_multicast(&packet->daddr))
 			return REASON_NOT_MINE;
+	}
+	return 0;
+}
+
+static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
+					 struct basis *basis)
+{
+	struct endpoint *sender;
+	struct plain_frame frame;
+	struct flow_key key;
+	__u8 flags = 0;
+	int reason, full;
+
+	if (plain_frame(skb, 0, &frame)) {
+		parse_plain(&frame, packet);
+		/* Bridges flood. */
+		if (packet->daddr.words[0] != endpoint->addr)
+			return REASON_NOT_MINE;
+	} else {
+		reason = parse_to_pod(skb, endpoint, packet);
+		if (reason)
+			return reason;
 	}
 	/* Born in this node's namespace: the kubelet and whatever else runs there. Masqueraded traffic has the node's
 	 * address too, but came in by some link.
@@ -56,7 +68,7 @@ static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct end
 		return REASON_HAIRPIN;
 	flow_key(endpoint, packet, INGRESS, &key);
 	if (endpoint->state == ENDPOINT_READY) {
-		reason = is_known(endpoint, packet, &key, &flags, basis);
+		reason = is_known(endpoint, packet, &key, INGRESS, &flags, basis);
 		if (is_drop(reason))
 			return reason;
 		/* An answer from behind a Service was let out by the sender's own entry. */
@@ -79,25 +91,25 @@ static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct end
 	}
 	if (packet->is_error && is_related(skb, endpoint, packet, INGRESS))
 		return REASON_RELATED;
-	reason = judge_flow(endpoint, &key, basis);
+	reason = judge_flow(endpoint, &key, INGRESS, basis);
 	if (is_drop(reason))
 		return reason;
-	full = remember(endpoint, &key, packet->tcp_flags, 0, basis);
+	full = remember(endpoint, &key, INGRESS, packet->tcp_flags, 0);
 	return full ? full : reason;
 }
 
 SEC("classifier")
 int to_pod(struct __sk_buff *skb)
 {
-	struct endpoint endpoint;
+	struct row row;
 	struct packet packet = {};
 	struct basis basis = {};
 	int reason;
 
-	if (!read_endpoint(skb->ifindex, &endpoint)) {
+	if (!read_endpoint(skb->ifindex, &row)) {
 		count(INGRESS, REASON_NO_ENDPOINT);
 		return TCX_DROP;
 	}
-	reason = decide_to_pod(skb, &endpoint, &packet, &basis);
-	return act(skb, &endpoint, &packet, INGRESS, reason, &basis);
+	reason = decide_to_pod(skb, &row.endpoint, &packet, &basis);
+	return act(skb, &row.endpoint, &packet, INGRESS, reason, &basis);
 }

@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::LazyLock;
+use std::time::Duration;
 
 use aya::maps::MapInfo;
 use aya::programs::{ProgramInfo, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+use nix::time::{ClockId, clock_getres};
 
 use crate::attach::{take_filters, upgrade};
 use crate::{Error, Hook, Maps, Pins};
@@ -30,6 +33,20 @@ pub(crate) const MAPS: [&str; 13] = [
     "fast_tunnels",
 ];
 
+/// For [`OBJECT`] on this kernel: the programs count time in its ticks.
+pub(crate) fn loader() -> EbpfLoader<'static> {
+    /// What most kernels have, if this one does not say.
+    const USUAL: u32 = 250;
+    static TICKS: LazyLock<u32> = LazyLock::new(|| {
+        let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).map(Duration::from);
+        let ticks = tick.map(|tick| (1.0 / tick.as_secs_f64()).round() as u32);
+        ticks.ok().filter(|ticks| (24..=10_000).contains(ticks)).unwrap_or(USUAL)
+    });
+    let mut loader = EbpfLoader::new();
+    loader.override_global("ticks_per_second", &*TICKS, true);
+    loader
+}
+
 /// Makes programs and maps of this build the pinned ones. Maps that are pinned stay, with all that is in them. Where the
 /// programs differ, every attached link changes over at once, without a packet in between.
 ///
@@ -37,7 +54,7 @@ pub(crate) const MAPS: [&str; 13] = [
 /// If the kernel refuses, or if pinned maps have another layout.
 pub fn install(pins: &Pins) -> Result<Maps, Error> {
     pins.ensure()?;
-    let mut loader = EbpfLoader::new();
+    let mut loader = loader();
     for name in MAPS {
         loader.map_pin_path(name, pins.map(name));
     }
@@ -111,8 +128,7 @@ fn check_layouts(pins: &Pins) -> Result<(), Error> {
         let Ok(have) = MapInfo::from_pin(&path) else { continue };
         // Maps of their own, which go when this is done.
         if wanted.is_none() {
-            let fresh =
-                EbpfLoader::new().load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
+            let fresh = loader().load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
             wanted = Some(fresh);
         }
         let want = wanted

@@ -8,8 +8,8 @@ use aya::maps::hash_map::HashMap;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashOfMaps, Map, MapData, MapError, PerCpuArray, RingBuf};
 use orch_ebpf_maps::{
-    Address, AddressData, ClassKey, Config, Direction, Endpoint, Event, Flow, FlowKey, Reason,
-    Rule, RuleKey,
+    Address, AddressData, ClassKey, Config, Direction, Endpoint, EndpointRow, Event, Flow, FlowKey,
+    Reason, Rule, RuleKey,
 };
 
 use crate::{Error, Pins};
@@ -86,7 +86,7 @@ impl RuleTable {
 /// Handles on all maps.
 pub struct Maps {
     pins: Pins,
-    endpoints: HashMap<MapData, u32, Endpoint>,
+    endpoints: HashMap<MapData, u32, EndpointRow>,
     slots: HashMap<MapData, u32, u32>,
     class_maps: ClassMaps,
     tables: Tables,
@@ -120,7 +120,9 @@ impl Maps {
     /// # Errors
     /// If the kernel cannot be asked.
     pub fn endpoint(&self, ifindex: u32) -> Result<Option<Endpoint>, Error> {
-        found(self.endpoints.get(&ifindex, 0)).map_err(Error::map("read", "endpoints"))
+        let row =
+            found(self.endpoints.get(&ifindex, 0)).map_err(Error::map("read", "endpoints"))?;
+        Ok(row.map(|row| row.endpoint))
     }
 
     /// All endpoints by their link.
@@ -128,7 +130,8 @@ impl Maps {
     /// # Errors
     /// If the kernel cannot be asked.
     pub fn endpoints(&self) -> Result<Vec<(u32, Endpoint)>, Error> {
-        self.endpoints.iter().collect::<Result<_, _>>().map_err(Error::map("read", "endpoints"))
+        let rows = self.endpoints.iter().map(|row| row.map(|(link, row)| (link, row.endpoint)));
+        rows.collect::<Result<_, _>>().map_err(Error::map("read", "endpoints"))
     }
 
     /// Makes an endpoint with a slot of its own, or replaces the one that had the link's index before.
@@ -142,7 +145,8 @@ impl Maps {
     ) -> Result<Endpoint, Error> {
         self.remove_endpoint(ifindex)?;
         endpoint.slot = self.take_slot(ifindex)?;
-        if let Err(error) = self.endpoints.insert(ifindex, endpoint, 0) {
+        let row = EndpointRow::new(ifindex, endpoint);
+        if let Err(error) = self.endpoints.insert(ifindex, row, 0) {
             let _ = self.slots.remove(&endpoint.slot);
             return Err(Error::map("fill", "endpoints")(error));
         }
@@ -173,7 +177,8 @@ impl Maps {
     pub fn update_endpoint(&mut self, ifindex: u32, endpoint: Endpoint) -> Result<(), Error> {
         /// `BPF_EXIST`: replace only.
         const EXIST: u64 = 2;
-        self.endpoints.insert(ifindex, endpoint, EXIST).map_err(Error::map("write", "endpoints"))
+        let row = EndpointRow::new(ifindex, endpoint);
+        self.endpoints.insert(ifindex, row, EXIST).map_err(Error::map("write", "endpoints"))
     }
 
     /// Removes an endpoint; false if it was not there.
@@ -205,15 +210,28 @@ impl Maps {
         self.tables.insert(key, inner, 0).map_err(Error::map("fill", "tables"))
     }
 
-    /// Publishes many rule tables in about the time of one; what came of each.
-    pub fn put_tables(&mut self, tables: &[(u32, RuleTable)]) -> Vec<Result<(), Error>> {
-        match tables {
-            [(key, table)] => vec![self.put_table(*key, table)],
-            _ => at_once(tables, |(key, table)| {
-                let mut map: Tables = open(&self.pins, "tables")?;
+    /// Publishes a class map, if there is one, and many rule tables in about the time of one; what came of each.
+    pub fn publish(
+        &mut self,
+        class_map: Option<(u32, &ClassMap)>,
+        tables: &[(u32, RuleTable)],
+    ) -> (Result<(), Error>, Vec<Result<(), Error>>) {
+        let pins = &self.pins;
+        thread::scope(|scope| {
+            let class_map = class_map.map(|(key, inner)| {
+                scope.spawn(move || {
+                    let mut map: ClassMaps = open(pins, "class_maps")?;
+                    map.insert(key, &inner.0, 0).map_err(Error::map("fill", "class_maps"))
+                })
+            });
+            let tables = at_once(tables, |(key, table)| {
+                let mut map: Tables = open(pins, "tables")?;
                 map.insert(*key, &table.0, 0).map_err(Error::map("fill", "tables"))
-            }),
-        }
+            });
+            let class_map = class_map
+                .map_or(Ok(()), |started| started.join().unwrap_or_else(|e| resume_unwind(e)));
+            (class_map, tables)
+        })
     }
 
     /// Removes class maps and rule tables that are not wanted.
@@ -231,16 +249,21 @@ impl Maps {
         };
         let class_maps = unwanted(class_maps, &class_map);
         let tables = unwanted(tables, &table);
-        let removed = at_once(&class_maps, |key| {
-            let mut map: ClassMaps = open(&self.pins, "class_maps")?;
-            gone(map.remove(key)).map_err(Error::map("empty", "class_maps"))
-        });
-        removed.into_iter().collect::<Result<(), _>>()?;
-        let removed = at_once(&tables, |key| {
-            let mut map: Tables = open(&self.pins, "tables")?;
-            gone(map.remove(key)).map_err(Error::map("empty", "tables"))
-        });
-        removed.into_iter().collect()
+        let pins = &self.pins;
+        thread::scope(|scope| {
+            let removed = scope.spawn(move || {
+                at_once(&class_maps, |key| {
+                    let mut map: ClassMaps = open(pins, "class_maps")?;
+                    gone(map.remove(key)).map_err(Error::map("empty", "class_maps"))
+                })
+            });
+            let tables = at_once(&tables, |key| {
+                let mut map: Tables = open(pins, "tables")?;
+                gone(map.remove(key)).map_err(Error::map("empty", "tables"))
+            });
+            let class_maps = removed.join().unwrap_or_else(|e| resume_unwind(e));
+            class_maps.into_iter().chain(tables).collect()
+        })
     }
 
     /// Keys of published class maps and rule tables.

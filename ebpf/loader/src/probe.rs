@@ -5,12 +5,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use aya::Ebpf;
 use aya::maps::{Map, RingBuf};
 use aya::programs::{ProgramInfo, SchedClassifier, TestRun, TestRunOptions};
-use aya::{Ebpf, EbpfLoader};
 use orch_ebpf_maps::{Direction, Endpoint, Event, Reason};
 
-use crate::install::OBJECT;
+use crate::install::{OBJECT, loader};
 use crate::maps::{REASON_COUNT, event};
 use crate::{Error, Hook, Maps, Pins};
 
@@ -62,7 +62,7 @@ impl Probe {
     /// # Errors
     /// If there are none, if they are those of another build, or if the kernel refuses.
     pub fn load(pins: &Pins) -> Result<Self, Error> {
-        let mut loader = EbpfLoader::new();
+        let mut loader = loader();
         for name in SHARED {
             // A map that is not there would be made.
             if !pins.map(name).exists() {

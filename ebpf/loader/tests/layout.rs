@@ -7,11 +7,11 @@ use std::process::Command;
 
 use orch_ebpf_maps::{
     ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, Action, Address, AddressData, Backend,
-    BackendKey, ClassKey, Config, Direction, Endpoint, Event, FAMILY_BITS, FAMILY_IPV4,
-    FAMILY_IPV6, FLOW_DEFERRED, Flow, FlowKey, Frontend, FrontendKey, ISOLATED_EGRESS,
-    ISOLATED_INGRESS, LAYOUT_VERSION, MARK_PLAIN, MAX_BACKENDS, MAX_CLASS_ENTRIES, MAX_ENDPOINTS,
-    MAX_FRONTENDS, MAX_POD_NAMESPACES, MAX_RULE_ENTRIES, Reason, Rule, RuleKey, SERVICES_VERSION,
-    state,
+    BackendKey, ClassKey, Config, Direction, Endpoint, EndpointRow, Event, FAMILY_BITS,
+    FAMILY_IPV4, FAMILY_IPV6, Flow, FlowKey, Frontend, FrontendKey, ISOLATED_EGRESS,
+    ISOLATED_INGRESS, LAYOUT_VERSION, Leg, MARK_PLAIN, MAX_BACKENDS, MAX_CLASS_ENTRIES,
+    MAX_ENDPOINTS, MAX_FRONTENDS, MAX_POD_NAMESPACES, MAX_RULE_ENTRIES, Reason, Rule, RuleKey,
+    SERVICES_VERSION, state,
 };
 
 macro_rules! layout {
@@ -39,6 +39,7 @@ macro_rules! layout {
 fn rust_and_c_agree_on_layouts_and_numbers() {
     let mut text = String::from("#include \"fast_path.h\"\n#include \"services.h\"\n");
     layout!(text, Endpoint = "endpoint" { uid slot generation class_map table addr mac state flags revision addr6 });
+    layout!(text, EndpointRow = "row" { endpoint link pad check });
     layout!(text, ClassKey = "class_key" { prefix_len });
     // In C the key is flat.
     for (field, offset) in
@@ -54,8 +55,9 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
     layout!(text, RuleKey = "rule_key" { prefix_len peer_class direction protocol port });
     layout!(text, Rule = "rule" { id action pad });
     layout!(text, Address = "address" { flags });
-    layout!(text, FlowKey = "flow_key" { uid saddr daddr sport dport protocol direction family pad });
-    layout!(text, Flow = "flow" { last_ns packets generation rule tcp_flags flags pad });
+    layout!(text, FlowKey = "flow_key" { uid remote local_port remote_port protocol family local pad });
+    layout!(text, Leg = "leg" { last generation tcp_flags flags is_open pad });
+    layout!(text, Flow = "flow" { legs });
     layout!(text, Event = "event" {
         time_ns uid ifindex saddr daddr sport dport protocol direction reason family rule peer_class
     });
@@ -87,7 +89,6 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
     number("ADDRESS_SERVICE", ADDRESS_SERVICE.into());
     number("ADDRESS_REMOTE_NODE", ADDRESS_REMOTE_NODE.into());
     number("MARK_PLAIN", MARK_PLAIN.into());
-    number("FLOW_DEFERRED", FLOW_DEFERRED.into());
     number("INGRESS", Direction::Ingress as u64);
     number("EGRESS", Direction::Egress as u64);
     number("RULE_DENY", Action::Deny as u64);

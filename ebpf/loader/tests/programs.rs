@@ -325,6 +325,39 @@ fn a_connection_that_was_cut_is_not_begun_anew_by_what_the_pod_sends_again() {
 }
 
 #[test]
+fn a_flow_that_both_sides_opened_is_judged_for_each_of_them() {
+    in_world(|w| {
+        let rules = |ingress: bool, egress: bool| {
+            let rule = |allowed, key| if allowed { allow(key) } else { deny(key) };
+            vec![
+                rule(ingress, RuleKey::any(CLASS, Direction::Ingress)),
+                rule(egress, RuleKey::any(CLASS, Direction::Egress)),
+            ]
+        };
+        let (out, back) = (tcp(POD, 80, OTHER, 2000, ACK), tcp(OTHER, 2000, POD, 80, ACK));
+        let both = ISOLATED_INGRESS | ISOLATED_EGRESS;
+        w.enforce(both, &rules(true, true));
+        assert_eq!(w.gets(tcp(OTHER, 2000, POD, 80, SYN)), NEXT);
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 2000, SYN)), NEXT);
+        assert_eq!(w.maps.flows().expect("read").len(), 1, "one row for both");
+        assert_eq!((w.sends(out), w.gets(back)), (NEXT, NEXT));
+        // Each is first of all an answer to what the other side opened.
+        w.enforce(both, &rules(true, false));
+        assert_eq!((w.sends(out), w.gets(back)), (NEXT, DROP));
+        w.enforce(both, &rules(false, true));
+        assert_eq!((w.sends(out), w.gets(back)), (DROP, NEXT));
+        // Datagrams that are cut are forgotten, each way for itself.
+        w.enforce(both, &rules(true, true));
+        assert_eq!(w.gets(udp(OTHER, 53, POD, 53)), NEXT);
+        assert_eq!(w.sends(udp(POD, 53, OTHER, 53)), NEXT, "an answer");
+        w.enforce(both, &rules(false, true));
+        assert_eq!(w.sends(udp(POD, 53, OTHER, 53)), DROP, "revoked");
+        assert_eq!(w.sends(udp(POD, 53, OTHER, 53)), NEXT, "begun anew by the pod");
+        assert_eq!(w.gets(udp(OTHER, 53, POD, 53)), NEXT, "an answer");
+    });
+}
+
+#[test]
 fn ranges_and_the_classes_own_rules_decide_by_the_longest_match() {
     in_world(|w| {
         let egress = Direction::Egress;

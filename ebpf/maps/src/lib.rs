@@ -17,7 +17,7 @@ pub use services::{
 };
 
 /// Part of the pin folder's name: programs and maps of one layout belong together.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 /// Endpoints of one node.
 pub const MAX_ENDPOINTS: u32 = 4096;
 /// Entries of one class map.
@@ -58,7 +58,7 @@ pub const ADDRESS_REMOTE_NODE: u32 = 0x04;
 /// In a packet's mark, by a rule of nftables: its connection is known and not translated.
 pub const MARK_PLAIN: u32 = 0x0200;
 
-/// One pod; the key is the index of the host end of its veth.
+/// One pod.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Endpoint {
@@ -84,6 +84,60 @@ pub struct Endpoint {
     pub revision: u64,
     /// IPv6 address of the pod; 0 if it has none.
     pub addr6: [u8; 16],
+}
+
+/// Value of `endpoints`: an endpoint, and by what a program knows that it has read it whole (`maps.h` says why).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndpointRow {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// The key: index of the host end of its veth.
+    pub link: u32,
+    /// Zero.
+    pub pad: u32,
+    /// Of all before it.
+    pub check: u64,
+}
+
+/// Weights of a row's words in [`EndpointRow::check`].
+const ROW_WEIGHTS: [u64; 8] = [
+    0x9e37_79b9_7f4a_7c15,
+    0xbf58_476d_1ce4_e5b9,
+    0x94d0_49bb_1331_11eb,
+    0xd6e8_feb8_6659_fd93,
+    0xa076_1d64_78bd_642f,
+    0xe703_7ed1_a0b4_28db,
+    0x8ebc_6af0_9c88_c6e3,
+    0x5899_65cc_7537_4cc3,
+];
+
+impl EndpointRow {
+    /// The row of an endpoint behind a link.
+    #[must_use]
+    pub fn new(link: u32, endpoint: Endpoint) -> Self {
+        let pair = |low: u32, high: u32| {
+            let ([a, b, c, d], [e, f, g, h]) = (low.to_ne_bytes(), high.to_ne_bytes());
+            u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+        };
+        let [a, b, c, d, e, f] = endpoint.mac;
+        let mut halves = endpoint.addr6.as_chunks().0.iter().map(|half| u64::from_ne_bytes(*half));
+        let words = [
+            pair(endpoint.uid, endpoint.slot),
+            pair(endpoint.generation, endpoint.class_map),
+            pair(endpoint.table, endpoint.addr),
+            u64::from_ne_bytes([a, b, c, d, e, f, endpoint.state, endpoint.flags]),
+            endpoint.revision,
+            halves.next().unwrap_or_default(),
+            halves.next().unwrap_or_default(),
+            pair(link, 0),
+        ];
+        let check = words
+            .iter()
+            .zip(ROW_WEIGHTS)
+            .fold(0_u64, |sum, (word, weight)| sum.wrapping_add(word.wrapping_mul(weight)));
+        Self { endpoint, link, pad: 0, check }
+    }
 }
 
 /// Bits of a [`ClassKey`] before the address.
@@ -245,51 +299,62 @@ pub struct Address {
     pub flags: u32,
 }
 
-/// A flow of one endpoint, in the direction in which it was opened.
+/// A flow as one endpoint sees it: one key for its packets in both directions.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct FlowKey {
     /// Of the endpoint.
     pub uid: u32,
-    /// Source, as [`in_key`] makes it.
-    pub saddr: [u8; 16],
-    /// Destination.
-    pub daddr: [u8; 16],
-    /// Source port, network byte order.
-    pub sport: u16,
-    /// Destination port.
-    pub dport: u16,
+    /// The other end, as [`in_key`] makes it.
+    pub remote: [u8; 16],
+    /// Port of the endpoint, network byte order.
+    pub local_port: u16,
+    /// Port of the other end.
+    pub remote_port: u16,
     /// IP protocol.
     pub protocol: u8,
-    /// [`Direction`] as a number.
-    pub direction: u8,
     /// Of the addresses.
     pub family: u8,
+    /// Which of its addresses the endpoint has there: 0 for the one that it was given.
+    pub local: u8,
     /// Zero.
     pub pad: u8,
 }
 
-/// [`Flow::flags`]: the destination gets translated; the packets are judged again after that.
-pub const FLOW_DEFERRED: u8 = 0x01;
-
-/// What is known of a flow.
+/// What is known of a flow that was opened in one direction.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Flow {
-    /// `CLOCK_MONOTONIC`.
-    pub last_ns: u64,
-    /// Packets in both directions.
-    pub packets: u64,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Leg {
+    /// When its last packet passed, by the programs' clock; 0 if none has since user space told of the flow.
+    pub last: u32,
     /// Of the endpoint, when the flow was judged.
     pub generation: u32,
-    /// The rule that allowed it.
-    pub rule: u32,
     /// All that were seen.
     pub tcp_flags: u8,
-    /// [`FLOW_DEFERRED`].
+    /// Bit 0: the destination gets translated; the packets are judged again after that.
     pub flags: u8,
+    /// 0: nobody has opened it in this direction.
+    pub is_open: u8,
     /// Zero.
-    pub pad: [u8; 6],
+    pub pad: u8,
+}
+
+impl Flow {
+    /// One that was opened in this direction, before the programs saw anything of it.
+    #[must_use]
+    pub fn opened(direction: Direction, generation: u32) -> Self {
+        let mut flow = Self::default();
+        flow.legs[direction as usize] = Leg { generation, is_open: 1, ..Leg::default() };
+        flow
+    }
+}
+
+/// What is known of a flow, by the [`Direction`] in which it was opened.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Flow {
+    /// Both sides may open the same flow.
+    pub legs: [Leg; 2],
 }
 
 /// A flow was dropped, or opened.
@@ -339,8 +404,8 @@ pub struct Config {
 #[cfg(feature = "aya")]
 mod pod {
     use super::{
-        Address, AddressData, Backend, BackendKey, Config, Endpoint, Event, Flow, FlowKey,
-        Frontend, FrontendKey, Rule,
+        Address, AddressData, Backend, BackendKey, Config, Endpoint, EndpointRow, Event, Flow,
+        FlowKey, Frontend, FrontendKey, Leg, Rule,
     };
 
     macro_rules! pod {
@@ -349,7 +414,7 @@ mod pod {
             unsafe impl aya::Pod for $name {}
         )+ };
     }
-    pod!(Address AddressData Config Endpoint Event Flow FlowKey Rule);
+    pod!(Address AddressData Config Endpoint EndpointRow Event Flow FlowKey Leg Rule);
     pod!(Backend BackendKey Frontend FrontendKey);
 }
 

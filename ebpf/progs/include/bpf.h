@@ -35,6 +35,7 @@ enum bpf_map_type {
 
 #define BPF_F_NO_PREALLOC 1
 #define BPF_ANY 0
+#define BPF_RB_NO_WAKEUP 1
 #define BPF_MTU_CHK_SEGS 1
 #define BPF_ADJ_ROOM_MAC 1
 #define BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 (1ULL << 1)
@@ -91,6 +92,7 @@ static long (*bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)23;
 static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 len) = (void *)26;
 static __u32 (*bpf_get_hash_recalc)(void *skb) = (void *)34;
 static long (*bpf_skb_adjust_room)(void *skb, int difference, __u32 mode, __u64 flags) = (void *)50;
+static __u64 (*bpf_jiffies64)(void) = (void *)118;
 static void *(*bpf_ringbuf_reserve)(void *ringbuf, __u64 size, __u64 flags) = (void *)131;
 static void (*bpf_ringbuf_submit)(void *data, __u64 flags) = (void *)132;
 static long (*bpf_redirect_peer)(__u32 ifindex, __u64 flags) = (void *)155;

@@ -13,7 +13,6 @@
 
 /* "The VNI is valid", alone. */
 #define VXLAN_FLAGS bpf_htonl(0x08000000)
-#define IP_DONT_FRAGMENT 0x4000
 #define ECN_MASK 0x03
 #define ECN_CE 0x03
 /* Linux's range of ephemeral ports, from which its device takes the outer source port. */

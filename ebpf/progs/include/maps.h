@@ -13,7 +13,7 @@
 
 #include "bpf.h"
 
-#define LAYOUT_VERSION 2
+#define LAYOUT_VERSION 3
 
 #define MAX_ENDPOINTS 4096
 #define MAX_TABLES 8192
@@ -54,7 +54,7 @@ enum endpoint_state {
 #define ISOLATED_INGRESS 0x01
 #define ISOLATED_EGRESS 0x02
 
-/* One pod; the key is the index of the host end of its veth. The plugin inserts it PENDING, the agent replaces it whole. */
+/* One pod. The plugin inserts it PENDING, the agent replaces it whole. */
 struct endpoint {
 	/* Made up by the plugin, new for every attachment: flows of an earlier pod in this slot are not this one's. */
 	__u32 uid;
@@ -77,6 +77,24 @@ struct endpoint {
 	/* IPv6 address of the pod; 0 if it has none. Its link-local address follows from the MAC. */
 	struct ip_addr addr6;
 };
+
+/* Value of `endpoints`; the key is the index of the host end of the pod's veth.
+ *
+ * The kernel gives the memory of a replaced row to the next one that is written, while a program may still look at it. So a
+ * program takes a copy, and the copy counts if it is whole: `link` is the key again, and `check` the sum that ROW_WEIGHTS
+ * make of all words before it. A mixture of two rows has another sum but for one chance in 2^64.
+ */
+struct row {
+	struct endpoint endpoint;
+	__u32 link;
+	__u32 pad;
+	__u64 check;
+};
+
+/* Odd, so that no single word can differ without the sum. */
+#define ROW_WEIGHTS                                                                                                     \
+	{ 0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93,                               \
+	  0xa0761d6478bd642f, 0xe7037ed1a0b428db, 0x8ebc6af09c88c6e3, 0x589965cc75374cc3 }
 
 /* Bits of a key of a class map before the address. */
 #define FAMILY_BITS 32
@@ -127,30 +145,54 @@ struct address {
 	__u32 flags;
 };
 
-/* A flow of one endpoint, in the direction in which it was opened. */
+/* A flow as one endpoint sees it: one key for its packets in both directions. Which endpoint it is says also which address
+ * is its own.
+ */
 struct flow_key {
 	__u32 uid;
-	struct ip_addr saddr;
-	struct ip_addr daddr;
-	__be16 sport;
-	__be16 dport;
+	struct ip_addr remote;
+	__be16 local_port;
+	__be16 remote_port;
 	__u8 protocol;
-	__u8 direction;
 	__u8 family;
+	/* enum local_kind */
+	__u8 local;
 	__u8 pad;
 };
 
-/* flow.flags: the destination gets translated; the packets are judged again after that. */
+/* An endpoint's own address in a flow. */
+enum local_kind {
+	/* endpoint.addr or endpoint.addr6. */
+	LOCAL_ASSIGNED = 0,
+	/* The IPv6 address that follows from its MAC. */
+	LOCAL_LINK = 1,
+	/* None yet. */
+	LOCAL_NONE = 2,
+};
+
+/* leg.flags: the destination gets translated; the packets are judged again after that. */
 #define FLOW_DEFERRED 0x01
 
-struct flow {
-	__u64 last_ns; /* CLOCK_MONOTONIC */
-	__u64 packets;
+/* Clock of legs: the kernel's ticks, in units of so many bits of them; a second, more or less. */
+#define LEG_CLOCK_SHIFT 8
+
+/* What is known of a flow that was opened in one direction. */
+struct leg {
+	/* By the clock of legs; 0 if the agent has told of the flow and no packet has come since. Written once in a unit:
+	 * packets of both directions share the memory, maybe between CPUs.
+	 */
+	__u32 last;
 	__u32 generation;
-	__u32 rule;
 	__u8 tcp_flags; /* all that were seen */
 	__u8 flags;
-	__u8 pad[6];
+	/* 0: nobody has opened it in this direction. */
+	__u8 is_open;
+	__u8 pad;
+};
+
+/* By the direction in which it was opened. Both sides may open the same flow. */
+struct flow {
+	struct leg legs[2];
 };
 
 /* IPv6 identifies a datagram without its protocol (RFC 8200 §4.5): it is 0 there. */

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
  *
- * From a frame to a tuple. Helpers copy the headers, so it does not matter where in the buffer they are.
+ * From a frame to a tuple. Plain frames are read where they lie (`plain_frame`). Of all others helpers copy the headers, so
+ * it does not matter where in the buffer they are.
  *
- * In two steps: `parse_addresses` says who speaks to whom, `parse_body` what about. What cannot be read is dropped, and so
+ * The others in two steps: `parse_addresses` says who speaks to whom, `parse_body` what about. What cannot be read is dropped, and so
  * is what could mean something else to the receiver than to us: a chain of headers that is too long, a routing header
  * that names another destination, a fragment whose first part we did not see.
  */
@@ -43,6 +44,7 @@
 #define ICMPV6_ECHO 128
 #define ICMPV6_ECHO_REPLY 129
 
+#define IP_DONT_FRAGMENT 0x4000
 #define IP_OFFSET_MASK 0x1fff
 #define IP_MORE_FRAGMENTS 0x2000
 #define IPV6_OFFSET_MASK 0xfff8
@@ -137,6 +139,57 @@ struct packet {
 	__u8 hop_limit;
 	__u8 pad[2];
 };
+
+/* Without options, and whole, which is how nearly all packets are. */
+#define PLAIN_IP 0x45
+#define SHORTEST (sizeof(struct eth_header) + sizeof(struct ip_header) + 8)
+#define TCP_FLAGS_AT (sizeof(struct eth_header) + sizeof(struct ip_header) + 13)
+
+struct ports_header {
+	__be16 source;
+	__be16 destination;
+};
+
+/* Where the headers of a plain frame are; TCP and UDP have their ports at the same place. */
+struct plain_frame {
+	struct eth_header *eth;
+	struct ip_header *ip;
+	struct ports_header *ports;
+	__u8 tcp_flags;
+};
+
+/* The frame at `offset`, read where it lies; 0 if it is of another kind, or its headers are not in the buffer's first part. */
+static __always_inline int plain_frame(struct __sk_buff *skb, __u32 offset, struct plain_frame *frame)
+{
+	__u8 *start = (__u8 *)(long)skb->data + offset, *end = (void *)(long)skb->data_end;
+
+	if (skb->vlan_present || start + SHORTEST > end)
+		return 0;
+	frame->eth = (void *)start;
+	frame->ip = (void *)(start + sizeof(*frame->eth));
+	frame->ports = (void *)(start + sizeof(*frame->eth) + sizeof(*frame->ip));
+	frame->tcp_flags = 0;
+	if (frame->eth->type != bpf_htons(ETH_P_IP) || frame->ip->version_len != PLAIN_IP ||
+	    frame->ip->fragment & ~bpf_htons(IP_DONT_FRAGMENT))
+		return 0;
+	if (frame->ip->protocol == IPPROTO_UDP)
+		return 1;
+	if (frame->ip->protocol != IPPROTO_TCP || start + TCP_FLAGS_AT + 1 > end)
+		return 0;
+	frame->tcp_flags = start[TCP_FLAGS_AT];
+	return 1;
+}
+
+static __always_inline void parse_plain(const struct plain_frame *frame, struct packet *packet)
+{
+	packet->family = FAMILY_IPV4;
+	packet->saddr.words[0] = frame->ip->saddr;
+	packet->daddr.words[0] = frame->ip->daddr;
+	packet->protocol = frame->ip->protocol;
+	packet->sport = frame->ports->source;
+	packet->dport = frame->ports->destination;
+	packet->tcp_flags = frame->tcp_flags;
+}
 
 /* Where the packet goes on behind its addresses. */
 struct body {

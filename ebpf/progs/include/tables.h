@@ -13,7 +13,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, MAX_ENDPOINTS);
 	__type(key, __u32);
-	__type(value, struct endpoint);
+	__type(value, struct row);
 } endpoints SEC(".maps");
 
 /* slot -> ifindex. Written by the plugin. Full: the plugin fails ADD. */
@@ -119,30 +119,28 @@ struct {
 	__type(value, struct config);
 } settings SEC(".maps");
 
-/* There is no memcmp to call. */
-static __always_inline int is_same_row(const struct endpoint *one, const struct endpoint *other)
+static __always_inline int is_whole(const struct row *row, __u32 link)
 {
-	const __u64 *left = (const __u64 *)one, *right = (const __u64 *)other;
-	__u64 difference = 0;
+	const __u64 weights[] = ROW_WEIGHTS;
+	const __u64 *words = (const __u64 *)row;
+	__u64 sum = 0;
 
-	_Static_assert(sizeof(*one) % sizeof(*left) == 0, "rows are compared in words");
+	_Static_assert(__builtin_offsetof(struct row, check) == sizeof(weights), "rows are summed in words");
 #pragma unroll
-	for (unsigned int i = 0; i < sizeof(*one) / sizeof(*left); i++)
-		difference |= left[i] ^ right[i];
-	return !difference;
+	for (unsigned int i = 0; i < sizeof(weights) / sizeof(*weights); i++)
+		sum += words[i] * weights[i];
+	return sum == row->check && row->link == link;
 }
 
 /* How often a row that is being replaced is read again. */
 #define ROW_ATTEMPTS 8
 
-/* The row of a link, whole; 0 if there is none. The kernel gives the memory of a replaced row to the next one that is
- * written, while a program may still look at it: behind a pointer a row could turn into somebody else's in the middle of a
- * packet. So it is copied, and the copy counts once a second look finds the same. A search that has come to such memory may
- * also miss a row that is there, so it is begun again.
+/* A copy of the row of a link, whole; 0 if there is none. A search that has come to memory of a replaced row may also miss a
+ * row that is there, so it is begun again.
  */
-static __always_inline int read_endpoint(__u32 ifindex, struct endpoint *row)
+static __always_inline int read_endpoint(__u32 ifindex, struct row *row)
 {
-	struct endpoint *found;
+	struct row *found;
 
 #pragma unroll
 	for (int i = 0; i < ROW_ATTEMPTS; i++) {
@@ -150,8 +148,7 @@ static __always_inline int read_endpoint(__u32 ifindex, struct endpoint *row)
 		if (!found)
 			continue;
 		*row = *found;
-		found = bpf_map_lookup_elem(&endpoints, &ifindex);
-		if (found && is_same_row(row, found))
+		if (is_whole(row, ifindex))
 			return 1;
 	}
 	return 0;

@@ -6,11 +6,13 @@
 
 #include "neighbour.h"
 
-#define SECOND_NS 1000000000ULL
-/* As netfilter's conntrack, so that the two forget a flow at about the same time. */
-#define TCP_IDLE_NS (432000 * SECOND_NS)
-#define TCP_CLOSED_NS (120 * SECOND_NS)
-#define OTHER_IDLE_NS (180 * SECOND_NS)
+/* Set by the loader. */
+const volatile __u32 ticks_per_second SEC(".rodata") = 0;
+
+/* As netfilter's conntrack, so that the two forget a flow at about the same time. In seconds. */
+#define TCP_IDLE 432000ULL
+#define TCP_CLOSED 120ULL
+#define OTHER_IDLE 180ULL
 
 /* Events per second and CPU; a reader of 1 MiB keeps up with that. */
 #define EVENTS_PER_SECOND 2000
@@ -43,11 +45,11 @@ static __always_inline __be16 policy_port(__u8 protocol, __be16 port)
 	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP ? port : 0;
 }
 
-/* What policy says of the flow that `flow` names, in its own direction. */
-static __always_inline int judge_flow(const struct endpoint *endpoint, const struct flow_key *flow, struct basis *basis)
+/* What policy says of the flow if it is opened in this direction. */
+static __always_inline int judge_flow(const struct endpoint *endpoint, const struct flow_key *flow, __u8 direction,
+				      struct basis *basis)
 {
-	__u8 direction = flow->direction;
-	struct class_key class_key = { .prefix_len = WHOLE_ADDRESS, .family = flow->family };
+	struct class_key class_key = { .prefix_len = WHOLE_ADDRESS, .family = flow->family, .addr = flow->remote };
 	struct rule_key key = { .prefix_len = 64, .direction = direction, .protocol = flow->protocol };
 	void *class_map, *table;
 	struct rule *rule;
@@ -64,8 +66,7 @@ static __always_inline int judge_flow(const struct endpoint *endpoint, const str
 	table = bpf_map_lookup_elem(&tables, &endpoint->table);
 	if (!class_map || !table)
 		return REASON_NO_TABLE;
-	class_key.addr = direction == INGRESS ? flow->saddr : flow->daddr;
-	key.port = policy_port(flow->protocol, flow->dport);
+	key.port = policy_port(flow->protocol, direction == INGRESS ? flow->local_port : flow->remote_port);
 	peer_class = bpf_map_lookup_elem(class_map, &class_key);
 	key.peer_class = peer_class ? *peer_class : CLASS_NONE;
 	basis->peer_class = key.peer_class;
@@ -80,90 +81,105 @@ static __always_inline int judge_flow(const struct endpoint *endpoint, const str
 	return rule->action == RULE_ALLOW ? REASON_ALLOWED : REASON_POLICY;
 }
 
-static __always_inline int is_expired(const struct flow *flow, __u8 protocol, __u64 now)
+static __always_inline __u32 leg_clock(void)
 {
-	__u64 idle = now - flow->last_ns;
-
-	if (protocol != IPPROTO_TCP)
-		return idle > OTHER_IDLE_NS;
-	return idle > (flow->tcp_flags & (TCP_FIN | TCP_RST) ? TCP_CLOSED_NS : TCP_IDLE_NS);
+	return bpf_jiffies64() >> LEG_CLOCK_SHIFT;
 }
 
-/* A packet of a flow that may be known: -1 if it is not, else the verdict. A change of policy is felt here. */
-static __always_inline int follow(const struct endpoint *endpoint, const struct flow_key *key, __u8 tcp_flags,
-				  __u8 *flags, struct basis *basis)
+static __always_inline int is_expired(const struct leg *leg, __u8 protocol, __u32 now)
 {
-	struct flow *flow = bpf_map_lookup_elem(&flows, key);
-	__u64 now;
+	__u64 idle = (__u64)(now - leg->last) << LEG_CLOCK_SHIFT;
+	__u64 seconds = protocol != IPPROTO_TCP ? OTHER_IDLE : leg->tcp_flags & (TCP_FIN | TCP_RST) ? TCP_CLOSED : TCP_IDLE;
+
+	return leg->last && idle > seconds * ticks_per_second;
+}
+
+static __always_inline void forget(const struct flow_key *key, struct flow *flow, __u8 direction)
+{
+	if (flow->legs[direction == INGRESS ? EGRESS : INGRESS].is_open)
+		flow->legs[direction].is_open = 0;
+	else
+		bpf_map_delete_elem(&flows, key);
+}
+
+/* A packet of a flow that may have been opened in this direction: -1 if it was not, else the verdict. A change of policy is
+ * felt here.
+ */
+static __always_inline int follow(const struct endpoint *endpoint, const struct flow_key *key, struct flow *flow,
+				  __u8 direction, __u8 tcp_flags, __u8 *flags, struct basis *basis)
+{
+	struct leg *leg = &flow->legs[direction];
+	__u32 now = leg_clock();
 	int reason;
 
-	if (!flow)
+	if (!leg->is_open || is_expired(leg, key->protocol, now))
 		return -1;
-	now = bpf_ktime_get_ns();
-	if (is_expired(flow, key->protocol, now))
-		return -1;
-	if (flow->generation != endpoint->generation) {
+	if (leg->generation != endpoint->generation) {
 		/* What gets translated is judged after that, packet by packet. */
-		reason = flow->flags & FLOW_DEFERRED ? REASON_DEFERRED : judge_flow(endpoint, key, basis);
+		reason = leg->flags & FLOW_DEFERRED ? REASON_DEFERRED : judge_flow(endpoint, key, direction, basis);
 		if (is_drop(reason)) {
 			/* A cut TCP connection stays known as one that is judged at every packet: forgotten, it would be begun
 			 * anew, the other way round, by the next packet of the pod that had been asked.
 			 */
 			if (key->protocol != IPPROTO_TCP)
-				bpf_map_delete_elem(&flows, key);
+				forget(key, flow, direction);
 			return REASON_REVOKED;
 		}
-		flow->generation = endpoint->generation;
-		flow->rule = basis->rule;
+		leg->generation = endpoint->generation;
 	}
-	flow->last_ns = now;
-	flow->tcp_flags |= tcp_flags;
-	__sync_fetch_and_add(&flow->packets, 1);
-	*flags = flow->flags;
+	/* Written seldom: packets of a flow may be on several CPUs. */
+	if (leg->last != now)
+		leg->last = now;
+	if (tcp_flags & ~leg->tcp_flags)
+		leg->tcp_flags |= tcp_flags;
+	*flags = leg->flags;
 	return REASON_ESTABLISHED;
 }
 
-static __always_inline int remember(const struct endpoint *endpoint, const struct flow_key *key, __u8 tcp_flags,
-				    __u8 flags, const struct basis *basis)
+/* Tells that the flow was opened in this direction. What is known of the other one stays. */
+static __always_inline int remember(const struct endpoint *endpoint, const struct flow_key *key, __u8 direction,
+				    __u8 tcp_flags, __u8 flags)
 {
-	struct flow flow = {
-		.last_ns = bpf_ktime_get_ns(),
-		.packets = 1,
+	struct leg leg = {
+		.last = leg_clock(),
 		.generation = endpoint->generation,
-		.rule = basis->rule,
 		.tcp_flags = tcp_flags,
 		.flags = flags,
+		.is_open = 1,
 	};
+	struct flow *known = bpf_map_lookup_elem(&flows, key);
+	struct flow flow = {};
 
+	/* Ports are used again: nothing has to be made. */
+	if (known) {
+		known->legs[direction] = leg;
+		return 0;
+	}
+	flow.legs[direction] = leg;
 	return bpf_map_update_elem(&flows, key, &flow, BPF_ANY) ? REASON_FLOW_TABLE_FULL : 0;
 }
 
+/* The key of a packet that goes in this direction. Its own address is the endpoint's. */
 static __always_inline void flow_key(const struct endpoint *endpoint, const struct packet *packet, __u8 direction,
 				     struct flow_key *key)
 {
+	const struct ip_addr *local = direction == INGRESS ? &packet->daddr : &packet->saddr;
+
 	__builtin_memset(key, 0, sizeof(*key));
 	key->uid = endpoint->uid;
-	key->saddr = packet->saddr;
-	key->daddr = packet->daddr;
-	key->sport = packet->sport;
-	key->dport = packet->dport;
+	key->remote = direction == INGRESS ? packet->saddr : packet->daddr;
+	key->local_port = direction == INGRESS ? packet->dport : packet->sport;
+	key->remote_port = direction == INGRESS ? packet->sport : packet->dport;
 	key->protocol = packet->protocol;
-	key->direction = direction;
 	key->family = packet->family;
+	if (packet->family == FAMILY_IPV6 && !is_same_addr(local, &endpoint->addr6))
+		key->local = is_unspecified(local) ? LOCAL_NONE : LOCAL_LINK;
 }
 
-/* The flow to which `key`'s packets would be the answer. */
-static __always_inline void reverse(const struct flow_key *key, struct flow_key *answered)
+/* Whether the address is one that the endpoint speaks and hears with. */
+static __always_inline int is_own(const struct endpoint *endpoint, __u8 family, const struct ip_addr *addr)
 {
-	__builtin_memset(answered, 0, sizeof(*answered));
-	answered->uid = key->uid;
-	answered->saddr = key->daddr;
-	answered->daddr = key->saddr;
-	answered->sport = key->dport;
-	answered->dport = key->sport;
-	answered->protocol = key->protocol;
-	answered->direction = key->direction == INGRESS ? EGRESS : INGRESS;
-	answered->family = key->family;
+	return family == FAMILY_IPV4 ? addr->words[0] == endpoint->addr : is_own_ipv6(endpoint, addr);
 }
 
 /* An ICMP error is let through if the packet that it quotes belongs to a flow that is known. It came from the one who
@@ -175,7 +191,8 @@ static __always_inline int is_related(struct __sk_buff *skb, const struct endpoi
 	__u8 towards = direction == INGRESS ? EGRESS : INGRESS;
 	struct packet quoted = {};
 	struct body body = {};
-	struct flow_key key, answered;
+	struct flow_key key;
+	struct flow *flow;
 	__u8 protocol;
 
 	if (parse_addresses(skb, packet->inner, packet->family, &quoted, &body))
@@ -191,11 +208,11 @@ static __always_inline int is_related(struct __sk_buff *skb, const struct endpoi
 	if (parse_ports(skb, body.offset, &quoted) || quoted.is_error)
 		return 0;
 	quoted.protocol = protocol;
+	if (!is_own(endpoint, quoted.family, towards == INGRESS ? &quoted.daddr : &quoted.saddr))
+		return 0;
 	flow_key(endpoint, &quoted, towards, &key);
-	if (bpf_map_lookup_elem(&flows, &key))
-		return 1;
-	reverse(&key, &answered);
-	return bpf_map_lookup_elem(&flows, &answered) != 0;
+	flow = bpf_map_lookup_elem(&flows, &key);
+	return flow && (flow->legs[INGRESS].is_open || flow->legs[EGRESS].is_open);
 }
 
 /* A packet that begins a connection is never taken for a part of one. */
@@ -205,21 +222,23 @@ static __always_inline int begins(const struct packet *packet)
 }
 
 static __always_inline int is_known(const struct endpoint *endpoint, const struct packet *packet,
-				    const struct flow_key *key, __u8 *flags, struct basis *basis)
+				    const struct flow_key *key, __u8 direction, __u8 *flags, struct basis *basis)
 {
-	struct flow_key answered;
+	struct flow *flow;
 	int reason;
 
 	if (begins(packet))
 		return -1;
-	reverse(key, &answered);
-	reason = follow(endpoint, &answered, packet->tcp_flags, flags, basis);
+	flow = bpf_map_lookup_elem(&flows, key);
+	if (!flow)
+		return -1;
+	reason = follow(endpoint, key, flow, direction == INGRESS ? EGRESS : INGRESS, packet->tcp_flags, flags, basis);
 	if (reason >= 0) {
 		/* An answer goes to whoever asked: nothing of it is left to judge. */
 		*flags = 0;
 		return reason;
 	}
-	return follow(endpoint, key, packet->tcp_flags, flags, basis);
+	return follow(endpoint, key, flow, direction, packet->tcp_flags, flags, basis);
 }
 
 static __always_inline void count(__u8 direction, int reason)
@@ -231,15 +250,16 @@ static __always_inline void count(__u8 direction, int reason)
 		*packets += 1;
 }
 
-static __always_inline int may_tell(__u64 now)
+static __always_inline int may_tell(void)
 {
+	__u64 second = bpf_jiffies64() / ticks_per_second;
 	__u32 zero = 0;
 	struct event_budget *budget = bpf_map_lookup_elem(&event_budgets, &zero);
 
 	if (!budget)
 		return 0;
-	if (budget->second != now / SECOND_NS) {
-		budget->second = now / SECOND_NS;
+	if (budget->second != second) {
+		budget->second = second;
 		budget->spent = 0;
 	}
 	return budget->spent++ < EVENTS_PER_SECOND;
@@ -248,15 +268,14 @@ static __always_inline int may_tell(__u64 now)
 static __always_inline void tell(const struct __sk_buff *skb, const struct endpoint *endpoint, const struct packet *packet,
 				 __u8 direction, int reason, const struct basis *basis)
 {
-	__u64 now = bpf_ktime_get_ns();
 	struct event *event;
 
-	if (!may_tell(now))
+	if (!may_tell())
 		return;
 	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 	if (!event)
 		return;
-	event->time_ns = now;
+	event->time_ns = bpf_ktime_get_ns();
 	event->uid = endpoint->uid;
 	event->ifindex = skb->ifindex;
 	event->saddr = packet->saddr;
@@ -269,7 +288,8 @@ static __always_inline void tell(const struct __sk_buff *skb, const struct endpo
 	event->family = packet->family;
 	event->rule = basis->rule;
 	event->peer_class = basis->peer_class;
-	bpf_ringbuf_submit(event, 0);
+	/* Readers come by themselves. */
+	bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 }
 
 /* Counts, tells, and says it to the kernel. Frames for others, which a bridge floods, are no news; nor is what goes on, nor
@@ -292,7 +312,7 @@ static __always_inline int act(const struct __sk_buff *skb, const struct endpoin
 static __always_inline struct endpoint *deferred_by(const struct __sk_buff *skb)
 {
 	__u32 slot = skb->mark >> MARK_SLOT_SHIFT;
-	struct endpoint *sender;
+	struct row *sender;
 	__u32 *ifindex;
 
 	if (!(skb->mark & MARK_DEFERRED) || !skb->ingress_ifindex)
@@ -302,7 +322,7 @@ static __always_inline struct endpoint *deferred_by(const struct __sk_buff *skb)
 		return 0;
 	sender = bpf_map_lookup_elem(&endpoints, ifindex);
 	/* A slot is freed with its row, but not in the same instant. */
-	return sender && sender->slot == slot ? sender : 0;
+	return sender && sender->endpoint.slot == slot ? &sender->endpoint : 0;
 }
 
 /* The family of an Ethernet type; 0 if it is none of IP's. */
@@ -315,16 +335,21 @@ static __always_inline __u8 family_of(__be16 type)
 static __always_inline int judge_deferred(const struct endpoint *sender, const struct packet *packet, struct basis *basis)
 {
 	struct flow_key key;
+	struct flow *flow;
 	__u8 flags = 0;
-	int reason, full;
+	int reason = -1, full;
 
 	flow_key(sender, packet, EGRESS, &key);
-	reason = begins(packet) ? -1 : follow(sender, &key, packet->tcp_flags, &flags, basis);
+	/* Whatever the source is by now, the sender is known. */
+	key.local = LOCAL_ASSIGNED;
+	flow = begins(packet) ? 0 : bpf_map_lookup_elem(&flows, &key);
+	if (flow)
+		reason = follow(sender, &key, flow, EGRESS, packet->tcp_flags, &flags, basis);
 	if (reason >= 0)
 		return reason;
-	reason = judge_flow(sender, &key, basis);
+	reason = judge_flow(sender, &key, EGRESS, basis);
 	if (is_drop(reason))
 		return reason;
-	full = remember(sender, &key, packet->tcp_flags, 0, basis);
+	full = remember(sender, &key, EGRESS, packet->tcp_flags, 0);
 	return full ? full : reason;
 }

@@ -12,6 +12,7 @@
 pub mod engine;
 pub mod explain;
 pub mod node;
+pub mod rows;
 pub mod world;
 
 mod adopt;

@@ -11,8 +11,8 @@ use crate::worlds::{
 use k8s_openapi::api::core::v1::Pod;
 use orch_api::cluster_policy::ClusterNetworkPolicy;
 use orch_policy::{
-    Class, ClusterPolicy, Compiled, Direction, Name, Plan, PodFacts, Policy, PolicyId, Prefix,
-    Publish, World, compile,
+    Class, ClusterPolicy, Compiled, Direction, Moves, Name, Plan, PodFacts, Policy, PolicyId,
+    Prefix, Publish, World, compile,
 };
 use proptest::collection::vec;
 use proptest::prelude::{ProptestConfig, proptest};
@@ -208,6 +208,36 @@ proptest! {
             let again = compile(&world(&cluster, "one"), &next);
             assert!(Plan::new(&next, &again).is_empty(), "nothing changed, so there is nothing to write");
             compiled = next;
+        }
+    }
+
+    /// Whose flows are not judged again after a change decides everything as before.
+    #[test]
+    fn fuzz_a_change_that_is_not_felt_decides_nothing_otherwise(
+        start in cluster(5, 4),
+        changes in vec(change(), 1..4),
+    ) {
+        let before = compile(&world(&start, "one"), &Compiled::default());
+        let end = changes.iter().fold(start.clone(), |cluster, change| change.apply(&cluster));
+        let after = compile(&world(&end, "one"), &before);
+        let moves = Moves::between(&before.peers, &after.peers);
+        let others: Vec<IpAddr> =
+            interesting_addresses(&start).union(&interesting_addresses(&end)).copied().collect();
+        let mut traffic = interesting_traffic(&end);
+        traffic.extend(interesting_traffic(&start));
+        for (pod, (_, direction), other, traffic) in questions(&start, &others, &traffic) {
+            let name = name_of(&pod.metadata);
+            let tables = (before.endpoints.get(&name), after.endpoints.get(&name));
+            let (Some(old), Some(new)) = tables else { continue };
+            if moves.are_felt(old, new) {
+                continue;
+            }
+            let judge = |compiled: &Compiled| {
+                let protocol = number(traffic.protocol);
+                let judged = compiled.judge(&name, direction, other, protocol, traffic.port);
+                judged.map(|judged| (judged.allow, judged.rule))
+            };
+            assert_eq!(judge(&before), judge(&after), "{name} {direction} {other} {traffic:?}");
         }
     }
 

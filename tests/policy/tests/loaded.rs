@@ -18,11 +18,11 @@ use nix::sched::{CloneFlags, unshare};
 use orch_api::cluster_policy::ClusterNetworkPolicy;
 use orch_ebpf_loader::{ClassMap, Hook, Maps, Pins, RuleTable, install};
 use orch_ebpf_maps::{
-    ADDRESS_NODE, ADDRESS_REMOTE_NODE, Action, ClassKey, Config, Endpoint, ISOLATED_EGRESS,
-    ISOLATED_INGRESS, LAYOUT_VERSION, Rule, RuleKey, in_key, state,
+    ADDRESS_NODE, ADDRESS_REMOTE_NODE, ClassKey, Config, Endpoint, LAYOUT_VERSION, in_key, state,
 };
+use orch_netagent::policy::rows::{classes, isolation, rules};
 use orch_policy::{
-    ClusterPolicy, Compiled, Direction, Name, PodFacts, Policy, Prefix, Row, Table, World, compile,
+    ClusterPolicy, Compiled, Direction, Name, PodFacts, Policy, Prefix, World, compile,
 };
 use proptest::collection::vec;
 use proptest::test_runner::{Config as RunnerConfig, TestRunner};
@@ -142,19 +142,13 @@ impl Kernel {
 
     /// Brings an output into force, as the agent does: maps aside, then one write for each endpoint.
     fn apply(&mut self, cluster: &Cluster, compiled: &Compiled) {
-        let classes: Vec<(ClassKey, u32)> = compiled
-            .peers
-            .iter()
-            .map(|(prefix, peer)| (ClassKey::new(prefix.addr(), prefix.prefix_len()), peer.class.0))
-            .collect();
-        let classes = ClassMap::build(classes.into_iter()).expect("built");
+        let classes = ClassMap::build(classes(&compiled.peers).into_iter()).expect("built");
         let class_map = self.next();
         self.maps.put_class_map(class_map, &classes).expect("put");
         let mut kept = vec![];
         for (place, pod) in local_pods(cluster) {
             let table = &compiled.endpoints[&name_of(pod)];
-            let rules: Vec<(RuleKey, Rule)> = table.rows().iter().map(rule).collect();
-            let built = RuleTable::build(rules.into_iter()).expect("built");
+            let built = RuleTable::build(rules(table).into_iter()).expect("built");
             let key = self.next();
             self.maps.put_table(key, &built).expect("put");
             kept.push(key);
@@ -308,29 +302,6 @@ fn world(cluster: &Cluster) -> World {
             .filter_map(Prefix::parse)
             .collect(),
     }
-}
-
-/// A row as the kernel has it.
-fn rule(row: &Row) -> (RuleKey, Rule) {
-    let direction = match row.direction {
-        Direction::Ingress => orch_ebpf_maps::Direction::Ingress,
-        Direction::Egress => orch_ebpf_maps::Direction::Egress,
-    };
-    let class = row.class.0;
-    let key = match row.ports.protocol {
-        None => RuleKey::any(class, direction),
-        Some(protocol) => {
-            RuleKey::ports(class, direction, protocol.number(), row.ports.port, row.ports.bits)
-        }
-    };
-    let action = if row.verdict.allow { Action::Allow } else { Action::Deny };
-    (key, Rule::new(row.verdict.rule.0, action))
-}
-
-fn isolation(table: &Table) -> u8 {
-    let ingress = if table.speaks(Direction::Ingress) { ISOLATED_INGRESS } else { 0 };
-    let egress = if table.speaks(Direction::Egress) { ISOLATED_EGRESS } else { 0 };
-    ingress | egress
 }
 
 /// The first packet of a flow, or with `syn` false one of its middle.

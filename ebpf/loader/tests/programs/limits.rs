@@ -3,8 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use aya::maps::{HashMap, Map, MapData};
 use orch_ebpf_loader::{Events, Probe, Question};
-use orch_ebpf_maps::{Flow, FlowKey, MAX_ENDPOINTS, in_key};
+use orch_ebpf_maps::{EndpointRow, Flow, FlowKey, MAX_ENDPOINTS, in_key};
 
 use super::*;
 
@@ -60,6 +61,35 @@ fn a_row_that_is_replaced_shows_as_nobody_elses() {
         assert_eq!(w.count(Direction::Ingress, Reason::NotIsolated), 0, "the other row is open");
         assert_eq!(w.count(Direction::Ingress, Reason::NoEndpoint), 0, "the row was always there");
         assert!(w.count(Direction::Ingress, Reason::Policy) >= u64::from(RUNS_AT_ONCE));
+    });
+}
+
+#[test]
+fn a_row_that_is_not_whole_counts_as_none() {
+    in_world(|w| {
+        w.enforce(0, &[]);
+        let open = w.maps.endpoint(w.pod).expect("read").expect("there");
+        let map = MapData::from_pin(w.pins.folder().join("maps/endpoints")).expect("pinned");
+        let map = Map::from_map_data(map).expect("a map");
+        let mut rows: HashMap<MapData, u32, EndpointRow> = map.try_into().expect("a hash map");
+        let frame = tcp(OTHER, 1000, POD, 80, SYN);
+        let whole = EndpointRow::new(w.pod, open);
+        for (row, verdict) in [
+            (whole, NEXT),
+            // A word of another row, and another link's row.
+            (
+                EndpointRow {
+                    endpoint: Endpoint { generation: open.generation + 1, ..open },
+                    ..whole
+                },
+                DROP,
+            ),
+            (EndpointRow::new(WIRE, open), DROP),
+        ] {
+            rows.insert(w.pod, row, 0).expect("written");
+            assert_eq!(w.gets(frame), verdict, "{row:?}");
+        }
+        assert_eq!(w.count(Direction::Ingress, Reason::NoEndpoint), 2);
     });
 }
 
@@ -168,7 +198,10 @@ fn many_tables_are_published_and_removed_together() {
             (key, RuleTable::build(rules.into_iter()).expect("built"))
         };
         let tables: Vec<(u32, RuleTable)> = (1000..1100).map(table).collect();
-        assert!(w.maps.put_tables(&tables).iter().all(Result::is_ok));
+        let none = ClassMap::build([].into_iter()).expect("built");
+        let (class_map, outcomes) = w.maps.publish(Some((2000, &none)), &tables);
+        assert!(class_map.is_ok() && outcomes.iter().all(Result::is_ok));
+        assert_eq!(w.maps.published().0, [2000]);
         let published = |w: &World| {
             let mut keys = w.maps.published().1;
             keys.sort_unstable();
@@ -225,30 +258,18 @@ fn a_connection_that_was_open_before_goes_on_if_policy_would_let_it_begin() {
         let answer = |to, port| tcp(POD, 80, to, port, ACK);
         assert_eq!(w.sends(answer(OTHER, 1000)), DROP, "an answer to nothing that is known");
         for from in [OTHER, STRANGER] {
-            let ((family, saddr), (_, daddr)) = (in_key(from.into()), in_key(POD.into()));
+            let (family, remote) = in_key(from.into());
             let key = FlowKey {
                 uid: 77,
-                saddr,
-                daddr,
-                sport: 1000_u16.to_be(),
-                dport: 80_u16.to_be(),
+                remote,
+                local_port: 80_u16.to_be(),
+                remote_port: 1000_u16.to_be(),
                 protocol: TCP,
-                direction: Direction::Ingress as u8,
                 family,
-                pad: 0,
+                ..FlowKey::default()
             };
-            let now =
-                nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("a clock");
-            let flow = Flow {
-                last_ns: now.tv_sec().unsigned_abs() * 1_000_000_000,
-                packets: 0,
-                // Of a policy before this one.
-                generation: w.generation - 1,
-                rule: 0,
-                tcp_flags: 0,
-                flags: 0,
-                pad: [0; 6],
-            };
+            // Of a policy before this one.
+            let flow = Flow::opened(Direction::Ingress, w.generation - 1);
             w.maps.put_flow(key, flow).expect("put");
         }
         assert_eq!(w.sends(answer(OTHER, 1000)), NEXT);

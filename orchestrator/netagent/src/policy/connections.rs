@@ -8,7 +8,6 @@ use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use cni_netlink::{NetNs, NetlinkError};
-use nix::time::{ClockId, clock_gettime};
 use orch_ebpf_loader::{Announcement, Error, Maps};
 use orch_ebpf_maps::{Direction, Flow, FlowKey, in_key};
 use tracing::warn;
@@ -104,37 +103,20 @@ fn address(text: &str) -> Option<SocketAddr> {
 }
 
 fn tell(maps: &mut Maps, made: &Announcement, open: &HashSet<Connection>) -> Result<(), Error> {
-    let now =
-        clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap_or(nix::sys::time::TimeSpec::new(0, 0));
-    let now = now.tv_sec().unsigned_abs() * 1_000_000_000 + now.tv_nsec().unsigned_abs();
     let generation = maps.endpoint(made.ifindex)?.map_or(0, |row| row.generation);
     for one in open {
-        let (from, to, direction) = if one.comes_in {
-            (one.other, one.own, Direction::Ingress)
-        } else {
-            (one.own, one.other, Direction::Egress)
-        };
-        let ((family, saddr), (_, daddr)) = (in_key(from.ip()), in_key(to.ip()));
+        let direction = if one.comes_in { Direction::Ingress } else { Direction::Egress };
+        let (family, remote) = in_key(one.other.ip());
         let key = FlowKey {
             uid: made.uid,
-            saddr,
-            daddr,
-            sport: from.port().to_be(),
-            dport: to.port().to_be(),
+            remote,
+            local_port: one.own.port().to_be(),
+            remote_port: one.other.port().to_be(),
             protocol: TCP,
-            direction: direction as u8,
             family,
-            pad: 0,
+            ..FlowKey::default()
         };
-        let flow = Flow {
-            last_ns: now,
-            packets: 0,
-            generation: generation.wrapping_sub(1),
-            rule: 0,
-            tcp_flags: 0,
-            flags: 0,
-            pad: [0; 6],
-        };
+        let flow = Flow::opened(direction, generation.wrapping_sub(1));
         maps.put_flow(key, flow)?;
     }
     Ok(())

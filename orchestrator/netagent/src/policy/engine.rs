@@ -1,20 +1,19 @@
 //! Brings what the compiler says into the maps.
 //!
 //! Class maps and rule tables are built aside under new keys; an endpoint then changes over by one write of its row, so
-//! each packet meets one whole policy. Maps that the rows no longer name are removed at the look after the next one: a
+//! each packet meets one whole policy. The row's generation grows only where the new maps decide anything else than the old
+//! ones, so flows of the others are not judged again. Maps that the rows no longer name are removed at the look after the next one: a
 //! program may still be reading them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use orch_ebpf_loader::{Announcement, ClassMap, Error, Maps, RuleTable};
-use orch_ebpf_maps::{
-    Action, ClassKey, Config, Endpoint, ISOLATED_EGRESS, ISOLATED_INGRESS, LAYOUT_VERSION,
-    MAX_RULE_ENTRIES, Rule, RuleKey, state,
-};
-use orch_policy::{Compiled, Direction, Name, Peer, Prefix, Row, Table, compile};
+use orch_ebpf_maps::{ClassKey, Config, Endpoint, LAYOUT_VERSION, MAX_RULE_ENTRIES, state};
+use orch_policy::{Compiled, Moves, Name, Peer, Prefix, Table, compile};
 use tracing::warn;
 
+use super::rows::{classes, isolation, rules};
 use super::world::Reader;
 
 /// Tables that are built before they are published together.
@@ -40,6 +39,8 @@ pub struct Report {
     pub endpoints: BTreeMap<u32, Endpoint>,
     /// Rows that were written.
     pub written: usize,
+    /// Those of them whose pods' flows are judged again.
+    pub judged_again: usize,
     /// Pods whose policy does not fit into maps; they are closed.
     pub locked: Vec<String>,
 }
@@ -50,8 +51,10 @@ pub struct Engine {
     compiled: Compiled,
     revision: u64,
     next_key: u32,
-    /// The published class map with its entries.
-    classes: Option<(u32, Vec<(ClassKey, u32)>)>,
+    /// The published class map.
+    classes: Option<u32>,
+    /// What this and earlier class maps that rows name were made from.
+    peers: HashMap<u32, BTreeMap<Prefix, Peer>>,
     /// Published tables by the address of their allocation, which equal tables share and which is held here.
     tables: HashMap<usize, (Arc<Table>, u32)>,
     /// Keys that rows named when the last look ended: class maps and tables.
@@ -75,6 +78,7 @@ impl Engine {
             revision,
             next_key,
             classes: None,
+            peers: HashMap::new(),
             tables: HashMap::new(),
             named,
         })
@@ -153,15 +157,21 @@ impl Engine {
         }
         let rows: BTreeMap<u32, Endpoint> = self.maps.endpoints()?.into_iter().collect();
         let wants = desired(&self.compiled, reader, announced, &rows);
-        let class_map = if wants.iter().any(|(_, want, _)| matches!(want, Want::Table(_))) {
-            self.ensure_classes()?
-        } else {
-            0
+        let tables: Vec<&Arc<Table>> = wants
+            .iter()
+            .filter_map(|(_, want, _)| match want {
+                Want::Table(table) => Some(table),
+                _ => None,
+            })
+            .collect();
+        let (class_map, unfit) =
+            if tables.is_empty() { (0, HashMap::new()) } else { self.ensure_maps(&tables)? };
+        let mut changes = Changes {
+            peers: &self.peers,
+            tables: self.tables.values().map(|(table, key)| (*key, table.clone())).collect(),
+            moves: HashMap::new(),
+            known: HashMap::new(),
         };
-        let unfit = self.ensure_tables(wants.iter().filter_map(|(_, want, _)| match want {
-            Want::Table(table) => Some(table),
-            _ => None,
-        }));
         let mut report = Report { endpoints: rows, ..Report::default() };
         for (ifindex, want, pod) in wants {
             let Some(before) = report.endpoints.get(&ifindex).copied() else { continue };
@@ -188,13 +198,17 @@ impl Engine {
                 continue;
             }
             self.revision += 1;
-            now.generation = before.generation.wrapping_add(1);
+            let is_felt = changes.are_felt(&before, &now);
+            if is_felt {
+                now.generation = before.generation.wrapping_add(1);
+            }
             now.revision = self.revision;
             // One that went meanwhile needs nothing.
             match self.maps.update_endpoint(ifindex, now) {
                 Ok(()) => {
                     report.endpoints.insert(ifindex, now);
                     report.written += 1;
+                    report.judged_again += usize::from(is_felt);
                 }
                 Err(error) => {
                     if self.maps.endpoint(ifindex)?.is_some() {
@@ -215,33 +229,33 @@ impl Engine {
         key
     }
 
-    fn ensure_classes(&mut self) -> Result<u32, Error> {
-        let entries = classes(&self.compiled.peers);
-        if let Some((key, present)) = &self.classes
-            && *present == entries
-        {
-            return Ok(*key);
+    /// The class map of what was compiled, if it is not published yet.
+    fn next_classes(&mut self) -> Result<Option<(u32, ClassMap)>, Error> {
+        let peers = self.classes.and_then(|key| self.peers.get(&key));
+        if peers == Some(&self.compiled.peers) {
+            return Ok(None);
         }
-        let built = ClassMap::build(entries.iter().copied())?;
-        let key = self.take_key();
-        self.maps.put_class_map(key, &built)?;
-        self.classes = Some((key, entries));
-        Ok(key)
+        let built = ClassMap::build(classes(&self.compiled.peers).into_iter())?;
+        Ok(Some((self.take_key(), built)))
     }
 
-    /// Publishes those of the tables that are not yet, many at a time: each write waits for the kernel. Gives why some
-    /// could not be.
-    fn ensure_tables<'a>(
+    /// Publishes the class map and those of the tables that are not yet, many at a time: each write waits for the kernel.
+    /// Gives the key of the class map, and why some tables could not be published.
+    fn ensure_maps(
         &mut self,
-        tables: impl Iterator<Item = &'a Arc<Table>>,
-    ) -> HashMap<usize, String> {
+        tables: &[&Arc<Table>],
+    ) -> Result<(u32, HashMap<usize, String>), Error> {
+        let mut class_map = self.next_classes()?;
         let mut seen = HashSet::new();
-        let new: Vec<&Arc<Table>> = tables
-            .filter(|table| !self.tables.contains_key(&place(table)) && seen.insert(place(table)))
-            .collect();
+        let is_new = |table: &&Arc<Table>| {
+            !self.tables.contains_key(&place(table)) && seen.insert(place(table))
+        };
+        let new: Vec<&Arc<Table>> = tables.iter().copied().filter(is_new).collect();
         let mut unfit = HashMap::new();
         // A table that is not published yet holds a file descriptor.
-        for part in new.chunks(TABLES_AT_ONCE) {
+        let mut parts = new.chunks(TABLES_AT_ONCE);
+        let mut part = parts.next().unwrap_or_default();
+        while class_map.is_some() || !part.is_empty() {
             let (mut kept, mut built) = (Vec::new(), Vec::new());
             for table in part {
                 match build(table) {
@@ -252,21 +266,29 @@ impl Engine {
                     Err(error) => drop(unfit.insert(place(table), crate::chain(&error))),
                 }
             }
-            let outcomes = self.maps.put_tables(&built);
+            let classes = class_map.take();
+            let (outcome, outcomes) =
+                self.maps.publish(classes.as_ref().map(|(key, map)| (*key, map)), &built);
             for ((table, (key, _)), outcome) in kept.iter().zip(&built).zip(outcomes) {
                 match outcome {
                     Ok(()) => drop(self.tables.insert(place(table), ((*table).clone(), *key))),
                     Err(error) => drop(unfit.insert(place(table), crate::chain(&error))),
                 }
             }
+            outcome?;
+            if let Some((key, _)) = classes {
+                self.classes = Some(key);
+                self.peers.insert(key, self.compiled.peers.clone());
+            }
+            part = parts.next().unwrap_or_default();
         }
-        unfit
+        Ok((self.classes.unwrap_or_default(), unfit))
     }
 
     /// Removes inner maps that no row names now or named when the last look ended.
     fn retire(&mut self, report: &Report) -> Result<(), Error> {
         let now = names(report.endpoints.values());
-        let current = self.classes.as_ref().map(|(key, _)| *key);
+        let current = self.classes;
         let before = std::mem::replace(&mut self.named, now);
         let (class_maps, tables) = (&self.named.0, &self.named.1);
         let in_use = |key: &u32| tables.contains(key) || before.1.contains(key);
@@ -275,7 +297,47 @@ impl Engine {
             |key| in_use(&key),
         )?;
         self.tables.retain(|_, (_, key)| in_use(key));
+        self.peers.retain(|key, _| {
+            self.named.0.contains(key) || before.0.contains(key) || Some(*key) == current
+        });
         Ok(())
+    }
+}
+
+/// What rows that are written mean for the flows of their pods. Many rows change alike.
+struct Changes<'a> {
+    /// What published maps were made from, by their key.
+    peers: &'a HashMap<u32, BTreeMap<Prefix, Peer>>,
+    tables: HashMap<u32, Arc<Table>>,
+    /// By keys of class maps, before and after.
+    moves: HashMap<(u32, u32), Moves>,
+    /// By keys of class maps and tables.
+    known: HashMap<[u32; 4], bool>,
+}
+
+impl Changes<'_> {
+    /// Whether anything is decided otherwise than before.
+    fn are_felt(&mut self, before: &Endpoint, now: &Endpoint) -> bool {
+        if (before.state, before.flags) != (now.state, now.flags) {
+            return true;
+        }
+        let maps = [before.class_map, now.class_map, before.table, now.table];
+        if let Some(known) = self.known.get(&maps) {
+            return *known;
+        }
+        // Of maps of an earlier life nothing is known.
+        let peers = (self.peers.get(&before.class_map), self.peers.get(&now.class_map));
+        let tables = (self.tables.get(&before.table), self.tables.get(&now.table));
+        let felt = match (peers, tables) {
+            ((Some(old), Some(new)), (Some(before_table), Some(now_table))) => self
+                .moves
+                .entry((before.class_map, now.class_map))
+                .or_insert_with(|| Moves::between(old, new))
+                .are_felt(before_table, now_table),
+            _ => true,
+        };
+        self.known.insert(maps, felt);
+        felt
     }
 }
 
@@ -285,7 +347,7 @@ fn place(table: &Arc<Table>) -> usize {
 }
 
 fn build(table: &Table) -> Result<RuleTable, Error> {
-    let rules: Vec<(RuleKey, Rule)> = table.rows().iter().map(rule).collect();
+    let rules = rules(table);
     if rules.len() > MAX_RULE_ENTRIES as usize {
         return Err(Error::TooBig { what: "rules", count: rules.len(), most: MAX_RULE_ENTRIES });
     }
@@ -328,36 +390,4 @@ fn desired(
 /// Class maps and tables that rows name.
 fn names<'a>(rows: impl Iterator<Item = &'a Endpoint>) -> (BTreeSet<u32>, BTreeSet<u32>) {
     rows.map(|row| (row.class_map, row.table)).unzip()
-}
-
-/// The peers as a class map holds them.
-fn classes(peers: &BTreeMap<Prefix, Peer>) -> Vec<(ClassKey, u32)> {
-    peers
-        .iter()
-        .map(|(prefix, peer)| (ClassKey::new(prefix.addr(), prefix.prefix_len()), peer.class.0))
-        .collect()
-}
-
-/// A row as the kernel has it.
-fn rule(row: &Row) -> (RuleKey, Rule) {
-    let direction = match row.direction {
-        Direction::Ingress => orch_ebpf_maps::Direction::Ingress,
-        Direction::Egress => orch_ebpf_maps::Direction::Egress,
-    };
-    let class = row.class.0;
-    let key = match row.ports.protocol {
-        None => RuleKey::any(class, direction),
-        Some(protocol) => {
-            RuleKey::ports(class, direction, protocol.number(), row.ports.port, row.ports.bits)
-        }
-    };
-    let action = if row.verdict.allow { Action::Allow } else { Action::Deny };
-    (key, Rule::new(row.verdict.rule.0, action))
-}
-
-/// In which directions policies select the endpoint.
-fn isolation(table: &Table) -> u8 {
-    let ingress = if table.speaks(Direction::Ingress) { ISOLATED_INGRESS } else { 0 };
-    let egress = if table.speaks(Direction::Egress) { ISOLATED_EGRESS } else { 0 };
-    ingress | egress
 }

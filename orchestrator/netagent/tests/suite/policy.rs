@@ -204,6 +204,45 @@ fn a_policy_is_in_force_with_one_write_and_old_maps_go_at_the_look_after() {
 }
 
 #[test]
+fn flows_are_judged_again_only_where_a_change_makes_a_difference() {
+    in_world(|w| {
+        w.plug(7);
+        let away = |name: &str, last: u8, label: &str| {
+            let status = json!({"podIP": Ipv4Addr::new(10, 244, 2, last)});
+            let meta = json!({"namespace": "shop", "name": name, "labels": {"app": label}});
+            let value = json!({"metadata": meta, "spec": {"nodeName": "two", "containers": []},
+                "status": status});
+            Arc::new(serde_json::from_value::<Pod>(value).expect("a pod"))
+        };
+        let cluster = |label: &str| {
+            let web = pod("web", "one", None, json!({"app": "web"}));
+            vec![web, away("front", 9, "front"), away("db", 8, label)]
+        };
+        let from_back = json!({"podSelector": {}, "policyTypes": ["Ingress"], "ingress": [
+            {"from": [{"podSelector": {"matchLabels": {"app": "back"}}}], "ports": [{"port": 81}]},
+        ]});
+        w.cluster.policies = vec![only_from_front(), policy("back", from_back)];
+        w.cluster.pods = cluster("db");
+        w.look();
+        let before = w.row();
+        w.cluster.pods = cluster("cache");
+        assert_eq!(w.look().judged_again, 0, "nobody asks for this label");
+        assert_eq!(w.row().generation, before.generation);
+        w.cluster.pods = cluster("back");
+        assert_eq!(w.look().judged_again, 1);
+        let after = w.row();
+        assert_ne!(after.generation, before.generation, "it may come to port 81 now");
+        // A pod more: another class map, and no other decision.
+        w.cluster.pods.push(away("new", 10, "new"));
+        let report = w.look();
+        assert_eq!((report.written, report.judged_again), (1, 0));
+        assert_eq!(w.row().generation, after.generation);
+        w.cluster.pods = cluster("db");
+        assert_eq!(w.look().judged_again, 1, "it may no longer");
+    });
+}
+
+#[test]
 fn an_engine_that_starts_leaves_rows_alone_until_it_knows_and_uses_no_key_again() {
     in_world(|w| {
         w.plug(7);
