@@ -93,7 +93,7 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         None => options.network.v4.map_or(options.service_cidr, |v4| v4.network),
     };
 
-    let policy = policy::task::Start::new(options.policy, paths).await;
+    let policy = policy::start::Start::new(options.policy, paths).await;
     status.send_modify(|status| status.policy = policy.status());
 
     let mut parts: JoinSet<&'static str> = JoinSet::new();
@@ -165,7 +165,7 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         let task = policy::task::Task {
             node_name: options.node_name.clone(),
             paths: paths.clone(),
-            caches: policy::task::Caches::new(&informers),
+            caches: policy::caches::Caches::new(&informers),
             network: network_known.clone(),
             cluster,
             cluster6: None,

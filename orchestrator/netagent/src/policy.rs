@@ -16,10 +16,14 @@ pub mod rows;
 pub mod world;
 
 mod adopt;
+pub(crate) mod caches;
 mod connections;
+mod look;
 pub(crate) mod metrics;
 pub(crate) mod socket;
+pub(crate) mod start;
 pub(crate) mod task;
+mod waiting;
 
 use std::fmt;
 use std::path::PathBuf;

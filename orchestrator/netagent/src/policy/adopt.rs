@@ -7,17 +7,49 @@ use cni_invoke::{CachedAttachment, Cni, Delegate};
 use cni_netlink::NetNs;
 use cni_spec::{Env, Error};
 use orch_config::Paths;
-use orch_ebpf_loader::{Announcement, Kept, Maps, Pins};
+use orch_ebpf_loader::{Announcement, Kept, Maps, Pins, retire_others};
 use orch_policy::Name;
 use serde_json::{Map, Value, json};
+use tracing::{info, warn};
 
 use super::{PLUGIN, connections, plugin_conf, state_dir};
+
+/// Calls the plugin for those of the pods that came without it; gives what stays open. When nothing does, programs of
+/// earlier builds go.
+pub(super) fn adopt_all(paths: &Paths, wanted: &BTreeSet<Name>) -> Vec<String> {
+    let found = match find(paths, |pod| wanted.contains(pod)) {
+        Ok(found) => found,
+        Err(why) => return vec![format!("pods without policy are not looked for: {why}")],
+    };
+    let mut open = Vec::new();
+    let mut adopted = BTreeSet::new();
+    for (pod, attachment) in found {
+        match adopt(paths, &attachment) {
+            Ok(()) => drop(adopted.insert(pod)),
+            Err(error) => {
+                warn!(%pod, %error, "no policy applies to a pod that was started without the policy plugin");
+                open.push(format!("no policy applies to pod {pod}: {error}"));
+            }
+        }
+    }
+    if !adopted.is_empty() {
+        info!(pods = list(&adopted), "pods that were started without policy have it now");
+    }
+    if open.is_empty() {
+        match retire_others(&Pins::below(paths.root())) {
+            Ok(true) => info!("policy programs of an earlier version are gone"),
+            Ok(false) => {}
+            Err(error) => open.push(format!("policy programs of an earlier version stay: {error}")),
+        }
+    }
+    open
+}
 
 /// Attachments of pods that `is_wanted`, and that the plugin knows nothing of or has no row for.
 ///
 /// # Errors
 /// If the runtime's cache cannot be read.
-pub(super) fn find(
+fn find(
     paths: &Paths,
     is_wanted: impl Fn(&Name) -> bool,
 ) -> Result<Vec<(Name, CachedAttachment)>, String> {
@@ -64,7 +96,7 @@ fn cni(paths: &Paths) -> Cni {
 ///
 /// # Errors
 /// The plugin's.
-pub(super) fn adopt(paths: &Paths, attachment: &CachedAttachment) -> Result<(), Error> {
+fn adopt(paths: &Paths, attachment: &CachedAttachment) -> Result<(), Error> {
     let id = &attachment.id;
     let args: Vec<String> =
         attachment.attachment.args.iter().map(|(key, value)| format!("{key}={value}")).collect();
@@ -99,6 +131,6 @@ fn conf(paths: &Paths, attachment: &CachedAttachment) -> Map<String, Value> {
 }
 
 /// Pods as the log has them.
-pub(super) fn list(pods: &BTreeSet<Name>) -> String {
+fn list(pods: &BTreeSet<Name>) -> String {
     pods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }

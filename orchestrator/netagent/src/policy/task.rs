@@ -3,42 +3,34 @@
 //! A look is whole: endpoints are those that the plugin keeps on disk and in the maps, so a killed agent forgets nothing.
 //! ADD is answered when the endpoint's row is in force, and refused when it cannot be in time; the pod stays closed then.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cni_netlink::Netlink;
 use futures::StreamExt as _;
 use ipnetwork::{Ipv4Network, Ipv6Network};
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
-use k8s_openapi::api::networking::v1::NetworkPolicy;
-use orch_api::cluster_policy::ClusterNetworkPolicy;
+use k8s_openapi::api::core::v1::Pod;
 use orch_config::Paths;
-use orch_ebpf_loader::{
-    Announcement, Answer, Kept, Pins, Request, install, retire_others, sweep, uninstall,
-};
-use orch_ebpf_maps::state;
 use orch_policy::{Name, PodFacts};
-use orch_reconcile::{Informer, Informers};
 use rtnetlink::MulticastGroup;
 use tokio::net::UnixListener;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::engine::{Engine, Report};
-use super::node::{self, Seen};
+use super::caches::Caches;
+use super::engine::Report;
+use super::look::{Looked, State, look};
 use super::socket::{self, Asked};
-use super::world::{Cluster, Local, Reader, desired_addresses, name};
-use super::{Mode, PLUGIN, adopt, explain, metrics, rules_file, socket_path, state_dir};
-use crate::chain;
-use crate::fast_path::FastPath;
-use crate::files::ensure_content;
+use super::start::{Ready, Start};
+use super::waiting::{Waiting, answer, take};
+use super::world::{Cluster, Local, name};
+use super::{adopt, socket_path};
 use crate::lease::Network;
-use crate::status::{FastPathStatus, NetStatus, PolicyStatus};
+use crate::status::{FastPathStatus, NetStatus};
 
 /// Changes that come within this time are one.
 const GATHER: Duration = Duration::from_millis(10);
@@ -46,174 +38,8 @@ const GATHER: Duration = Duration::from_millis(10);
 const RESYNC: Duration = Duration::from_secs(10);
 /// Wait after a failure.
 const RETRY: Duration = Duration::from_secs(2);
-/// The plugin waits for 10 s; a reason is better than silence.
-const ANSWER_WITHIN: Duration = Duration::from_secs(9);
 /// Requests on their way from the socket; each caller waits for its answer, so more do not come.
 const REQUESTS: usize = 16;
-
-/// What the setting came to on this node.
-pub(crate) struct Start {
-    /// Whether pods get the plugin.
-    pub(crate) enforced: bool,
-    /// Programs and maps, if they could be put into the kernel.
-    ready: Option<Ready>,
-    status: PolicyStatus,
-}
-
-struct Ready {
-    pins: Pins,
-    engine: Engine,
-}
-
-impl Start {
-    /// Puts programs and maps into the kernel, or takes them out.
-    pub(crate) async fn new(mode: Mode, paths: &Paths) -> Self {
-        let own = paths.clone();
-        let made = tokio::task::spawn_blocking(move || Self::decide(mode, &own)).await;
-        made.unwrap_or_else(|error| Self {
-            // Closed rather than open by accident.
-            enforced: mode != Mode::Off,
-            ready: None,
-            status: PolicyStatus {
-                problems: vec![format!("the policy programs: {error}")],
-                ..PolicyStatus::default()
-            },
-        })
-    }
-
-    fn decide(mode: Mode, paths: &Paths) -> Self {
-        let pins = Pins::below(paths.root());
-        let mut status = PolicyStatus { mode: mode.to_string(), ..PolicyStatus::default() };
-        if mode == Mode::Off {
-            match remove(&pins, paths) {
-                Ok(true) => info!("NetworkPolicies are no longer enforced on this node"),
-                Ok(false) => {}
-                Err(why) => {
-                    error!(why, "policy programs of an earlier run stay in force");
-                    status.problems.push(why);
-                }
-            }
-            return Self { enforced: false, ready: None, status };
-        }
-        // A node that enforced policies does not cease to because something is broken now.
-        let was_enforced = pins.are_there();
-        let ready = if paths.cni_bin_dir().join(PLUGIN).exists() {
-            prepare(&pins)
-        } else {
-            Err(format!("the plugin \"{PLUGIN}\" is not in {}", paths.cni_bin_dir().display()))
-        };
-        match ready {
-            Ok(ready) => {
-                info!("NetworkPolicies are enforced on this node");
-                Self { enforced: true, ready: Some(ready), status }
-            }
-            Err(why) if mode == Mode::Auto && !was_enforced => {
-                warn!(why, "NetworkPolicies are not enforced on this node");
-                status.problems.push(format!("NetworkPolicies are not enforced: {why}"));
-                Self { enforced: false, ready: None, status }
-            }
-            Err(why) => {
-                error!(why, "NetworkPolicies cannot be enforced; new pods wait");
-                status.problems.push(format!("NetworkPolicies cannot be enforced: {why}"));
-                Self { enforced: true, ready: None, status }
-            }
-        }
-    }
-
-    /// What people are told until the first look.
-    pub(crate) fn status(&self) -> PolicyStatus {
-        PolicyStatus { enforced: self.ready.is_some(), ..self.status.clone() }
-    }
-}
-
-fn prepare(pins: &Pins) -> Result<Ready, String> {
-    let made = install(pins).and_then(Engine::new).map_err(|error| chain(&error))?;
-    metrics::tell(pins);
-    Ok(Ready { pins: pins.clone(), engine: made })
-}
-
-/// Takes out what an earlier run put into the kernel; true if there was something.
-fn remove(pins: &Pins, paths: &Paths) -> Result<bool, String> {
-    let was_there = uninstall(pins).map_err(|error| chain(&error))?;
-    for leftover in [state_dir(paths), socket_path(paths)] {
-        let gone = if leftover.is_dir() {
-            std::fs::remove_dir_all(&leftover)
-        } else {
-            std::fs::remove_file(&leftover)
-        };
-        match gone {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(format!("remove {}: {error}", leftover.display()));
-            }
-            _ => {}
-        }
-    }
-    Ok(was_there)
-}
-
-/// The caches that policy is made from.
-pub(crate) struct Caches {
-    pods: Informer<Pod>,
-    namespaces: Informer<Namespace>,
-    policies: Informer<NetworkPolicy>,
-    cluster_policies: Informer<ClusterNetworkPolicy>,
-    nodes: Informer<Node>,
-    services: Informer<Service>,
-}
-
-impl Caches {
-    pub(crate) fn new(informers: &Informers) -> Self {
-        Self {
-            pods: informers.of(),
-            namespaces: informers.of(),
-            policies: informers.of(),
-            cluster_policies: informers.of(),
-            nodes: informers.of(),
-            services: informers.of(),
-        }
-    }
-
-    fn are_synced(&self) -> bool {
-        self.pods.is_synced()
-            && self.namespaces.is_synced()
-            && self.policies.is_synced()
-            && self.cluster_policies.is_synced()
-            && self.nodes.is_synced()
-            && self.services.is_synced()
-    }
-
-    fn list(&self) -> Cluster {
-        Cluster {
-            pods: self.pods.list(),
-            namespaces: self.namespaces.list(),
-            policies: self.policies.list(),
-            cluster_policies: self.cluster_policies.list(),
-            nodes: self.nodes.list(),
-            services: self.services.list(),
-        }
-    }
-
-    /// Notifies of the caches' news until they end.
-    fn notify(&self, look: &Arc<Notify>) -> Vec<JoinHandle<()>> {
-        let receivers = [
-            self.pods.changed(),
-            self.namespaces.changed(),
-            self.policies.changed(),
-            self.cluster_policies.changed(),
-            self.nodes.changed(),
-            self.services.changed(),
-        ];
-        let follow = |mut receiver: watch::Receiver<u64>| {
-            let look = look.clone();
-            tokio::spawn(async move {
-                while receiver.changed().await.is_ok() {
-                    look.notify_one();
-                }
-            })
-        };
-        receivers.into_iter().map(follow).collect()
-    }
-}
 
 /// Keeps the maps right.
 pub(crate) struct Task {
@@ -230,31 +56,6 @@ pub(crate) struct Task {
     /// The address of DNS is the node's own, also while nobody has put it there.
     pub(crate) dns_ips: Vec<IpAddr>,
     pub(crate) status: Arc<watch::Sender<NetStatus>>,
-}
-
-/// What goes from look to look.
-#[derive(Default)]
-struct State {
-    ready: Option<Ready>,
-    netlink: Option<Netlink>,
-    reader: Reader,
-    fast_path: FastPath,
-}
-
-/// What a look came to.
-#[derive(Default)]
-struct Looked {
-    /// `None` as long as the caches are not filled.
-    report: Option<Report>,
-    new_wires: Vec<String>,
-    fast_path: FastPathStatus,
-}
-
-/// An ADD that waits.
-struct Waiting {
-    made: Announcement,
-    answer: oneshot::Sender<Answer>,
-    until: Instant,
 }
 
 impl Task {
@@ -318,7 +119,8 @@ impl Task {
                 None => return,
             };
             state = back;
-            let mut pause = GATHER.max(started.elapsed());
+            // Between looks there is as much time as a look takes.
+            let mut rested = Instant::now() + started.elapsed();
             match &outcome {
                 Ok(looked) => {
                     if complained.take().is_some() {
@@ -336,7 +138,7 @@ impl Task {
                         error!(why, "policies do not follow the cluster; trying again");
                         complained = Some(why.clone());
                     }
-                    pause = RETRY;
+                    rested = Instant::now() + RETRY;
                     look.notify_one();
                 }
             }
@@ -384,7 +186,7 @@ impl Task {
                 // A request does not wait for what is being gathered.
                 tokio::select! {
                     () = cancel.cancelled() => return,
-                    () = sleep(pause) => {}
+                    () = sleep_until(rested.max(Instant::now() + GATHER)) => {}
                     asked = requests.recv() => match asked {
                         Some(asked) => waiting.extend(take(asked, &self.paths, known, complained.as_deref(), report.as_ref())),
                         None => return,
@@ -453,7 +255,7 @@ impl Task {
             .collect();
         let paths = self.paths.clone();
         tokio::task::spawn_blocking(move || {
-            let open = adopt_all(&paths, &wanted);
+            let open = adopt::adopt_all(&paths, &wanted);
             look.notify_one();
             open
         })
@@ -478,8 +280,7 @@ impl Task {
             if let Some(report) = report {
                 policy.endpoints = report.endpoints.len();
                 policy.revision = report.revision;
-                policy.policies =
-                    self.caches.policies.list().len() + self.caches.cluster_policies.list().len();
+                policy.policies = self.caches.policies();
                 policy.enforced = true;
             }
             policy.problems = complaint.map(str::to_owned).into_iter().collect();
@@ -493,189 +294,6 @@ impl Task {
             status.policy != before
         });
     }
-}
-
-fn look(
-    state: &mut State,
-    paths: &Paths,
-    cluster: Option<Cluster>,
-    mut local: Local,
-    vxlan_port: u16,
-) -> Result<Looked, String> {
-    if state.ready.is_none() {
-        state.ready = Some(prepare(&Pins::below(paths.root()))?);
-        info!("NetworkPolicies are enforced on this node");
-    }
-    let Some(Ready { pins, engine }) = &mut state.ready else {
-        return Err("no programs".to_owned());
-    };
-    let netlink = match state.netlink.take() {
-        Some(netlink) => netlink,
-        None => Netlink::open().map_err(|error| chain(&error))?,
-    };
-    let seen = node::observe(&netlink).map_err(|error| chain(&error))?;
-    // After a failure it is opened anew: it may hold the rest of an answer.
-    state.netlink = Some(netlink);
-    let new_wires = node::ensure_wires(pins, &seen).map_err(|error| chain(&error))?;
-    local.addresses.extend(&seen.addresses);
-    local.endpoints = endpoints(engine, pins, paths, &seen)?;
-    let Some(cluster) = cluster else { return Ok(Looked { new_wires, ..Looked::default() }) };
-    let changed = state.reader.read(&cluster, &local);
-    let addresses = desired_addresses(state.reader.world(), &cluster, &local);
-    engine.set_addresses(&addresses, vxlan_port).map_err(|error| chain(&error))?;
-    let report =
-        engine.look(&state.reader, changed, &local.endpoints).map_err(|error| chain(&error))?;
-    if changed {
-        tell_rules(engine, paths);
-    }
-    if report.written > 0 {
-        debug!(revision = report.revision, rows = report.written, "policies are in force");
-    }
-    Ok(Looked { report: Some(report), new_wires, ..Looked::default() })
-}
-
-/// What the numbers in flow events mean, for `orchctl net flows`.
-fn tell_rules(engine: &Engine, paths: &Paths) {
-    let rules: BTreeMap<u32, String> =
-        engine.compiled().rules.iter().map(|(id, rule)| (id.0, rule.to_string())).collect();
-    let text = serde_json::to_vec(&rules).expect("plain data has a JSON form");
-    if let Err(error) = ensure_content(&rules_file(paths), &text) {
-        warn!(error = %chain(&error), "the names of policy rules are not told");
-    }
-}
-
-/// The endpoints that are there, after those that are gone were removed. The maps are read before the files: the plugin
-/// writes its file first.
-fn endpoints(
-    engine: &mut Engine,
-    pins: &Pins,
-    paths: &Paths,
-    seen: &Seen,
-) -> Result<Vec<Announcement>, String> {
-    let text = |error: orch_ebpf_loader::Error| chain(&error);
-    let rows = engine.maps().endpoints().map_err(text)?;
-    let kept = Kept::everything(&state_dir(paths)).map_err(text)?;
-    let announced: Vec<Announcement> = kept.iter().map(|(_, one)| one.clone()).collect();
-    let gone = |ifindex: u32| !seen.links.contains(&ifindex) && !link_exists(ifindex);
-    let swept = engine.sweep(&rows, &announced, gone).map_err(text)?;
-    for (file, one) in &kept {
-        if gone(one.ifindex) {
-            Kept::forget(file).map_err(text)?;
-        }
-    }
-    // Pins of a link that went after the plugin's DEL, too.
-    sweep(pins, |ifindex| !gone(ifindex)).map_err(text)?;
-    if swept > 0 {
-        debug!(endpoints = swept, "endpoints of links that are gone were removed");
-    }
-    Ok(announced)
-}
-
-/// Asks the kernel again: a link may have been made since all were listed.
-fn link_exists(ifindex: u32) -> bool {
-    nix::net::if_::if_indextoname(ifindex).is_ok()
-}
-
-/// Takes a request: answers at once, or gives what has to wait for a look.
-fn take(
-    asked: Asked,
-    paths: &Paths,
-    known: bool,
-    complaint: Option<&str>,
-    report: Option<&Report>,
-) -> Option<Waiting> {
-    let answer = match asked.request {
-        Request::Add(made) => {
-            let until = Instant::now() + ANSWER_WITHIN;
-            return Some(Waiting { made, answer: asked.answer, until });
-        }
-        Request::Explain(about) => {
-            let paths = paths.clone();
-            // Programs are loaded for it; nothing else waits for that, and whoever gave up needs no answer.
-            tokio::task::spawn_blocking(move || {
-                let said = explain::explain(&paths, &about);
-                drop(asked.answer.send(said.map_or_else(Answer::Refused, Answer::Explained)));
-            });
-            return None;
-        }
-        // The maps are the plugin's work; the look that follows sees what is left.
-        Request::Del { .. } => Answer::Done { revision: revision(report) },
-        Request::Status => match (complaint, known) {
-            (Some(why), _) => Answer::Refused(why.to_owned()),
-            (None, false) => Answer::Refused(UNKNOWN.to_owned()),
-            (None, true) => Answer::Done { revision: revision(report) },
-        },
-    };
-    // One that gave up needs no answer.
-    let _ = asked.answer.send(answer);
-    None
-}
-
-const UNKNOWN: &str =
-    "pods and policies are not known yet; see whether the node reaches the API server";
-
-fn revision(report: Option<&Report>) -> u64 {
-    report.map_or(0, |report| report.revision)
-}
-
-/// Answers what can be answered; gives the rest.
-fn answer(waiting: Vec<Waiting>, report: Option<&Report>, complaint: Option<&str>) -> Vec<Waiting> {
-    let mut rest = Vec::new();
-    for one in waiting {
-        let row = report.and_then(|report| report.endpoints.get(&one.made.ifindex));
-        let row = row.filter(|row| row.uid == one.made.uid);
-        let late = Instant::now() >= one.until;
-        let said = match (row.map(|row| row.state), report) {
-            (Some(state::READY), Some(report)) => Answer::Done { revision: report.revision },
-            (Some(state::LOCKED), _) => {
-                Answer::Refused("the pod's policies do not fit into the kernel's maps".to_owned())
-            }
-            (None, Some(_)) => Answer::Refused("the endpoint is gone".to_owned()),
-            _ if !late => {
-                rest.push(one);
-                continue;
-            }
-            (Some(_), _) => Answer::Refused(format!(
-                "the API server has not told of the pod {} yet",
-                one.made
-                    .pod
-                    .as_ref()
-                    .map_or_else(String::new, |pod| format!("{}/{}", pod.namespace, pod.name))
-            )),
-            (None, None) => Answer::Refused(complaint.unwrap_or(UNKNOWN).to_owned()),
-        };
-        let _ = one.answer.send(said);
-    }
-    rest
-}
-
-fn adopt_all(paths: &Paths, wanted: &BTreeSet<Name>) -> Vec<String> {
-    let found = match adopt::find(paths, |pod| wanted.contains(pod)) {
-        Ok(found) => found,
-        Err(why) => return vec![format!("pods without policy are not looked for: {why}")],
-    };
-    let mut open = Vec::new();
-    let mut adopted = BTreeSet::new();
-    for (pod, attachment) in found {
-        match adopt::adopt(paths, &attachment) {
-            Ok(()) => drop(adopted.insert(pod)),
-            Err(error) => {
-                warn!(%pod, %error, "no policy applies to a pod that was started without the policy plugin");
-                open.push(format!("no policy applies to pod {pod}: {error}"));
-            }
-        }
-    }
-    if !adopted.is_empty() {
-        info!(pods = adopt::list(&adopted), "pods that were started without policy have it now");
-    }
-    if open.is_empty() {
-        match retire_others(&Pins::below(paths.root())) {
-            Ok(true) => info!("policy programs of an earlier version are gone"),
-            Ok(false) => {}
-            Err(error) => open.push(format!("policy programs of an earlier version stay: {error}")),
-        }
-    }
-    open
 }
 
 /// Notifies when links or addresses change; a broken socket is a reason to look, and is opened again.
