@@ -2,6 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 
 use cni_netlink::NetlinkError;
@@ -22,12 +23,21 @@ pub(crate) enum KernelError {
     /// The bridge lets nothing through.
     #[error("the port {0} of the bridge does not forward")]
     Blocked(String),
+    /// Somebody on the bridge has the address.
+    #[error(
+        "the address {0} is in use by somebody else on the bridge (duplicate address detection)"
+    )]
+    Duplicate(Ipv6Addr),
+    /// Neighbours would not find the pod yet.
+    #[error("the IPv6 addresses of {0} are not ready")]
+    Unsettled(String),
 }
 
 impl From<KernelError> for Error {
     fn from(error: KernelError) -> Self {
         let code = match &error {
             KernelError::Netlink(cause) if cause.is_transient() => code::TRY_AGAIN,
+            KernelError::Unsettled(_) => code::TRY_AGAIN,
             _ => code::INTERNAL,
         };
         Self::from_chain(code, &error)

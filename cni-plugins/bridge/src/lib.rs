@@ -23,6 +23,7 @@ mod masquerade;
 mod name;
 mod plan;
 mod pod;
+mod settle;
 mod spoof;
 
 use std::collections::BTreeSet;
@@ -184,6 +185,7 @@ fn attach(
     if !settings.keep_down {
         pod = pod.set_up(netns, settings, &given, pod_mac)?;
         host::wait_for_port(&netlink, &port)?;
+        pod.settle(netns, settings, &ips)?;
         if announce {
             pod.announce()?;
         }

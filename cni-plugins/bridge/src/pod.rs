@@ -1,5 +1,7 @@
 //! The pod's side: its interface, addresses and routes.
 
+use std::net::{IpAddr, Ipv6Addr};
+
 use cni_netlink::{
     AddressOptions, Change, Link, LinkKind, MacBytes, NetNs, Netlink, Route, RouteFilter,
 };
@@ -9,6 +11,7 @@ use ipnetwork::IpNetwork;
 use crate::conf::Settings;
 use crate::kernel::{KernelError, write_sysctl};
 use crate::plan::pod_routes;
+use crate::settle;
 
 /// The pod's interface, and a socket in its namespace.
 pub(crate) struct Pod {
@@ -82,6 +85,25 @@ impl Pod {
             }
         }
         Ok(())
+    }
+
+    /// Waits until neighbours find its IPv6 addresses.
+    pub(crate) fn settle(
+        &self,
+        netns: &NetNs,
+        settings: &Settings,
+        ips: &[IpAddr],
+    ) -> Result<(), KernelError> {
+        let v6 = |ip: &IpAddr| match ip {
+            IpAddr::V6(ip) => Some(*ip),
+            IpAddr::V4(_) => None,
+        };
+        let ips: Vec<Ipv6Addr> = ips.iter().filter_map(v6).collect();
+        if ips.is_empty() {
+            return Ok(());
+        }
+        let name = self.link.name.as_str();
+        netns.run(|| settle::wait(name, &ips, settings.detect_duplicates))
     }
 
     /// Tells the neighbours where the pod's addresses are now: who knew one of them as another pod's would send to a

@@ -132,7 +132,7 @@ fn message(link: u32, address: IpNetwork) -> AddressMessage {
     message
 }
 
-fn parse_address(payload: &[u8]) -> Option<IpNetwork> {
+pub(crate) fn parse_address(payload: &[u8]) -> Option<IpNetwork> {
     let prefix = *payload.get(1)?;
     let attributes = payload.get(HEADER_BYTES..)?;
     // On a point-to-point link IFA_ADDRESS is the peer's; IFA_LOCAL is always ours, but IPv6 often leaves it out.

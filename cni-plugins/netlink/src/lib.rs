@@ -14,6 +14,8 @@
 mod address;
 mod batch;
 mod error;
+#[cfg(test)]
+mod fuzz;
 mod link;
 mod mac;
 mod neighbour;

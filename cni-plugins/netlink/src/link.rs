@@ -16,6 +16,8 @@ use crate::{MacBytes, Netlink, NetlinkError};
 pub(crate) use change::{alias_message, arp_notify_message, mac_message, up_message};
 pub use create::{Bridge, IfbDevice, VethPair, VxlanDevice};
 use port::parse_port;
+#[cfg(test)]
+pub(crate) use port::parse_vlans;
 pub use port::{BridgePort, PortVlan};
 
 const HEADER_BYTES: usize = 16;
@@ -179,7 +181,7 @@ fn link_message(index: u32) -> LinkMessage {
     message
 }
 
-fn parse_link(payload: &[u8]) -> Option<Link> {
+pub(crate) fn parse_link(payload: &[u8]) -> Option<Link> {
     let flags = LinkFlags::from_bits_retain(read_u32(payload, FLAGS_AT)?);
     let attributes = payload.get(HEADER_BYTES..)?;
     let number = |kind: u16| attribute(attributes, kind).and_then(|value| read_u32(value, 0));

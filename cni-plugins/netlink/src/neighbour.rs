@@ -189,7 +189,7 @@ fn read_mac(attributes: &[u8]) -> Option<MacBytes> {
     attribute(attributes, ATTRIBUTE_MAC)?.try_into().ok()
 }
 
-fn parse_neighbour(payload: &[u8]) -> Option<Neighbour> {
+pub(crate) fn parse_neighbour(payload: &[u8]) -> Option<Neighbour> {
     let attributes = payload.get(HEADER_BYTES..)?;
     Some(Neighbour {
         link: read_u32(payload, LINK_AT)?,
@@ -199,7 +199,7 @@ fn parse_neighbour(payload: &[u8]) -> Option<Neighbour> {
     })
 }
 
-fn parse_fdb(payload: &[u8]) -> Option<FdbEntry> {
+pub(crate) fn parse_fdb(payload: &[u8]) -> Option<FdbEntry> {
     let attributes = payload.get(HEADER_BYTES..)?;
     Some(FdbEntry {
         link: read_u32(payload, LINK_AT)?,

@@ -230,7 +230,7 @@ fn put(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
     out.resize(out.len().next_multiple_of(4), 0);
 }
 
-fn parse_token_bucket(payload: &[u8]) -> Option<SeenTokenBucket> {
+pub(crate) fn parse_token_bucket(payload: &[u8]) -> Option<SeenTokenBucket> {
     let attributes = payload.get(HEADER_BYTES..)?;
     if attribute(attributes, TCA_KIND).and_then(text).as_deref() != Some("tbf") {
         return None;

@@ -230,7 +230,7 @@ fn message(route: &Route) -> RouteMessage {
     message
 }
 
-fn parse_route(payload: &[u8], family: u8) -> Option<Route> {
+pub(crate) fn parse_route(payload: &[u8], family: u8) -> Option<Route> {
     let [found, prefix, _, _, table, protocol, scope, kind, ..] =
         *payload.first_chunk::<HEADER_BYTES>()?;
     if found != family || kind != libc::RTN_UNICAST {
@@ -247,8 +247,11 @@ fn parse_route(payload: &[u8], family: u8) -> Option<Route> {
     let metrics = attribute(attributes, libc::RTA_METRICS).unwrap_or_default();
     let metric_value = |kind: u16| attribute(metrics, kind).and_then(|value| read_u32(value, 0));
     let table = number(libc::RTA_TABLE).unwrap_or(u32::from(table));
+    let dst = ip(libc::RTA_DST).unwrap_or_else(everywhere);
     Some(Route {
-        dst: IpNetwork::new(ip(libc::RTA_DST).unwrap_or_else(everywhere), prefix).ok()?,
+        dst: IpNetwork::new(dst, prefix)
+            .ok()
+            .filter(|_| dst.is_ipv4() == everywhere().is_ipv4())?,
         via: ip(libc::RTA_GATEWAY),
         link: number(libc::RTA_OIF),
         onlink: flags & RouteFlags::Onlink.bits() != 0,

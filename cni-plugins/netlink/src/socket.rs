@@ -33,7 +33,7 @@ pub struct Netlink {
 }
 
 /// One message of an answer.
-struct Message<'a> {
+pub(crate) struct Message<'a> {
     kind: u16,
     flags: u16,
     sequence: u32,
@@ -266,7 +266,7 @@ fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<
 }
 
 /// Takes the first message off a datagram.
-fn next_message<'a>(rest: &mut &'a [u8]) -> Result<Option<Message<'a>>, String> {
+pub(crate) fn next_message<'a>(rest: &mut &'a [u8]) -> Result<Option<Message<'a>>, String> {
     if rest.is_empty() {
         return Ok(None);
     }
@@ -284,7 +284,7 @@ fn next_message<'a>(rest: &mut &'a [u8]) -> Result<Option<Message<'a>>, String> 
 }
 
 /// The error in the last message of an answer: number and text.
-fn acknowledgement(message: &Message<'_>) -> Option<(i32, Option<String>)> {
+pub(crate) fn acknowledgement(message: &Message<'_>) -> Option<(i32, Option<String>)> {
     let code = message.payload.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
     if code == 0 {
         return None;

@@ -150,7 +150,7 @@ pub(super) fn parse_port(data: &[u8]) -> BridgePort {
     }
 }
 
-fn parse_vlans(payload: &[u8]) -> Vec<PortVlan> {
+pub(crate) fn parse_vlans(payload: &[u8]) -> Vec<PortVlan> {
     let attributes = payload.get(HEADER_BYTES..).unwrap_or_default();
     let spec = attribute(attributes, libc::IFLA_AF_SPEC).unwrap_or_default();
     let infos = all_attributes(spec).filter(|(kind, _)| *kind == BRIDGE_VLAN_INFO);

@@ -44,6 +44,8 @@ pub(crate) const ROWS: &[Row] = rows![
     macspoofchk_drops_frames_with_another_mac,
     enabledad_false_skips_duplicate_address_detection,
     enabledad_true_keeps_it,
+    enabledad_true_waits_for_it_and_finds_duplicates,
+    ipv6_neighbours_find_a_pod_at_once,
     disable_container_interface_leaves_it_down,
     disable_container_interface_excludes_ipam,
     port_isolation_separates_pods_but_not_from_the_gateway,
@@ -383,6 +385,43 @@ fn enabledad_true_keeps_it(t: &Bed) -> Result {
     conf["enabledad"] = json!(true);
     t.add(&pod, &conf)?;
     ensure!(sysctl(&pod.netns, "ipv6/conf/eth0/accept_dad")? != "0", "accept_dad");
+    Ok(())
+}
+
+fn enabledad_true_waits_for_it_and_finds_duplicates(t: &Bed) -> Result {
+    let mut conf = t.conf(&["fd88::/64"]);
+    conf["enabledad"] = json!(true);
+    let pod = t.pod()?;
+    let result = t.add(&pod, &conf)?;
+    let ip = address(&result, 0)?;
+    // The kernel lets nobody use an address that is still looked into.
+    pod.netns.run(|| -> Result {
+        std::net::TcpListener::bind((ip, 80)).context("ADD returned too early")?;
+        Ok(())
+    })?;
+    // Another network on this bridge, by mistake in the same subnet.
+    let (mut other, twin) = (conf.clone(), t.pod()?);
+    other["name"] = json!("other");
+    other["args"] = json!({"cni": {"ips": [ip]}});
+    let (_, msg) = t.attachment("ADD", &twin, &other)?.failure()?;
+    ensure!(msg.contains("ddress"), "{msg}");
+    ensure!(twin.eth0()?.is_none() && t.veths()?.len() == 1, "the twin is left");
+    Ok(())
+}
+
+/// The kernel joins the group in which neighbours ask for an address some time after it has added the address.
+fn ipv6_neighbours_find_a_pod_at_once(_: &Bed) -> Result {
+    for round in 0..15 {
+        // The first ones of a bridge, where the kernel has most to do.
+        let t = Bed::new()?;
+        let conf = t.conf(&[SUBNET, "fd88::/64"]);
+        let (peer, pod) = (t.pod()?, t.pod()?);
+        t.add(&peer, &conf)?;
+        let ip = address(&t.add(&pod, &conf)?, 1)?;
+        // A question that nobody hears is asked again after a second.
+        connect_within(&peer.netns, &pod.netns, ip, Duration::from_millis(900))
+            .with_context(|| format!("round {round}"))?;
+    }
     Ok(())
 }
 
