@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use orch_api::Quantity;
-use orch_api::k8s_openapi::api::core::v1::{Container, Pod, SecurityContext};
+use orch_api::k8s_openapi::api::core::v1::{Container, Pod};
 use orch_cri::{ContainerSpec, Mount, NetworkMode, Propagation};
 use sha2::{Digest as _, Sha256};
 
@@ -94,9 +94,9 @@ pub(crate) fn container_spec(
     let pod_ref = PodRef::of(pod);
     let context = container.security_context.clone().unwrap_or_default();
     let pod_context = pod_spec.security_context.clone().unwrap_or_default();
-    let user = user(&context, pod_context.run_as_user, pod_context.run_as_group);
     let non_root = context.run_as_non_root.or(pod_context.run_as_non_root).unwrap_or(false);
     let uid = context.run_as_user.or(pod_context.run_as_user);
+    let gid = context.run_as_group.or(pod_context.run_as_group);
     if non_root {
         check_non_root(uid, parts.image_user)?;
     }
@@ -121,7 +121,7 @@ pub(crate) fn container_spec(
         mounts: mounts(container, &parts, lookup)?,
         env: parts.env.iter().map(|(name, value)| format!("{name}={value}")).collect(),
         working_dir: container.working_dir.clone().filter(|path| !path.is_empty()),
-        user,
+        user: user(uid, gid, parts.image_user),
         extra_groups: groups
             .into_iter()
             .chain(pod_context.fs_group)
@@ -158,17 +158,16 @@ pub(crate) fn container_spec(
     })
 }
 
-fn user(
-    context: &SecurityContext,
-    pod_user: Option<i64>,
-    pod_group: Option<i64>,
-) -> Option<String> {
-    let user = context.run_as_user.or(pod_user);
-    let group = context.run_as_group.or(pod_group);
-    match (user, group) {
-        (Some(user), Some(group)) => Some(format!("{user}:{group}")),
-        (Some(user), None) => Some(user.to_string()),
-        (None, Some(group)) => Some(format!("0:{group}")),
+/// Whom the container runs as: `UID`, `UID:GID`, or the image's user (`None`). A group alone leaves the image's user as it
+/// is.
+fn user(uid: Option<i64>, gid: Option<i64>, image_user: &str) -> Option<String> {
+    match (uid, gid) {
+        (Some(uid), Some(gid)) => Some(format!("{uid}:{gid}")),
+        (Some(uid), None) => Some(uid.to_string()),
+        (None, Some(gid)) => {
+            let name = image_user.split(':').next().filter(|name| !name.is_empty());
+            Some(format!("{}:{gid}", name.unwrap_or("0")))
+        }
         (None, None) => None,
     }
 }
@@ -331,6 +330,19 @@ mod tests {
             json!({ "runAsNonRoot": true, "runAsUser": 7, "runAsGroup": 8 }),
         );
         assert_eq!(spec.expect("a container").user.as_deref(), Some("7:8"));
+    }
+
+    #[test]
+    fn a_group_alone_leaves_the_user_of_the_image() {
+        for (uid, gid, image, expected) in [
+            (None, Some(8), "1000", Some("1000:8")),
+            (None, Some(8), "node:staff", Some("node:8")),
+            (None, Some(8), "", Some("0:8")),
+            (Some(7), None, "1000", Some("7")),
+            (None, None, "1000", None),
+        ] {
+            assert_eq!(user(uid, gid, image).as_deref(), expected, "{uid:?} {gid:?} {image}");
+        }
     }
 
     #[test]
