@@ -33,6 +33,16 @@ struct Inner {
     registry: BTreeSet<String>,
     exec_exit_code: i64,
     pulls: Vec<String>,
+    asked: Asked,
+}
+
+/// How often the engine was asked, answered or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Asked {
+    /// For its containers.
+    pub lists: usize,
+    /// To run a command.
+    pub execs: usize,
 }
 
 /// The stateful fake. Clones share one engine.
@@ -82,6 +92,12 @@ impl FakeRuntime {
     #[must_use]
     pub fn pulls(&self) -> Vec<String> {
         self.inner.lock().pulls.clone()
+    }
+
+    /// How often it was asked so far.
+    #[must_use]
+    pub fn asked(&self) -> Asked {
+        self.inner.lock().asked
     }
 
     /// What a container was created from.
@@ -155,7 +171,8 @@ impl Runtime for FakeRuntime {
     }
 
     async fn list(&self, labels: &[(&str, &str)]) -> Result<Vec<Container>> {
-        let inner = self.inner.lock();
+        let mut inner = self.inner.lock();
+        inner.asked.lists += 1;
         inner.up()?;
         let fits = |container: &&Container| {
             labels.iter().all(|(key, value)| container.label(key) == *value)
@@ -321,7 +338,8 @@ impl Runtime for FakeRuntime {
     }
 
     async fn exec(&self, id: &str, spec: &ExecSpec) -> Result<Session> {
-        let inner = self.inner.lock();
+        let mut inner = self.inner.lock();
+        inner.asked.execs += 1;
         inner.up()?;
         if !inner.containers.get(id).is_some_and(|entry| entry.container.is_running()) {
             return Err(Error::Conflict(format!("Container {id} is not running")));

@@ -11,7 +11,7 @@ mod model;
 
 pub use docker::DockerRuntime;
 pub use error::{Error, Result};
-pub use fake::FakeRuntime;
+pub use fake::{Asked, FakeRuntime};
 pub use model::{
     Container, ContainerSpec, Credentials, EngineInfo, Event, EventKind, ExecSpec, ExecState,
     Image, LogQuery, Mount, NetworkMode, Output, Propagation, Session, State,

@@ -31,6 +31,8 @@ use crate::pod::worker::{Wanted, Worker};
 struct FakeNetwork {
     connected: Arc<Mutex<BTreeSet<String>>>,
     broken: Arc<Mutex<bool>>,
+    /// How often it failed.
+    failures: Arc<Mutex<usize>>,
 }
 
 #[async_trait]
@@ -45,6 +47,7 @@ impl PodNetwork for FakeNetwork {
 
     async fn add(&self, place: &Place) -> Result<Vec<IpAddr>, String> {
         if *self.broken.lock() {
+            *self.failures.lock() += 1;
             return Err("no subnet".to_owned());
         }
         self.connected.lock().insert(place.sandbox.clone());
@@ -270,8 +273,12 @@ async fn a_restarted_agent_leaves_the_containers_alone() {
     eventually("ready", async || world.is_ready()).await;
     let before = world.containers("a").await;
     world.stop_agent().await;
+    let looked = world.runtime.asked().lists;
     world.start_agent();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    // Once to see what is there, and again to see what came of it.
+    eventually("it has looked", async || world.runtime.asked().lists > looked).await;
+    world.wake.notify_one();
+    eventually("it has looked again", async || world.runtime.asked().lists > looked + 1).await;
     assert_eq!(world.containers("a").await, before);
     assert!(world.is_ready());
 }
@@ -289,8 +296,9 @@ async fn a_restarted_agent_keeps_a_ready_pod_ready_until_its_probe_says_otherwis
         .wanted
         .send_replace(Wanted::Exists(Arc::new(serde_json::from_value(pod).expect("a pod"))));
     world.runtime.set_exec_exit_code(1);
+    let probed = world.runtime.asked().execs;
     world.start_agent();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    eventually("it has probed", async || world.runtime.asked().execs > probed).await;
     assert!(world.is_ready(), "one failure is not two");
     eventually("not ready", async || !world.is_ready()).await;
 }
@@ -432,7 +440,7 @@ async fn a_network_that_fails_is_tried_again_and_leaves_no_sandbox() {
         world.runtime.remove(&sandbox.id).await.expect("removed");
     }
     world.wake.notify_one();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    eventually("it has failed", async || *world.network.failures.lock() > 0).await;
     *world.network.broken.lock() = false;
     eventually("ready", async || world.is_ready()).await;
     assert_eq!(world.containers("POD").await.len(), 1);
@@ -461,13 +469,22 @@ async fn pods_are_left_alone_while_the_engine_is_away() {
     let world = World::new(spec);
     eventually("ready", async || world.is_ready()).await;
     world.runtime.set_down(true);
+    let asked = world.runtime.asked();
     world.wake.notify_one();
-    // Longer than the probe's period.
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    eventually("agent and probe were left without an answer, more than once", async || {
+        let now = world.runtime.asked();
+        now.lists > asked.lists && now.execs > asked.execs + 1
+    })
+    .await;
     assert!(world.is_ready(), "nothing is concluded from silence");
     world.runtime.set_down(false);
+    let asked = world.runtime.asked();
     world.wake.notify_one();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    eventually("both have looked again", async || {
+        let now = world.runtime.asked();
+        now.lists > asked.lists && now.execs > asked.execs
+    })
+    .await;
     let containers = world.containers("a").await;
     assert!(containers.len() == 1 && containers[0].is_running());
 }
@@ -492,7 +509,8 @@ async fn readiness_follows_its_probe() {
     let world = World::new(spec);
     world.runtime.set_exec_exit_code(1);
     eventually("running", async || world.phase() == "Running").await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    eventually("it has probed", async || world.runtime.asked().execs > 0).await;
+    assert!(!world.is_ready());
     world.runtime.set_exec_exit_code(0);
     eventually("ready", async || world.is_ready()).await;
     world.runtime.set_exec_exit_code(1);
