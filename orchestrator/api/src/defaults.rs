@@ -30,6 +30,10 @@ pub fn apply(group: &str, kind: &str, object: &mut Value) {
             set(port, "protocol", json!("TCP"));
         }),
         ("networking.k8s.io", "NetworkPolicy") => network_policy(object),
+        (crate::priority::GROUP, "PriorityClass") => {
+            set(object, "value", json!(0));
+            set_text(object, "preemptionPolicy", crate::priority::PREEMPT);
+        }
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object),
         _ => {}
     }

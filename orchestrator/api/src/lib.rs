@@ -6,12 +6,14 @@
 
 pub use k8s_openapi;
 
+pub mod bootstrap_token;
 pub mod cluster_policy;
 pub mod defaults;
 pub mod meta;
 pub mod names;
 pub mod node;
 pub mod pod;
+pub mod priority;
 pub mod quantity;
 pub mod selector;
 pub mod status;

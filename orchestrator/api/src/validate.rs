@@ -16,7 +16,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde_json::Value;
 
 use crate::status::{FieldError, FieldErrorKind};
-use crate::{Selector, names};
+use crate::{Selector, names, priority};
 
 /// Upper bound of all annotations of an object together.
 const ANNOTATIONS_LIMIT_BYTES: usize = 256 * 1024;
@@ -64,6 +64,9 @@ pub fn update(group: &str, kind: &str, new: &Value, old: &Value) -> Vec<FieldErr
         ("", "Service") => service::update(new, old, &mut errors),
         ("", "ConfigMap" | "Secret") => config::update(kind, new, old, &mut errors),
         ("", "Node") => cluster::node_update(new, old, &mut errors),
+        (priority::GROUP, "PriorityClass") => {
+            cluster::priority_class_update(new, old, &mut errors);
+        }
         (rbac::GROUP, "RoleBinding" | "ClusterRoleBinding") => rbac::update(new, old, &mut errors),
         ("discovery.k8s.io", "EndpointSlice") => {
             immutable("addressType", &new["addressType"], &old["addressType"], &mut errors);
@@ -88,6 +91,7 @@ fn kind_rules(group: &str, kind: &str, object: &Value, old: &Value, errors: &mut
         ("", "Endpoints") => network::endpoints(object, errors),
         ("discovery.k8s.io", "EndpointSlice") => network::endpoint_slice(object, errors),
         ("coordination.k8s.io", "Lease") => cluster::lease(object, errors),
+        (priority::GROUP, "PriorityClass") => cluster::priority_class(object, errors),
         ("networking.k8s.io", "NetworkPolicy") => network::network_policy(object, errors),
         (crate::cluster_policy::GROUP, "ClusterNetworkPolicy") => {
             cluster_policy::policy(object, errors);

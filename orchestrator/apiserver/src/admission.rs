@@ -1,6 +1,9 @@
 //! Admission: what a new object must meet besides its own rules, and what it is given.
 //!
-//! NamespaceLifecycle, ServiceAccount, Priority, DefaultTolerationSeconds (Kubernetes, "Admission Control in Kubernetes").
+//! NamespaceLifecycle, ServiceAccount, Priority ([`priority`]), DefaultTolerationSeconds (Kubernetes, "Admission Control in
+//! Kubernetes").
+
+mod priority;
 
 use orch_api::{ApiError, names, taint};
 use serde_json::{Value, json};
@@ -15,9 +18,6 @@ const TOKEN_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 const TOKEN_SECONDS: i64 = 3607;
 /// How long pods stay on a node that is away.
 const TOLERATION_SECONDS: i64 = 300;
-/// Priority classes that every cluster has (scheduling/v1).
-const PRIORITY_CLASSES: [(&str, i64); 2] =
-    [("system-cluster-critical", 2_000_000_000), ("system-node-critical", 2_000_001_000)];
 /// Namespaces that are always there.
 pub(crate) const SYSTEM_NAMESPACES: [&str; 4] =
     ["default", "kube-node-lease", "kube-public", "kube-system"];
@@ -33,10 +33,21 @@ pub(crate) async fn create(
     }
     if (resource.group, resource.plural) == ("", "pods") {
         service_account(shared, object).await?;
-        priority(object)?;
+        priority::pod(shared, object).await?;
         default_tolerations(object);
     }
-    Ok(())
+    update(shared, resource, object)
+}
+
+/// Checks an object as it is going to be stored, new or changed.
+///
+/// # Errors
+/// It does not go with the others that are there.
+pub(crate) fn update(shared: &Shared, resource: &Resource, object: &Value) -> Result<(), ApiError> {
+    match resource.plural {
+        resources::PRIORITY_CLASSES => priority::class(shared, object),
+        _ => Ok(()),
+    }
 }
 
 async fn namespace_lifecycle(
@@ -150,32 +161,6 @@ fn mount_token(pod: &mut Value) {
     }
 }
 
-/// Gives a pod the number of its priority class. There are upstream's two built-in classes and no others.
-fn priority(pod: &mut Value) -> Result<(), ApiError> {
-    let name = pod["metadata"]["name"].as_str().unwrap_or_default().to_owned();
-    let refused = |why: String| Err(ApiError::refused("", "pods", &name, &why));
-    let computed = match pod["spec"]["priorityClassName"].as_str().unwrap_or_default() {
-        "" => 0,
-        class => match PRIORITY_CLASSES.iter().find(|(known, _)| *known == class) {
-            Some((_, value)) => *value,
-            None => return refused(format!("no PriorityClass with name {class} was found")),
-        },
-    };
-    if let Some(given) = pod["spec"]["priority"].as_i64()
-        && given != computed
-    {
-        return refused(format!(
-            "the integer value of priority ({given}) must not be provided in pod spec; priority admission controller \
-             computed {computed} from the given PriorityClass name"
-        ));
-    }
-    pod["spec"]["priority"] = json!(computed);
-    if !pod["spec"]["preemptionPolicy"].is_string() {
-        pod["spec"]["preemptionPolicy"] = json!("PreemptLowerPriority");
-    }
-    Ok(())
-}
-
 fn default_tolerations(pod: &mut Value) {
     let spec = &mut pod["spec"];
     if !spec["tolerations"].is_array() {
@@ -207,22 +192,6 @@ mod tests {
         assert!(pod["spec"].get("initContainers").is_none(), "nothing else is added");
         assert_eq!(pod["spec"]["containers"][0]["volumeMounts"][0]["mountPath"], TOKEN_PATH);
         assert_eq!(pod["spec"]["containers"][1]["volumeMounts"].as_array().map(Vec::len), Some(1));
-    }
-
-    #[test]
-    fn a_pod_gets_the_number_of_its_class_and_no_other() {
-        let with = |spec: Value| {
-            let mut pod = json!({ "metadata": { "name": "p" }, "spec": spec });
-            priority(&mut pod)
-                .map(|()| pod["spec"]["priority"].clone())
-                .map_err(|error| error.message)
-        };
-        assert_eq!(with(json!({})), Ok(json!(0)));
-        let critical = json!({ "priorityClassName": "system-node-critical" });
-        assert_eq!(with(critical), Ok(json!(2_000_001_000)));
-        let unknown = with(json!({ "priorityClassName": "nope" })).expect_err("refused");
-        assert_eq!(unknown, "pods \"p\" is forbidden: no PriorityClass with name nope was found");
-        assert!(with(json!({ "priority": 7 })).is_err());
     }
 
     #[test]

@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use orch_api::ApiError;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::read;
@@ -30,6 +31,8 @@ pub(crate) const AUTHENTICATED: &str = "system:authenticated";
 pub(crate) const UNAUTHENTICATED: &str = "system:unauthenticated";
 /// Group of the agents.
 const NODES: &str = "system:nodes";
+/// How long the tokens of an object outlive the end of its grace period, if it is still there (upstream's).
+const ENDING: SignedDuration = SignedDuration::from_secs(60);
 
 impl User {
     pub(crate) fn new(name: &str, groups: &[&str]) -> Self {
@@ -85,6 +88,38 @@ struct KubernetesClaims {
     serviceaccount: Bound,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pod: Option<Bound>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    secret: Option<Bound>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    node: Option<Bound>,
+}
+
+/// Kinds of objects that a token can be bound to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BoundKind {
+    Pod,
+    Secret,
+    Node,
+}
+
+impl BoundKind {
+    /// By its name in the API.
+    pub(crate) fn parse(kind: &str) -> Option<Self> {
+        match kind {
+            "Pod" => Some(Self::Pod),
+            "Secret" => Some(Self::Secret),
+            "Node" => Some(Self::Node),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn plural(self) -> &'static str {
+        match self {
+            Self::Pod => "pods",
+            Self::Secret => "secrets",
+            Self::Node => "nodes",
+        }
+    }
 }
 
 /// An object that a token is bound to.
@@ -105,7 +140,8 @@ pub(crate) struct Authenticator {
 pub(crate) struct TokenSubject {
     pub(crate) namespace: String,
     pub(crate) account: Bound,
-    pub(crate) pod: Option<Bound>,
+    /// What it ends with, besides its account.
+    pub(crate) bound: Option<(BoundKind, Bound)>,
     pub(crate) audiences: Vec<String>,
 }
 
@@ -132,10 +168,11 @@ impl Authenticator {
         &self,
         namespace: &str,
         account: Bound,
-        pod: Option<Bound>,
+        bound: Option<(BoundKind, Bound)>,
         audiences: Vec<String>,
         seconds: i64,
     ) -> Result<String, ApiError> {
+        let of = |wanted| bound.as_ref().filter(|(kind, _)| *kind == wanted).map(|(_, one)| one);
         let now = Timestamp::now().as_second();
         let claims = Claims {
             iss: self.issuer.clone(),
@@ -147,7 +184,9 @@ impl Authenticator {
             kubernetes: KubernetesClaims {
                 namespace: namespace.to_owned(),
                 serviceaccount: account,
-                pod,
+                pod: of(BoundKind::Pod).cloned(),
+                secret: of(BoundKind::Secret).cloned(),
+                node: of(BoundKind::Node).cloned(),
             },
         };
         jsonwebtoken::encode(&Header::new(Algorithm::ES256), &claims, &self.encoding)
@@ -166,10 +205,12 @@ impl Authenticator {
             "system:serviceaccount:{}:{}",
             claims.kubernetes.namespace, claims.kubernetes.serviceaccount.name
         );
-        (claims.sub == expected).then_some(TokenSubject {
-            namespace: claims.kubernetes.namespace,
-            account: claims.kubernetes.serviceaccount,
-            pod: claims.kubernetes.pod,
+        let KubernetesClaims { namespace, serviceaccount, pod, secret, node } = claims.kubernetes;
+        let bound = [(BoundKind::Pod, pod), (BoundKind::Secret, secret), (BoundKind::Node, node)];
+        (claims.sub == expected).then(|| TokenSubject {
+            namespace,
+            account: serviceaccount,
+            bound: bound.into_iter().find_map(|(kind, one)| Some((kind, one?))),
             audiences: claims.aud,
         })
     }
@@ -182,23 +223,36 @@ impl TokenSubject {
             &["system:serviceaccounts", &format!("system:serviceaccounts:{}", self.namespace)],
         );
         user.uid.clone_from(&self.account.uid);
-        if let Some(pod) = &self.pod {
-            for (key, value) in [("pod-name", &pod.name), ("pod-uid", &pod.uid)] {
-                user.extra
-                    .insert(format!("authentication.kubernetes.io/{key}"), vec![value.clone()]);
-            }
+        let (prefix, bound) = match &self.bound {
+            Some((BoundKind::Pod, bound)) => ("pod", bound),
+            Some((BoundKind::Node, bound)) => ("node", bound),
+            Some((BoundKind::Secret, _)) | None => return user,
+        };
+        for (key, value) in [("name", &bound.name), ("uid", &bound.uid)] {
+            let key = format!("authentication.kubernetes.io/{prefix}-{key}");
+            user.extra.insert(key, vec![value.clone()]);
         }
         user
     }
 }
 
-/// Who has sent a token, if the token is valid and its account (and pod) are still there; and for whom it is meant.
+/// Whether an object that a token is bound to is that very one still, and not one of the same name that came later. One
+/// that ends may need its tokens to do so; [`ENDING`] after it should have ended they are worthless.
+fn stands(object: &Value, uid: &str, now: Timestamp) -> bool {
+    let meta = &object["metadata"];
+    let ends = meta["deletionTimestamp"].as_str().and_then(|time| time.parse::<Timestamp>().ok());
+    meta["uid"] == uid && ends.is_none_or(|ends| ends + ENDING > now)
+}
+
+/// Who has sent a token, if the token is valid and its account (and what else it is bound to) are still there; and for
+/// whom it is meant.
 pub(crate) fn user_of_token(shared: &Shared, token: &str) -> Option<(User, Vec<String>)> {
     if let Some(user) = crate::certificates::user_of_bootstrap_token(shared, token) {
         // These are for this server only.
         return Some((user, vec![shared.authenticator.issuer().to_owned()]));
     }
     let subject = shared.authenticator.verify(token)?;
+    let now = Timestamp::now();
     let exists = |plural: &str, bound: &Bound| -> bool {
         let Some(stored) = shared.stored("", plural) else { return false };
         let key = stored.resource.key(&subject.namespace, &bound.name);
@@ -206,10 +260,10 @@ pub(crate) fn user_of_token(shared: &Shared, token: &str) -> Option<(User, Vec<S
             .cache
             .get(&key)
             .and_then(|object| read::parse(&object.bytes).ok())
-            .is_some_and(|object| object["metadata"]["uid"] == *bound.uid)
+            .is_some_and(|object| stands(&object, &bound.uid, now))
     };
     let good = exists("serviceaccounts", &subject.account)
-        && subject.pod.as_ref().is_none_or(|pod| exists("pods", pod));
+        && subject.bound.as_ref().is_none_or(|(kind, bound)| exists(kind.plural(), bound));
     good.then(|| (subject.user(), subject.audiences))
 }
 
@@ -217,4 +271,23 @@ pub(crate) fn user_of_token(shared: &Shared, token: &str) -> Option<(User, Vec<S
 pub(crate) fn user_of_bearer(shared: &Shared, token: &str) -> Option<User> {
     let (user, audiences) = user_of_token(shared, token)?;
     audiences.iter().any(|audience| audience == shared.authenticator.issuer()).then_some(user)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_token_ends_with_what_it_is_bound_to() {
+        let now: Timestamp = "2026-01-01T00:01:00Z".parse().expect("a time");
+        let object =
+            |ends: Option<&str>| json!({ "metadata": { "uid": "1", "deletionTimestamp": ends } });
+        assert!(stands(&object(None), "1", now));
+        assert!(!stands(&object(None), "2", now), "another one of the same name");
+        assert!(stands(&object(Some("2026-01-01T00:02:00Z")), "1", now), "it may end in peace");
+        assert!(stands(&object(Some("2026-01-01T00:00:01Z")), "1", now));
+        assert!(!stands(&object(Some("2026-01-01T00:00:00Z")), "1", now));
+    }
 }

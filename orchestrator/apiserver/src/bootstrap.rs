@@ -4,7 +4,8 @@ use std::future::Future;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Namespace, Service};
-use orch_api::k8s_openapi;
+use k8s_openapi::api::scheduling::v1::PriorityClass;
+use orch_api::{k8s_openapi, priority};
 use orch_client::{Api, Client, Error};
 use serde_json::{Value, json};
 
@@ -48,6 +49,13 @@ async fn roles(client: &Client) -> Result<(), Error> {
     for name in SYSTEM_NAMESPACES {
         create::<Namespace>(Api::all(client.clone()), &json!({ "metadata": { "name": name } }))
             .await?;
+    }
+    for (name, value, description) in priority::SYSTEM_CLASSES {
+        create::<PriorityClass>(
+            Api::all(client.clone()),
+            &json!({ "metadata": { "name": name }, "value": value, "description": description }),
+        )
+        .await?;
     }
     authz::reconcile(client).await
 }

@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, header};
 use jiff::Timestamp;
-use orch_api::ApiError;
+use orch_api::{ApiError, bootstrap_token};
 use serde_json::{Value, json};
 
 use crate::auth::User;
@@ -78,7 +78,7 @@ pub(crate) fn condition(object: &Value) -> String {
 pub(crate) fn user_of_bootstrap_token(shared: &Shared, token: &str) -> Option<User> {
     let (id, secret) = split(token)?;
     let stored = shared.stored("", "secrets")?;
-    let key = stored.resource.key("kube-system", &format!("bootstrap-token-{id}"));
+    let key = stored.resource.key(bootstrap_token::NAMESPACE, &bootstrap_token::secret_name(id));
     let object = read::parse(&stored.cache.get(&key)?.bytes).ok()?;
     user(&object, id, secret, Timestamp::now())
 }
@@ -102,7 +102,7 @@ fn user(object: &Value, id: &str, secret: &str, now: Timestamp) -> Option<User> 
             .ok()?;
         String::from_utf8(bytes).ok()
     };
-    if object["type"] != "bootstrap.kubernetes.io/token"
+    if object["type"] != bootstrap_token::TYPE
         || object["metadata"]["deletionTimestamp"].is_string()
         || field("token-id").as_deref() != Some(id)
         || !same(field("token-secret")?.as_bytes(), secret.as_bytes())
@@ -122,7 +122,7 @@ fn user(object: &Value, id: &str, secret: &str, now: Timestamp) -> Option<User> 
             group.strip_prefix(BOOTSTRAPPERS).is_some_and(|rest| rest.starts_with(':'))
         }))
         .collect();
-    Some(User::new(&format!("system:bootstrap:{id}"), &groups))
+    Some(User::new(&format!("{}{id}", bootstrap_token::USER_PREFIX), &groups))
 }
 
 /// Compares without telling by its duration where the difference is.

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::{HeaderMap, header};
 use orch_api::ApiError;
-use orch_facts::{Facts, facts, protobuf, strict};
+use orch_facts::{facts, protobuf, strict};
 use serde_json::{Value, json};
 
 use crate::request::Query;
@@ -73,10 +73,10 @@ pub(crate) fn object(
     }
     object["apiVersion"] = json!(api_version);
     object["kind"] = json!(kind);
-    let mut warnings = Vec::new();
-    if let Some(known) = facts().kind(group, version, kind) {
-        check(facts(), known, &mut object, duplicates, validation, &mut warnings, kind)?;
-    }
+    let warnings = match facts().kind(group, version, kind) {
+        Some(known) => check((known, version, kind), &mut object, duplicates, validation)?,
+        None => Vec::new(),
+    };
     Ok(Decoded { object, warnings })
 }
 
@@ -96,41 +96,32 @@ pub(crate) fn recheck(
         Some("Ignore") => FieldValidation::Ignore,
         _ => FieldValidation::Warn,
     };
-    let mut warnings = Vec::new();
-    if let Some(known) = facts().kind(group, version, kind) {
-        check(facts(), known, object, Vec::new(), validation, &mut warnings, kind)?;
+    match facts().kind(group, version, kind) {
+        Some(known) => check((known, version, kind), object, Vec::new(), validation),
+        None => Ok(Vec::new()),
     }
-    Ok(warnings)
 }
 
+/// Checks an object by what is known of its type, and takes away what is not; returns what to warn of.
 fn check(
-    facts: &Facts,
-    known: orch_facts::TypeId,
+    (known, version, kind): (orch_facts::TypeId, &str, &str),
     object: &mut Value,
     duplicates: Vec<String>,
     validation: FieldValidation,
-    warnings: &mut Vec<String>,
-    kind: &str,
-) -> Result<(), ApiError> {
-    let findings = strict::check(facts, known, object);
+) -> Result<Vec<String>, ApiError> {
+    let findings = strict::check(facts(), known, object);
     if let Some(first) = findings.invalid.first() {
         return Err(ApiError::bad_request(format!(
-            "{kind} in version \"v1\" cannot be handled as a {kind}: {first}"
+            "{kind} in version {version:?} cannot be handled as a {kind}: {first}"
         )));
     }
     let unknown: Vec<String> = findings.unknown.into_iter().chain(duplicates).collect();
-    match validation {
-        FieldValidation::Strict if !unknown.is_empty() => {
-            return Err(ApiError::bad_request(format!(
-                "strict decoding error: {}",
-                unknown.join(", ")
-            )));
-        }
-        FieldValidation::Warn => warnings.extend(unknown),
-        FieldValidation::Strict | FieldValidation::Ignore => {}
+    if validation == FieldValidation::Strict && !unknown.is_empty() {
+        let all = unknown.join(", ");
+        return Err(ApiError::bad_request(format!("strict decoding error: {all}")));
     }
-    strict::prune(facts, known, object);
-    Ok(())
+    strict::prune(facts(), known, object);
+    Ok(if validation == FieldValidation::Warn { unknown } else { Vec::new() })
 }
 
 /// The body as JSON, whatever its media type, with the duplicate fields of a JSON text.

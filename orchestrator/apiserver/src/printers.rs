@@ -6,6 +6,8 @@ mod workload;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use crate::resources::PRIORITY_CLASSES;
+
 /// One column.
 #[derive(Debug)]
 pub(crate) struct Column {
@@ -137,6 +139,17 @@ pub(crate) fn columns(plural: &str) -> &'static [Column] {
         "leases" => const { &[NAME, text("Holder"), AGE] },
         "networkpolicies" => const { &[NAME, text("Pod-Selector"), AGE] },
         "clusternetworkpolicies" => const { &[NAME, text("Tier"), text("Priority"), AGE] },
+        PRIORITY_CLASSES => {
+            const {
+                &[
+                    NAME,
+                    number("Value"),
+                    Column { name: "Global-Default", kind: "boolean", format: "", priority: 0 },
+                    AGE,
+                    text("PreemptionPolicy"),
+                ]
+            }
+        }
         "roles" | "clusterroles" => const { &[NAME, date("Created At")] },
         "rolebindings" | "clusterrolebindings" => {
             const { &[NAME, text("Role"), AGE, wide("Users"), wide("Groups"), wide("ServiceAccounts")] }
@@ -182,6 +195,16 @@ pub(crate) fn cells(plural: &str, object: &Value, now: Timestamp) -> Vec<Value> 
         "clusternetworkpolicies" => {
             let spec = &object["spec"];
             vec![name, spec["tier"].clone(), json!(spec["priority"].to_string()), age]
+        }
+        PRIORITY_CLASSES => {
+            let default = object["globalDefault"] == true;
+            vec![
+                name,
+                object["value"].clone(),
+                json!(default),
+                age,
+                object["preemptionPolicy"].clone(),
+            ]
         }
         "roles" | "clusterroles" => {
             vec![name, text_or(&object["metadata"]["creationTimestamp"], "<unknown>")]

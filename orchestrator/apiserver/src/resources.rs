@@ -1,7 +1,7 @@
 //! The type table: every resource this server has. Handlers are generic; what differs between kinds is data here
 //! and a few hooks in [`crate::strategy`].
 
-use orch_api::cluster_policy;
+use orch_api::{cluster_policy, priority};
 use serde_json::Value;
 
 /// One resource.
@@ -192,6 +192,9 @@ const POD_SUBRESOURCES: &[Subresource] = &[
 const NODE_SUBRESOURCES: &[Subresource] = &[proxied("NodeProxyOptions")];
 const SERVICE_SUBRESOURCES: &[Subresource] = &[proxied("ServiceProxyOptions")];
 
+/// Plural of the classes that give pods their priority.
+pub(crate) const PRIORITY_CLASSES: &str = "priorityclasses";
+
 /// Group of roles and their bindings.
 pub(crate) const RBAC: &str = "rbac.authorization.k8s.io";
 
@@ -329,6 +332,11 @@ pub(crate) static RESOURCES: &[Resource] = &[
     },
     Resource { ..Resource::new(RBAC, "rolebindings", "rolebinding", "RoleBinding") },
     Resource { ..Resource::new(RBAC, "roles", "role", "Role") },
+    Resource {
+        short_names: &["pc"],
+        namespaced: false,
+        ..Resource::new(priority::GROUP, PRIORITY_CLASSES, "priorityclass", "PriorityClass")
+    },
 ];
 
 /// Resources that are other forms of stored ones.

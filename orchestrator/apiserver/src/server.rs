@@ -345,6 +345,7 @@ async fn from_wire(
         .get(header::ACCEPT_ENCODING)
         .and_then(|value| value.to_str().ok())
         .is_some_and(|value| value.contains("gzip"));
+    let yaml = respond::prefers_yaml(&parts.headers);
     let head = parts.method == Method::HEAD;
     let mut response = handle(shared, &user, Request::from_parts(parts, bytes), upgrade).await;
     if head {
@@ -352,6 +353,7 @@ async fn from_wire(
         *response.body_mut() = empty_body();
         return response;
     }
+    let response = if yaml { respond::in_yaml(response).await } else { response };
     crate::compress::large(response, accepts_gzip).await
 }
 
@@ -590,7 +592,7 @@ async fn resource(
             read::list(shared, stored, namespace, query, respond::negotiate(headers)?).await
         }
         Verb::Watch => {
-            let form = respond::negotiate(headers)?;
+            let form = respond::negotiate_stream(headers)?;
             // A watch of one object is a watch of the collection with its name.
             if info.name.is_empty() {
                 watch::watch(shared, stored, namespace, query, form).await

@@ -5,7 +5,7 @@ use orch_api::{ApiError, Selector};
 use orch_client::Body;
 use serde_json::{Value, json};
 
-use crate::auth::Bound;
+use crate::auth::{Bound, BoundKind};
 use crate::authz::restrict;
 use crate::strategy::Part;
 use crate::write::{Call, Change, DeleteOptions};
@@ -224,18 +224,19 @@ pub(crate) async fn token(call: &Call<'_>) -> Result<Response<Body>, ApiError> {
         audiences.push(authenticator.issuer().to_owned());
     }
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let pod = bound_pod(call, &spec["boundObjectRef"]).await?;
+    let bound = bound_object(call, &spec["boundObjectRef"]).await?;
     if let Some(node) = call.user.node() {
         let named = spec["boundObjectRef"]["uid"].as_str().is_some_and(|uid| !uid.is_empty());
-        restrict::token(node, pod.as_ref(), named)
+        let pod = bound.as_ref().filter(|(kind, _)| *kind == BoundKind::Pod).map(|(_, pod)| pod);
+        restrict::token(node, pod, named)
             .map_err(|why| ApiError::refused("", "serviceaccounts", call.name, why))?;
     }
-    let pod = pod.map(|pod| Bound {
-        name: text(&pod["metadata"]["name"]),
-        uid: text(&pod["metadata"]["uid"]),
+    let bound = bound.map(|(kind, object)| {
+        let meta = &object["metadata"];
+        (kind, Bound { name: text(&meta["name"]), uid: text(&meta["uid"]) })
     });
     let account = Bound { name: call.name.to_owned(), uid: text(&account["metadata"]["uid"]) };
-    let token = authenticator.issue(call.namespace, account, pod, audiences.clone(), seconds)?;
+    let token = authenticator.issue(call.namespace, account, bound, audiences.clone(), seconds)?;
     let expires = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
     request["metadata"] = json!({ "name": call.name, "namespace": call.namespace, "creationTimestamp": crate::strategy::now() });
     request["spec"]["audiences"] = json!(audiences);
@@ -244,33 +245,40 @@ pub(crate) async fn token(call: &Call<'_>) -> Result<Response<Body>, ApiError> {
     Ok(respond::json(StatusCode::CREATED, &request))
 }
 
-/// The pod that a token is to be bound to, if any.
-async fn bound_pod(call: &Call<'_>, bound: &Value) -> Result<Option<Value>, ApiError> {
+/// The object that a token is to be bound to, if any: with that it ends.
+async fn bound_object(
+    call: &Call<'_>,
+    bound: &Value,
+) -> Result<Option<(BoundKind, Value)>, ApiError> {
     let text = |key: &str| bound[key].as_str().unwrap_or_default();
-    match (text("apiVersion"), text("kind")) {
+    let kind = match (text("apiVersion"), text("kind")) {
         ("", "") => return Ok(None),
-        ("v1", "Pod") => {}
-        (version, kind) => {
-            return Err(ApiError::bad_request(format!(
-                "cannot bind token to object of type {version}, Kind={kind}: this server binds tokens to pods only"
-            )));
-        }
-    }
-    let Some(pods) = call.shared.stored("", "pods") else {
-        return Err(ApiError::internal("no pods resource"));
+        ("v1", kind) => BoundKind::parse(kind),
+        _ => None,
     };
-    let pod = Call { stored: pods, name: text("name"), ..*call }.current().await?.object;
-    let uid = pod["metadata"]["uid"].as_str().unwrap_or_default();
+    let Some(kind) = kind else {
+        return Err(ApiError::bad_request(format!(
+            "cannot bind token to object of type {}, Kind={}: tokens are bound to v1 Pods, Secrets and Nodes",
+            text("apiVersion"),
+            text("kind")
+        )));
+    };
+    let plural = kind.plural();
+    let Some(stored) = call.shared.stored("", plural) else {
+        return Err(ApiError::internal(format!("no {plural} resource")));
+    };
+    let object = Call { stored, name: text("name"), ..*call }.current().await?.object;
+    let uid = object["metadata"]["uid"].as_str().unwrap_or_default();
     let wanted = text("uid");
     if !wanted.is_empty() && wanted != uid {
         let why = "the UID in the bound object reference does not match";
-        return Err(ApiError::conflict("", "pods", text("name"), why));
+        return Err(ApiError::conflict("", plural, text("name"), why));
     }
-    if pod["spec"]["serviceAccountName"] != call.name {
+    if kind == BoundKind::Pod && object["spec"]["serviceAccountName"] != call.name {
         return Err(ApiError::bad_request(format!(
             "cannot bind token for serviceaccount {:?} to pod running with different serviceaccount name.",
             call.name
         )));
     }
-    Ok(Some(pod))
+    Ok(Some((kind, object)))
 }

@@ -363,6 +363,7 @@ impl Call<'_> {
             }
         }
         strategy::drop_nulls(&mut object);
+        admission::update(self.shared, resource, &object)?;
         self.guarded(self.name).update(part, &current.object, &object).await?;
         let owners = match owners {
             Owners::Given(owners) => Some(owners),

@@ -100,9 +100,10 @@ impl Certificate {
         self.not_after < OffsetDateTime::now_utc()
     }
 
-    /// Whether it names all of `identity` and is valid for another `days` days.
+    /// Whether it names all of `identity`, is in no group besides, and is valid for another `days` days.
     pub(crate) fn serves(&self, identity: &Identity, days: i64) -> bool {
         self.user == identity.user
+            && self.groups.iter().eq(identity.group.iter())
             && identity.dns_names.iter().all(|name| self.dns_names.contains(name))
             && identity.addresses.iter().all(|address| self.addresses.contains(address))
             && self.not_after > OffsetDateTime::now_utc() + Duration::days(days)
@@ -132,6 +133,14 @@ mod tests {
         let leaf = Certificate::parse(&pem).expect("readable");
         assert_eq!((leaf.issuer.as_str(), leaf.days_left()), ("orch-ca", 364));
         assert!(leaf.serves(&identity, 60) && !leaf.serves(&identity, 400));
+        let masters = Identity { group: Some("system:masters".to_owned()), ..identity.clone() };
+        let (pem, _) = authority.issue(&masters).expect("issued");
+        let of_masters = Certificate::parse(&pem).expect("readable");
+        assert!(
+            of_masters.serves(&masters, 60) && !of_masters.serves(&identity, 60),
+            "it may less"
+        );
+        assert!(!leaf.serves(&masters, 60));
         identity.addresses.push("10.0.0.2".parse().expect("an address"));
         assert!(!leaf.serves(&identity, 60), "a new address asks for a new certificate");
         assert!(Certificate::parse("rubbish").is_err());

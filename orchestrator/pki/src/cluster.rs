@@ -12,6 +12,10 @@ pub const ETCD_ROOT_USER: &str = "kube-apiserver";
 /// Common name by which etcd knows the network agents: they may read and write the network's keys only.
 pub const ETCD_NETWORK_USER: &str = "netagent";
 
+/// Common name by which agents know the API server: it may use their API (kubeadm's name). It is in no group, so that the
+/// key opens nothing else.
+pub const KUBELET_CLIENT_USER: &str = "kube-apiserver-kubelet-client";
+
 /// What all control planes of a cluster have in common: the authorities, and the key for ServiceAccount tokens.
 pub const SHARED_FILES: [&str; 5] = ["ca.crt", "ca.key", "etcd-ca.crt", "etcd-ca.key", "sa.key"];
 
@@ -87,11 +91,7 @@ impl ClusterPki {
             usage,
         };
         ca.ensure(dir, "apiserver", &server("kube-apiserver", Usage::Server))?;
-        ca.ensure(
-            dir,
-            "apiserver-kubelet-client",
-            &Identity::client("kube-apiserver-kubelet-client", Some("system:masters")),
-        )?;
+        ca.ensure(dir, "apiserver-kubelet-client", &Identity::client(KUBELET_CLIENT_USER, None))?;
         etcd_ca.ensure(dir, "etcd-server", &server("etcd-server", Usage::Both))?;
         etcd_ca.ensure(dir, "etcd-client", &Identity::client(ETCD_ROOT_USER, None))?;
         let token_key = dir.join("sa.key");

@@ -14,7 +14,8 @@ mod request;
 pub use authority::{Authority, Error, Identity, Usage, public_key_pem};
 pub use certificate::{Certificate, Unreadable};
 pub use cluster::{
-    AgentCredentials, ClusterPki, ETCD_NETWORK_USER, ETCD_ROOT_USER, SHARED_FILES, ServerNames,
+    AgentCredentials, ClusterPki, ETCD_NETWORK_USER, ETCD_ROOT_USER, KUBELET_CLIENT_USER,
+    SHARED_FILES, ServerNames,
 };
 pub use kubeconfig::kubeconfig;
 pub use request::{Asked, Request, read_request};

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use request::{Options, Target};
 
 /// Kinds of the fake's discovery: base path, plural, kind, whether namespaced.
-const RESOURCES: [(&str, &str, &str, bool); 19] = [
+const RESOURCES: [(&str, &str, &str, bool); 20] = [
     ("/api/v1", "configmaps", "ConfigMap", true),
     ("/api/v1", "endpoints", "Endpoints", true),
     ("/api/v1", "events", "Event", true),
@@ -44,6 +44,7 @@ const RESOURCES: [(&str, &str, &str, bool); 19] = [
     ("/apis/rbac.authorization.k8s.io/v1", "clusterroles", "ClusterRole", false),
     ("/apis/rbac.authorization.k8s.io/v1", "rolebindings", "RoleBinding", true),
     ("/apis/rbac.authorization.k8s.io/v1", "roles", "Role", true),
+    ("/apis/scheduling.k8s.io/v1", "priorityclasses", "PriorityClass", false),
 ];
 
 /// One change, as watches see it.

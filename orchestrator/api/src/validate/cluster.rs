@@ -1,13 +1,13 @@
-//! Rules of Nodes, Leases and Events.
+//! Rules of Nodes, Leases, Events and PriorityClasses.
 
 use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
 use super::network::parse_cidr;
-use super::{at_least, items};
+use super::{at_least, immutable, items, one_of};
 use crate::status::FieldError;
-use crate::{Quantity, names};
+use crate::{Quantity, names, priority};
 
 const EFFECTS: [&str; 3] = ["NoExecute", "NoSchedule", "PreferNoSchedule"];
 
@@ -60,6 +60,36 @@ pub(super) fn node(object: &Value, errors: &mut Vec<FieldError>) {
             }
         }
     }
+}
+
+pub(super) fn priority_class(object: &Value, errors: &mut Vec<FieldError>) {
+    let name = object["metadata"]["name"].as_str().unwrap_or_default();
+    let value = object["value"].as_i64().unwrap_or(0);
+    one_of(&object["preemptionPolicy"], "preemptionPolicy", &priority::POLICIES, errors);
+    if name.starts_with(priority::RESERVED_PREFIX) {
+        let built_in = priority::SYSTEM_CLASSES.iter().any(|(known, number, _)| {
+            (*known, *number) == (name, value) && object["globalDefault"] != true
+        });
+        if !built_in {
+            errors.push(FieldError::forbidden(
+                "metadata.name",
+                "priority class names with 'system-' prefix are reserved for system use only",
+            ));
+        }
+    } else if value > priority::HIGHEST {
+        errors.push(FieldError::forbidden(
+            "value",
+            format!("maximum allowed value of a user defined priority is {}", priority::HIGHEST),
+        ));
+    }
+}
+
+/// Pods carry the number and the policy of their class: both stay what they were.
+pub(super) fn priority_class_update(new: &Value, old: &Value, errors: &mut Vec<FieldError>) {
+    if new["value"].as_i64().unwrap_or(0) != old["value"].as_i64().unwrap_or(0) {
+        errors.push(FieldError::forbidden("value", "may not be changed in an update."));
+    }
+    immutable("preemptionPolicy", &new["preemptionPolicy"], &old["preemptionPolicy"], errors);
 }
 
 /// A node keeps its pod network and its identity at the provider once it has them.

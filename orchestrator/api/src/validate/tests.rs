@@ -340,3 +340,36 @@ fn no_shape_of_input_makes_validation_panic() {
         }
     }
 }
+
+#[test]
+fn priority_classes_have_upstreams_bounds() {
+    let with = |name: &str, value: i64, more: Value| {
+        let mut class = json!({ "metadata": { "name": name }, "value": value });
+        json_patch_merge(&mut class, &more);
+        found("scheduling.k8s.io", "PriorityClass", class)
+    };
+    assert_eq!(with("high", 1_000_000_000, json!({})), "");
+    assert_eq!(with("low", -2_000_000_000, json!({ "preemptionPolicy": "Never" })), "");
+    assert_eq!(with("system-node-critical", 2_000_001_000, json!({})), "");
+    assert!(with("system-node-critical", 1, json!({})).contains("reserved for system use only"));
+    let default = json!({ "globalDefault": true });
+    assert!(with("system-node-critical", 2_000_001_000, default).contains("reserved"));
+    assert!(with("high", 1_000_000_001, json!({})).contains("is 1000000000"));
+    assert!(with("high", 1, json!({ "preemptionPolicy": "Ask" })).contains("preemptionPolicy"));
+
+    let class = json!({ "metadata": { "name": "high" }, "value": 1 });
+    let other = with_policy(&class, "Never");
+    let changed = |old: &Value, new: &Value| {
+        changed("scheduling.k8s.io", "PriorityClass", old.clone(), new.clone())
+    };
+    assert_eq!(changed(&class, &with_policy(&class, "PreemptLowerPriority")), "");
+    assert!(changed(&class, &other).contains("field is immutable"));
+    assert_eq!(
+        changed(&class, &json!({ "metadata": { "name": "high" } })),
+        "value: Forbidden: may not be changed in an update."
+    );
+}
+
+fn with_policy(class: &Value, policy: &str) -> Value {
+    with(class.clone(), &json!({ "preemptionPolicy": policy }))
+}

@@ -158,6 +158,8 @@ pub(super) fn objects() -> Vec<Value> {
         bound("system:kube-scheduler", &[user("system:kube-scheduler")]),
         bound("system:node-bootstrapper", &[group(BOOTSTRAPPERS)]),
         bound("orch:network-agent", &[group("system:nodes")]),
+        // This server, as a client of the agents. Ours know it by its name; a kubelet asks.
+        bound("system:kubelet-api-admin", &[user("kube-apiserver-kubelet-client")]),
         bound("system:service-account-issuer-discovery", &[group("system:serviceaccounts")]),
     ]);
     // How a host that has no credentials yet learns the cluster's authority (kubeadm's discovery).
@@ -173,13 +175,6 @@ pub(super) fn objects() -> Vec<Value> {
         "kube-system",
         named(&["get"], "", "configmaps", &["orch-cluster"]),
         &[group("system:nodes")],
-    ));
-    // The authorities' keys for a further control plane, encrypted with a key that only its join command carries.
-    all.extend(local(
-        "orch:certs-handover",
-        "kube-system",
-        named(&["get"], "", "secrets", &["orch-certs"]),
-        &[group(BOOTSTRAPPERS)],
     ));
     all
 }
@@ -310,6 +305,17 @@ fn components_roles() -> Vec<Value> {
         cluster_role(
             "system:node-bootstrapper",
             [on(&["create", "get", "list", "watch"], CERTIFICATES, "certificatesigningrequests")],
+        ),
+        cluster_role(
+            "system:kubelet-api-admin",
+            [
+                on(READ, "", "nodes"),
+                on(
+                    &["*"],
+                    "",
+                    "nodes/configz nodes/healthz nodes/log nodes/metrics nodes/pods nodes/proxy nodes/stats",
+                ),
+            ],
         ),
         // What every node's share of the pod network is made from: Services with their endpoints, names, and policies,
         // which speak of all pods and nodes. The agent has one identity, so this is a right of the node.

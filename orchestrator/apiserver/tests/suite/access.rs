@@ -357,8 +357,87 @@ async fn an_account_has_its_roles_and_its_token_its_audience() {
     assert_eq!(review(&mine, &[]).await["user"]["username"], "system:serviceaccount:shop:till");
     assert_ne!(review("a.b.c", &[]).await["authenticated"], true);
     let path = format!("{SHOP}/serviceaccounts/till/token");
-    let elsewhere = json!({ "spec": { "boundObjectRef": { "apiVersion": "v1", "kind": "Secret", "name": "s" } } });
+    let elsewhere = json!({ "spec": { "boundObjectRef": { "apiVersion": "v1", "kind": "ConfigMap", "name": "s" } } });
     assert_eq!(post(admin, &path, &elsewhere).await.0, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replayed_token_of_what_is_gone_opens_nothing() {
+    let cluster = Cluster::start().await;
+    let admin = &cluster.client();
+    shop(admin).await;
+    let accounts = &format!("{SHOP}/serviceaccounts");
+    let account = json!({ "metadata": { "name": "till" } });
+    made(admin, accounts, &account).await;
+    let pod = json!({ "metadata": { "name": "p" }, "spec": { "serviceAccountName": "till",
+                      "automountServiceAccountToken": false, "containers": [{ "name": "c", "image": "x" }] } });
+    let objects = [
+        ("Pod", format!("{SHOP}/pods"), pod),
+        ("Secret", format!("{SHOP}/secrets"), json!({ "metadata": { "name": "p" } })),
+        ("Node", "/api/v1/nodes".to_owned(), json!({ "metadata": { "name": "p" } })),
+    ];
+    let token = async |spec: Value| {
+        let answer = made(admin, &format!("{accounts}/till/token"), &json!({ "spec": spec })).await;
+        answer["status"]["token"].as_str().expect("a token").to_owned()
+    };
+    // 201 as long as the server knows who asks.
+    let code = async |token: &str| {
+        let reviews = "/apis/authentication.k8s.io/v1/selfsubjectreviews";
+        post(&cluster.client_with_token(Some(token)), reviews, &json!({})).await.0
+    };
+    let now = json!({ "gracePeriodSeconds": 0 });
+    for (kind, path, object) in &objects {
+        let first = made(admin, path, object).await;
+        let reference = json!({ "apiVersion": "v1", "kind": kind, "name": "p", "uid": first["metadata"]["uid"] });
+        let bound = token(json!({ "boundObjectRef": reference })).await;
+        eventually(&format!("a token for {kind} counts"), async || code(&bound).await == 201).await;
+        assert_eq!(delete(admin, &format!("{path}/p"), &now).await.0, 200);
+        let second = made(admin, path, object).await;
+        assert_ne!(first["metadata"]["uid"], second["metadata"]["uid"]);
+        eventually(&format!("it does not for another {kind}"), async || code(&bound).await == 401)
+            .await;
+        let again = json!({ "spec": { "boundObjectRef": reference } });
+        assert_eq!(post(admin, &format!("{accounts}/till/token"), &again).await.0, 409, "{kind}");
+        assert_eq!(delete(admin, &format!("{path}/p"), &now).await.0, 200);
+    }
+    let unbound = token(json!({})).await;
+    eventually("a token for the account counts", async || code(&unbound).await == 201).await;
+    assert_eq!(delete(admin, &format!("{accounts}/till"), &json!({})).await.0, 200);
+    made(admin, accounts, &account).await;
+    eventually("it does not for another account", async || code(&unbound).await == 401).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bootstrap_token_is_worth_nothing_once_it_is_deleted_or_has_ended() {
+    let cluster = Cluster::start().await;
+    let admin = &cluster.client();
+    let secrets = "/api/v1/namespaces/kube-system/secrets";
+    let token = |id: &str, ends: &str| {
+        json!({ "metadata": { "name": format!("bootstrap-token-{id}") }, "type": "bootstrap.kubernetes.io/token",
+                "stringData": { "token-id": id, "token-secret": "0123456789abcdef", "expiration": ends,
+                                "usage-bootstrap-authentication": "true" } })
+    };
+    eventually("there is the namespace", async || {
+        post(admin, secrets, &token("aaaaaa", "2100-01-01T00:00:00Z")).await.0 == 201
+    })
+    .await;
+    made(admin, secrets, &token("bbbbbb", "2026-01-01T00:00:00Z")).await;
+    let as_host = |id: &str| cluster.client_with_token(Some(&format!("{id}.0123456789abcdef")));
+    let requests = "/apis/certificates.k8s.io/v1/certificatesigningrequests";
+    eventually("the token counts", async || get(&as_host("aaaaaa"), requests).await.0 == 200).await;
+    assert_eq!(get(&as_host("bbbbbb"), requests).await.0, 401, "it has ended");
+    // No more than to ask: not even for what another token was given.
+    for path in
+        [format!("{secrets}/orch-certs-bbbbbb"), format!("{secrets}/bootstrap-token-aaaaaa")]
+    {
+        assert_eq!(get(&as_host("aaaaaa"), &path).await.0, 403, "{path}");
+    }
+    assert_eq!(
+        delete(admin, &format!("{secrets}/bootstrap-token-aaaaaa"), &json!({})).await.0,
+        200
+    );
+    eventually("it is worth nothing", async || get(&as_host("aaaaaa"), requests).await.0 == 401)
+        .await;
 }
 
 /// The code and body of a GET with headers.

@@ -26,6 +26,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("api/networking/v1", "io.k8s.api.networking.v1"),
     ("api/policy/v1", "io.k8s.api.policy.v1"),
     ("api/rbac/v1", "io.k8s.api.rbac.v1"),
+    ("api/scheduling/v1", "io.k8s.api.scheduling.v1"),
     ("apimachinery/pkg/apis/meta/v1", "io.k8s.apimachinery.pkg.apis.meta.v1"),
 ];
 
@@ -75,6 +76,7 @@ const ROOTS: &[(&str, &str, &[&str])] = &[
         "rbac.authorization.k8s.io",
         &["ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"],
     ),
+    ("io.k8s.api.scheduling.v1", "scheduling.k8s.io", &["PriorityClass"]),
     ("io.k8s.apimachinery.pkg.apis.meta.v1", "meta.k8s.io", &["DeleteOptions", "Status"]),
 ];
 
