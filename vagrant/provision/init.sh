@@ -11,19 +11,11 @@ orchctl init --address "$address" --timers fast
 cat >/usr/local/sbin/orch-join-command <<'SCRIPT'
 #!/bin/sh
 set -eu
+# Good for the one host that asks.
 case "${SSH_ORIGINAL_COMMAND:-worker}" in
-  control-plane) ;;
-  *) exec orchctl token create --ttl 10m --description vagrant ;;
+  control-plane) exec orchctl token create --ttl 10m --single-use --description vagrant --control-plane ;;
+  *) exec orchctl token create --ttl 10m --single-use --description vagrant ;;
 esac
-# The same one for all that come within half an hour: each new one locks out who still holds the last one.
-umask 077
-exec 9>/run/orch-join.lock
-flock 9
-if [ -z "$(find /run/orch-join -mmin -30 2>/dev/null)" ]; then
-  orchctl token create --ttl 1h --description vagrant --control-plane >/run/orch-join.new
-  mv /run/orch-join.new /run/orch-join
-fi
-cat /run/orch-join
 SCRIPT
 chmod 755 /usr/local/sbin/orch-join-command
 mkdir -p -m 700 /root/.ssh

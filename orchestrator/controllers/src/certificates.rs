@@ -2,9 +2,13 @@
 //!
 //! A new node comes with a bootstrap token and gets the client certificate of `system:node:NAME`; with that it gets its
 //! serving certificate and one for etcd. Whatever else is asked for waits for a person (`kubectl certificate approve`).
+//!
+//! A token is known to more people than a node's key, and is good for many hosts unless it was made for one
+//! ([`bootstrap_token`](crate::bootstrap_token)). So it never gives away a name that a Node has: whoever replays it
+//! cannot become a node that is there, not even while that node reboots. Upstream approves by group alone.
 //! Signers: Kubernetes, "Certificate Signing Requests"; `orch.dev/etcd-client` is ours.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,12 +20,14 @@ use k8s_openapi::api::certificates::v1::{
 };
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use orch_api::bootstrap_token::USER_PREFIX;
 use orch_client::DeleteParams;
-use orch_pki::{Asked, Authority, ETCD_NETWORK_USER, Identity, Usage};
+use orch_pki::{Asked, Authority, ETCD_NETWORK_USER, Identity, KUBELET_CLIENT_USER, Usage};
 use orch_reconcile::{Action, Informer, Queue, Reconciler};
 use tracing::{info, warn};
 
-use crate::context::{Context, name};
+use crate::bootstrap_token::{self, Token};
+use crate::context::{Context, name, uid};
 use crate::error::{Failure, Step as _, gone_is_fine};
 
 /// Client certificates of nodes.
@@ -69,10 +75,36 @@ enum Verdict {
     Leave,
 }
 
+/// A request as it is to be stored next.
+struct Next {
+    object: CertificateSigningRequest,
+    /// The token that has to be used up before, if it is good for one host.
+    uses_up: Option<Token>,
+}
+
+impl From<CertificateSigningRequest> for Next {
+    fn from(object: CertificateSigningRequest) -> Self {
+        Self { object, uses_up: None }
+    }
+}
+
+/// What became of the token that a requester came with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Came {
+    /// With something else.
+    WithoutToken,
+    With(Token),
+    /// Its token was deleted since.
+    WithDeletedToken,
+}
+
 /// Who asks.
 struct Requester<'a> {
     user: &'a str,
     groups: &'a [String],
+    came: &'a Came,
+    /// UID of the request.
+    request: &'a str,
 }
 
 impl Requester<'_> {
@@ -89,8 +121,8 @@ impl Requester<'_> {
 /// What is known about the cluster's hosts.
 #[derive(Default)]
 struct Hosts {
-    /// Names of nodes that are Ready: somebody holds their certificate already.
-    alive: BTreeSet<String>,
+    /// Names of all nodes, somebody holds their certificates already; and whether each is Ready.
+    nodes: BTreeMap<String, bool>,
     /// Addresses and the node that has each; without name for control planes that are no nodes.
     addresses: Vec<(IpAddr, Option<String>)>,
 }
@@ -129,6 +161,9 @@ fn identity(signer: &str, usages: &[String], asked: &Asked) -> Result<Identity, 
         CLIENT if asked.groups.iter().any(|group| group == "system:masters") => {
             return Err("no certificate is given out for system:masters".to_owned());
         }
+        CLIENT if asked.user == KUBELET_CLIENT_USER => {
+            return Err(format!("{KUBELET_CLIENT_USER} is the API server's own name"));
+        }
         CLIENT if asked.groups.len() > 1 => {
             return Err("more than one organisation is not supported".to_owned());
         }
@@ -152,14 +187,7 @@ fn decide(signer: &str, requester: &Requester<'_>, asked: &Asked, hosts: &Hosts)
     let node = asked.user.strip_prefix(NODE_PREFIX).unwrap_or_default();
     match signer {
         NODE_CLIENT if requester.node() == Some(node) => Verdict::Approve,
-        NODE_CLIENT if requester.is_in(BOOTSTRAPPERS) => {
-            if hosts.alive.contains(node) {
-                return Verdict::Deny(format!(
-                    "node {node} is alive: reset it and delete its Node object before another host takes its name"
-                ));
-            }
-            Verdict::Approve
-        }
+        NODE_CLIENT if requester.is_in(BOOTSTRAPPERS) => newcomer(node, requester, hosts),
         NODE_CLIENT => {
             Verdict::Deny("only a node itself, or a bootstrap token, may ask".to_owned())
         }
@@ -188,6 +216,38 @@ fn decide(signer: &str, requester: &Requester<'_>, asked: &Asked, hosts: &Hosts)
     }
 }
 
+/// Pure: whether who came with a bootstrap token may become `node`.
+fn newcomer(node: &str, requester: &Requester<'_>, hosts: &Hosts) -> Verdict {
+    let token = match requester.came {
+        Came::With(token) => Some(token),
+        Came::WithoutToken => None,
+        Came::WithDeletedToken => {
+            return Verdict::Deny(
+                "the token has ended: make one with `orchctl token create`".to_owned(),
+            );
+        }
+    };
+    if let Some(other) = token.and_then(|token| token.node.as_deref()).filter(|own| *own != node) {
+        return Verdict::Deny(format!("the token is good for node {other} only"));
+    }
+    if token.and_then(|token| token.used_by.as_deref()).is_some_and(|by| by != requester.request) {
+        return Verdict::Deny(
+            "the token was good for one host, and one has joined with it: make another with `orchctl token create`"
+                .to_owned(),
+        );
+    }
+    match hosts.nodes.get(node) {
+        Some(true) => Verdict::Deny(format!(
+            "node {node} is alive: reset it and delete its Node object before another host takes its name"
+        )),
+        Some(false) if token.is_none_or(|token| token.node.is_none()) => Verdict::Deny(format!(
+            "there is a node {node}: if its host is gone for good, `orchctl delete node {node}` frees the name; if this host \
+             is that node, join with a token made for it by `orchctl token create --node {node}`"
+        )),
+        Some(false) | None => Verdict::Approve,
+    }
+}
+
 impl Certificates {
     pub(crate) fn new(cx: Arc<Context>, signers: Signers) -> (Arc<Self>, Arc<Queue<String>>) {
         let queue = Arc::new(Queue::new());
@@ -209,9 +269,7 @@ impl Certificates {
         let mut hosts = Hosts::default();
         for node in self.cx.nodes.list() {
             let own = name(&node.metadata).to_owned();
-            if is_ready(&node) {
-                hosts.alive.insert(own.clone());
-            }
+            hosts.nodes.insert(own.clone(), is_ready(&node));
             let addresses = node
                 .status
                 .as_ref()
@@ -232,8 +290,18 @@ impl Certificates {
         hosts
     }
 
+    /// With which token the sender of an undecided request came, if with one.
+    async fn came(&self, found: &CertificateSigningRequest) -> Result<Came, Failure> {
+        let user = found.spec.username.as_deref().unwrap_or_default();
+        let id = user.strip_prefix(USER_PREFIX);
+        let Some(id) = id.filter(|_| conditions(found).is_empty()) else {
+            return Ok(Came::WithoutToken);
+        };
+        Ok(bootstrap_token::find(&self.cx, id).await?.map_or(Came::WithDeletedToken, Came::With))
+    }
+
     /// The request as it is to be stored next; `None` when there is nothing to do.
-    fn advance(&self, found: &CertificateSigningRequest) -> Option<CertificateSigningRequest> {
+    fn advance(&self, found: &CertificateSigningRequest, came: &Came) -> Option<Next> {
         let has = |kind: &str| conditions(found).iter().any(|one| one.type_ == kind);
         let status = found.status.as_ref();
         let issued = status.and_then(|status| status.certificate.as_ref()).is_some();
@@ -257,19 +325,21 @@ impl Certificates {
             Err(why) => {
                 let kind = if approved { "Failed" } else { "Denied" };
                 add_condition(&mut next, kind, "DoesNotFit", &why);
-                return Some(next);
+                return Some(next.into());
             }
         };
         if !approved {
             let requester = Requester {
                 user: found.spec.username.as_deref().unwrap_or_default(),
                 groups: found.spec.groups.as_deref().unwrap_or_default(),
+                came,
+                request: uid(&found.metadata),
             };
             match decide(signer, &requester, &asked, &self.hosts()) {
                 Verdict::Leave => return None,
                 Verdict::Deny(why) => {
                     add_condition(&mut next, "Denied", "NotAllowed", &why);
-                    return Some(next);
+                    return Some(next.into());
                 }
                 Verdict::Approve => add_condition(
                     &mut next,
@@ -288,9 +358,14 @@ impl Certificates {
             }
             Err(error) => {
                 add_condition(&mut next, "Failed", "CannotSign", &format!("{:#}", chain(&error)));
+                return Some(next.into());
             }
         }
-        Some(next)
+        let uses_up = match came {
+            Came::With(token) if token.is_unused() => Some(token.clone()),
+            _ => None,
+        };
+        Some(Next { object: next, uses_up })
     }
 }
 
@@ -339,7 +414,8 @@ impl Reconciler for Certificates {
     async fn reconcile(&self, key: &str) -> Result<Action, Failure> {
         let Some(found) = self.requests.get("", key) else { return Ok(Action::done()) };
         let api = self.cx.api::<CertificateSigningRequest>("");
-        let Some(next) = self.advance(&found) else {
+        let came = self.came(&found).await?;
+        let Some(next) = self.advance(&found, &came) else {
             let since =
                 found.metadata.creation_timestamp.as_ref().map_or(Timestamp::now(), |time| time.0);
             let age = Duration::from_secs(
@@ -353,6 +429,11 @@ impl Reconciler for Certificates {
                 .step(|| format!("delete the old certificate signing request {key}"))?;
             return Ok(Action::done());
         };
+        if let Some(token) = &next.uses_up {
+            // Before the certificate is out: whoever else comes with the token comes too late.
+            token.use_up(&self.cx, uid(&found.metadata)).await?;
+        }
+        let next = next.object;
         let user = found.spec.username.as_deref().unwrap_or_default();
         let signer = found.spec.signer_name.as_str();
         match conditions(&next).iter().find(|one| one.type_ != "Approved") {
@@ -390,7 +471,7 @@ mod tests {
     fn hosts() -> Hosts {
         let address = |text: &str| text.parse().expect("an address");
         Hosts {
-            alive: ["b".to_owned()].into(),
+            nodes: [("b".to_owned(), true), ("asleep".to_owned(), false)].into(),
             addresses: vec![
                 (address("10.0.0.2"), Some("b".to_owned())),
                 (address("10.0.0.10"), None),
@@ -399,8 +480,65 @@ mod tests {
     }
 
     fn ask(signer: &str, user: &str, group: &str, asked: &Asked) -> Verdict {
+        ask_with(&Came::WithoutToken, signer, user, group, asked)
+    }
+
+    fn ask_with(came: &Came, signer: &str, user: &str, group: &str, asked: &Asked) -> Verdict {
         let groups = [group.to_owned()];
-        decide(signer, &Requester { user, groups: &groups }, asked, &hosts())
+        let requester = Requester { user, groups: &groups, came, request: "this" };
+        decide(signer, &requester, asked, &hosts())
+    }
+
+    #[test]
+    fn a_replayed_token_gives_away_no_name_that_a_node_has() {
+        let with = |change: fn(&mut Token), wanted: &str| {
+            let mut token = Token::default();
+            change(&mut token);
+            let came = Came::With(token);
+            let verdict = ask_with(
+                &came,
+                NODE_CLIENT,
+                "system:bootstrap:abcdef",
+                BOOTSTRAPPERS,
+                &node(wanted, &[]),
+            );
+            match verdict {
+                Verdict::Deny(why) => why,
+                other => format!("{other:?}"),
+            }
+        };
+        assert_eq!(with(|_| {}, "a"), "Approve");
+        assert!(with(|_| {}, "b").contains("node b is alive"));
+        assert!(with(|_| {}, "asleep").contains("orchctl token create --node asleep"));
+
+        // Made for one node: that one, also when it comes again, but not while it lives.
+        let (asleep, alive): (fn(&mut Token), fn(&mut Token)) = (
+            |token| token.node = Some("asleep".to_owned()),
+            |token| token.node = Some("b".to_owned()),
+        );
+        assert_eq!(with(asleep, "asleep"), "Approve");
+        assert!(with(asleep, "a").contains("good for node asleep only"));
+        assert!(with(alive, "b").contains("node b is alive"));
+
+        // Made for one host.
+        let used_by = |who: Option<&str>| {
+            let mut token = Token::default();
+            (token.single_use, token.used_by) = (true, who.map(str::to_owned));
+            let came = Came::With(token);
+            ask_with(&came, NODE_CLIENT, "system:bootstrap:abcdef", BOOTSTRAPPERS, &node("a", &[]))
+        };
+        assert_eq!(used_by(None), Verdict::Approve);
+        assert!(matches!(used_by(Some("another")), Verdict::Deny(why) if why.contains("one host")));
+        assert_eq!(used_by(Some("this")), Verdict::Approve, "what was begun is finished");
+
+        let gone = ask_with(
+            &Came::WithDeletedToken,
+            NODE_CLIENT,
+            "system:bootstrap:abcdef",
+            BOOTSTRAPPERS,
+            &node("a", &[]),
+        );
+        assert!(matches!(gone, Verdict::Deny(why) if why.contains("the token has ended")));
     }
 
     #[test]
@@ -460,6 +598,8 @@ mod tests {
             ..Asked::default()
         };
         assert!(identity(CLIENT, &client, &masters).is_err());
+        let kubelets = Asked { user: KUBELET_CLIENT_USER.to_owned(), ..Asked::default() };
+        assert!(identity(CLIENT, &client, &kubelets).is_err(), "nobody else opens the agents' API");
         let more = Asked { has_more: true, ..node("a", &[]) };
         assert!(identity(NODE_CLIENT, &client, &more).is_err());
         let etcd = Asked { user: ETCD_NETWORK_USER.to_owned(), ..Asked::default() };

@@ -5,9 +5,11 @@
 //! what only time tells (a node that went silent, a rollout that is late).
 //!
 //! A Deployment becomes ReplicaSets ([`deployment`]), a ReplicaSet becomes pods ([`replicaset`]), ready pods become
-//! endpoints of Services ([`endpointslice`]), nodes get their certificates ([`certificates`]), pods leave dead nodes ([`node_lifecycle`], [`pod_gc`]), and what lost its
-//! owner is removed ([`gc`], [`namespace`]).
+//! endpoints of Services ([`endpointslice`]), nodes get their certificates ([`certificates`]) for tokens that end
+//! ([`bootstrap_token`]), pods leave dead nodes ([`node_lifecycle`], [`pod_gc`]), and what lost its owner is removed
+//! ([`gc`], [`namespace`]).
 
+mod bootstrap_token;
 mod certificates;
 mod context;
 mod deployment;
@@ -84,6 +86,7 @@ async fn work(client: Client, options: Options, cancel: CancellationToken) -> Re
     let (nodes, q5) = node_lifecycle::Nodes::new(cx.clone());
     let (pod_gc, q6) = pod_gc::PodGc::new(cx.clone());
     let (collector, q7) = gc::Collector::new(kinds);
+    let (tokens, q8) = bootstrap_token::Tokens::new(cx.clone());
     let signer = cx
         .options
         .signers
@@ -95,7 +98,12 @@ async fn work(client: Client, options: Options, cancel: CancellationToken) -> Re
         }
     };
     tokio::select! {
-        () = async { cx.synced().await; collector.synced().await; signer_synced.await } => {}
+        () = async {
+            cx.synced().await;
+            collector.synced().await;
+            tokens.synced().await;
+            signer_synced.await;
+        } => {}
         () = cancel.cancelled() => return Ok(()),
     }
     info!("the controllers' caches are filled");
@@ -114,6 +122,7 @@ async fn work(client: Client, options: Options, cancel: CancellationToken) -> Re
     loops.spawn(nodes, q5, 4);
     loops.spawn(pod_gc, q6, 1);
     loops.spawn(collector, q7, 20);
+    loops.spawn(tokens, q8, 1);
     if let Some((signer, queue)) = signer {
         loops.spawn(signer, queue, 1);
     }

@@ -1,5 +1,8 @@
 //! All controllers together, against a server in memory and nodes that do what they are told.
 
+mod tokens;
+
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::Method;
@@ -36,8 +39,10 @@ impl Cluster {
                 "status": { "conditions": [{ "type": "Ready", "status": "True" }] } }),
             );
         }
+        let authority = || Arc::new(orch_pki::Authority::create("ca").expect("an authority"));
         let options = Options {
             cluster_ca: "CERTIFICATE".to_owned(),
+            signers: Some(crate::Signers { cluster: authority(), etcd: authority() }),
             // Counted by the wall clock, which does not stand still here.
             eviction_after: Some(Duration::from_millis(100)),
             ..Options::fast()

@@ -3,9 +3,17 @@
 //! Clocks of different hosts are never compared: a Lease has ended when *we* saw it unchanged for as long as its
 //! holder said. A leader that could not renew in time stops before another one can begin: its time runs from before the
 //! renewal was sent, everybody else's from after it was seen. And because a process may stand still when that time ends
-//! (SIGSTOP, a paused machine), its client is behind a [`Fence`]: what it sends when it wakes up is refused, whether it
-//! knows already or not. What is left is a change that was on its way when the process stopped; writes are
-//! compare-and-swap, so it can only be a new object, and every reconciler lives with those.
+//! (SIGSTOP, a host without CPU to spare), its client is behind a [`Fence`]: what it sends when it wakes up is refused,
+//! whether it knows already or not.
+//!
+//! What is left: a change that was on its way when the process stopped; and a virtual machine whose clock stood still with
+//! it (paused or moved by its hypervisor, suspended to memory), which finds the fence open until its next look at the
+//! Lease, [`Election::retry_period`] later. Changes are compare-and-swap and deletions name the UID, so either can only be a
+//! new object or the end of one that it still knew, and every reconciler lives with those.
+//!
+//! The road not taken: each change of a leader could be a transaction that also compares a key of its term in etcd. No
+//! clock is trusted then, but every write of the store would have to carry that condition through the API, and whoever
+//! takes over would have to write the term together with the Lease; for a window of two seconds in which nothing is lost.
 
 use std::future::Future;
 use std::time::Duration;

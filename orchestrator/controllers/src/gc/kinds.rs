@@ -12,6 +12,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
+use k8s_openapi::api::scheduling::v1::PriorityClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use k8s_openapi::{Metadata, Resource};
 use orch_api::cluster_policy::ClusterNetworkPolicy;
@@ -213,6 +214,7 @@ pub(crate) fn kinds(cx: &Context) -> Kinds {
         cached!(cx.informers.of::<Only<RoleBinding>>(), true),
         cached!(cx.informers.of::<Only<ClusterRole>>(), false),
         cached!(cx.informers.of::<Only<ClusterRoleBinding>>(), false),
+        cached!(cx.informers.of::<Only<PriorityClass>>(), false),
     ];
     Kinds { all: Arc::new(all) }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use orch_client::Client;
-use orch_pki::{Authority, Certificate, ETCD_NETWORK_USER, Identity, Usage};
+use orch_pki::{Authority, Certificate, ETCD_NETWORK_USER, Identity, KUBELET_CLIENT_USER, Usage};
 use serde_json::{Value, json};
 
 use super::config::{self, Config};
@@ -218,10 +218,14 @@ pub(crate) fn kubeconfig(flags: &KubeconfigFlags) -> anyhow::Result<()> {
         let text = fs::read_to_string(pki.join("admin.conf")).map_err(|_| absent("admin.conf"))?;
         return output::line(text.trim_end());
     };
-    if flags.group.as_deref() == Some("system:masters") || user.starts_with("system:") {
-        return Err(output::usage(
-            "names that begin with system: are the cluster's own; for an administrator, copy admin.conf",
-        ));
+    if flags.group.as_deref() == Some("system:masters")
+        || user.starts_with("system:")
+        || user == KUBELET_CLIENT_USER
+    {
+        return Err(output::usage(format!(
+            "{KUBELET_CLIENT_USER} and names that begin with system: are the cluster's own; for an administrator, copy \
+             admin.conf"
+        )));
     }
     if !pki.join("ca.key").exists() {
         return Err(absent("ca.key"));

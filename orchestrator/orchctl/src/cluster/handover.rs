@@ -1,25 +1,32 @@
 //! Handing the authorities' keys to a further control plane: through the cluster, encrypted with a key that only the
 //! join command carries (as kubeadm's `--upload-certs`).
+//!
+//! Each token that makes control planes has a Secret of its own with the keys, sealed for it alone, and a role with which
+//! nobody but its bearer reads that. The token owns them: when it ends or is deleted, they go too, whatever other tokens
+//! there are.
 
 use std::io::Read as _;
+use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use base64::Engine as _;
-use jiff::Timestamp;
+use orch_api::bootstrap_token::{SINGLE_USE, USER_PREFIX, handover_name, secret_name};
 use orch_client::Client;
 use orch_pki::SHARED_FILES;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use serde_json::{Value, json};
 
 use super::host::Host;
+use super::token::SECRETS;
 use crate::kube::wire;
 use crate::output;
 
-const SECRETS: &str = "/api/v1/namespaces/kube-system/secrets";
-/// The Secret; the bearer of a bootstrap token may read it, and can do nothing with it without the key.
-const NAME: &str = "orch-certs";
-/// How long it lies there.
-const LIFETIME_SECS: i64 = 2 * 3600;
+const ROLES: &str = "/apis/rbac.authorization.k8s.io/v1/namespaces/kube-system";
+const RBAC: &str = "rbac.authorization.k8s.io";
+/// By then every server knows what was handed over.
+const SETTLED: Duration = Duration::from_secs(3);
+/// Between two tries.
+const RETRY: Duration = Duration::from_millis(250);
 
 fn random<const N: usize>() -> anyhow::Result<[u8; N]> {
     let mut bytes = [0; N];
@@ -52,7 +59,7 @@ fn seal(key: &[u8], name: &str, text: &[u8]) -> anyhow::Result<Vec<u8>> {
 fn unseal(key: &[u8], name: &str, sealed: &[u8]) -> anyhow::Result<Vec<u8>> {
     let wrong = || {
         output::hinted(
-            "take the whole command that `orchctl token create --control-plane` printed last",
+            "take the whole command that `orchctl token create --control-plane` printed",
             format!("--certificate-key does not open {name}"),
         )
     };
@@ -68,11 +75,9 @@ fn unseal(key: &[u8], name: &str, sealed: &[u8]) -> anyhow::Result<Vec<u8>> {
     Ok(text.to_vec())
 }
 
-/// Puts the keys of this control plane into the cluster; returns the key that opens them.
-pub(super) async fn upload(client: &Client, host: &Host) -> anyhow::Result<String> {
-    let key: [u8; 32] = random()?;
-    let mut data = json!({});
-    for name in SHARED_FILES {
+/// The files with the keys of this control plane, by name.
+pub(super) fn read(host: &Host) -> anyhow::Result<Vec<(&'static str, Vec<u8>)>> {
+    let file = |name: &'static str| {
         let path = host.paths.pki().join(name);
         let text = std::fs::read(&path).map_err(|error| {
             output::hinted(
@@ -80,55 +85,139 @@ pub(super) async fn upload(client: &Client, host: &Host) -> anyhow::Result<Strin
                 format!("read {}: {error}", path.display()),
             )
         })?;
-        data[name] =
-            json!(base64::engine::general_purpose::STANDARD.encode(seal(&key, name, &text)?));
+        Ok((name, text))
+    };
+    SHARED_FILES.into_iter().map(file).collect()
+}
+
+/// Puts them into the cluster for the bearer of the token `id`, whose Secret has the UID `uid`; returns the key that opens
+/// them.
+pub(super) async fn upload(
+    client: &Client,
+    files: &[(&'static str, Vec<u8>)],
+    id: &str,
+    uid: &str,
+) -> anyhow::Result<String> {
+    let key: [u8; 32] = random()?;
+    let mut data = json!({});
+    for (name, text) in files {
+        data[*name] =
+            json!(base64::engine::general_purpose::STANDARD.encode(seal(&key, name, text)?));
     }
-    let until = Timestamp::now() + jiff::SignedDuration::from_secs(LIFETIME_SECS);
-    let object = json!({ "apiVersion": "v1", "kind": "Secret", "type": "orch.dev/certs", "data": data,
-                         "metadata": { "name": NAME, "namespace": "kube-system",
-                                       "annotations": { "orch.dev/until": until.to_string() } } });
-    let path = format!("{SECRETS}/{NAME}");
-    if wire::get_opt(client, &path).await?.is_some() {
-        wire::send(client, http::Method::DELETE, &path, wire::JSON, &json!({})).await?;
+    for (path, object) in objects(id, uid, &data) {
+        wire::send(client, http::Method::POST, &path, wire::JSON, &object)
+            .await
+            .context("hand over the authorities' keys")?;
     }
-    wire::send(client, http::Method::POST, SECRETS, wire::JSON, &object)
-        .await
-        .context("hand over the authorities' keys")?;
     Ok(key.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// The keys that [`upload`] put into the cluster: names and contents.
-pub(super) async fn download(client: &Client, key: &str) -> anyhow::Result<Vec<(String, String)>> {
+/// What is handed over, and the right to read it: where each object is created, and the object.
+fn objects(id: &str, uid: &str, data: &Value) -> [(String, Value); 3] {
+    let name = handover_name(id);
+    let meta = json!({ "name": name, "namespace": "kube-system", "ownerReferences": [
+        { "apiVersion": "v1", "kind": "Secret", "name": secret_name(id), "uid": uid },
+    ] });
+    [
+        (
+            SECRETS.to_owned(),
+            json!({ "apiVersion": "v1", "kind": "Secret", "type": "orch.dev/certs", "metadata": meta, "data": data }),
+        ),
+        (
+            format!("{ROLES}/roles"),
+            json!({ "apiVersion": format!("{RBAC}/v1"), "kind": "Role", "metadata": meta, "rules": [
+                { "verbs": ["get"], "apiGroups": [""], "resources": ["secrets"], "resourceNames": [name] } ] }),
+        ),
+        (
+            format!("{ROLES}/rolebindings"),
+            json!({ "apiVersion": format!("{RBAC}/v1"), "kind": "RoleBinding", "metadata": meta,
+                    "roleRef": { "apiGroup": RBAC, "kind": "Role", "name": name },
+                    "subjects": [{ "apiGroup": RBAC, "kind": "User", "name": format!("{USER_PREFIX}{id}") }] }),
+        ),
+    ]
+}
+
+/// The keys that [`upload`] put into the cluster for the token `id`: names and contents.
+pub(super) async fn download(
+    client: &Client,
+    id: &str,
+    key: &str,
+) -> anyhow::Result<Vec<(&'static str, String)>> {
     let bytes: Option<Vec<u8>> = (0..key.len() / 2)
         .map(|at| u8::from_str_radix(key.get(2 * at..2 * at + 2)?, 16).ok())
         .collect();
     let key = bytes
         .filter(|bytes| bytes.len() == 32 && key.len() == 64)
         .ok_or_else(|| output::usage("--certificate-key has to be 64 hexadecimal digits"))?;
-    let Some(secret) = wire::get_opt(client, &format!("{SECRETS}/{NAME}")).await? else {
-        return Err(output::hinted(
-            "run `orchctl token create --control-plane` on a control plane and use what it prints",
-            "the authorities' keys were not handed over",
-        ));
+    let path = format!("{SECRETS}/{}", wire::encode(&handover_name(id)));
+    let code = |error: &anyhow::Error| match error.downcast_ref::<orch_client::Error>() {
+        Some(orch_client::Error::Api { code, .. }) => Some(*code),
+        _ => None,
     };
-    opened(&secret, &key, Timestamp::now())
+    let deadline = tokio::time::Instant::now() + SETTLED;
+    let found = loop {
+        let found = wire::get_opt(client, &path).await;
+        // Another server may not know the role yet.
+        let refused = found.as_ref().is_err_and(|error| code(error) == Some(403));
+        if !refused || tokio::time::Instant::now() > deadline {
+            break found;
+        }
+        tokio::time::sleep(RETRY).await;
+    };
+    match found {
+        Ok(Some(secret)) => opened(&secret, &key),
+        Err(error) if code(&error) == Some(401) => Err(output::hinted(
+            "tokens that make control planes end after two hours: `orchctl token create --control-plane` on a control plane \
+             makes another",
+            "the cluster does not know this token, or it has ended or was used up",
+        )),
+        // Without keys there is no role for them either: a token for workers.
+        Err(error) if code(&error) == Some(403) => Err(not_handed_over()),
+        Err(error) => Err(error),
+        Ok(None) => Err(not_handed_over()),
+    }
 }
 
-fn opened(secret: &Value, key: &[u8], now: Timestamp) -> anyhow::Result<Vec<(String, String)>> {
-    let until = secret["metadata"]["annotations"]["orch.dev/until"].as_str().unwrap_or_default();
-    if until.parse::<Timestamp>().is_ok_and(|until| until < now) {
-        bail!("the handed-over keys are too old: run `orchctl token create --control-plane` again");
+fn not_handed_over() -> anyhow::Error {
+    output::hinted(
+        "run `orchctl token create --control-plane` on a control plane and use what it prints",
+        "no authorities' keys were handed over for this token",
+    )
+}
+
+/// Uses the token `id` up, if it is good for one host. Of two hosts that come with it one succeeds: the cluster deletes
+/// it once.
+pub(super) async fn use_up(admin: &Client, id: &str) -> anyhow::Result<()> {
+    let late = || {
+        output::hinted(
+            "`orchctl token create --control-plane` on a control plane makes another",
+            "the token has ended, or was good for one host and another has joined with it",
+        )
+    };
+    let path = format!("{SECRETS}/{}", wire::encode(&secret_name(id)));
+    let Some(token) = wire::get_opt(admin, &path).await? else { return Err(late()) };
+    if token["metadata"]["annotations"][SINGLE_USE] != "true" {
+        return Ok(());
     }
+    let options = json!({ "preconditions": { "uid": token["metadata"]["uid"] } });
+    let deleted = wire::send(admin, http::Method::DELETE, &path, wire::JSON, &options).await;
+    deleted.map(drop).map_err(|error| match error.downcast_ref::<orch_client::Error>() {
+        Some(gone) if gone.is_not_found() || gone.is_conflict() => late(),
+        _ => error,
+    })
+}
+
+fn opened(secret: &Value, key: &[u8]) -> anyhow::Result<Vec<(&'static str, String)>> {
     SHARED_FILES
-        .iter()
+        .into_iter()
         .map(|name| {
-            let sealed = secret["data"][*name]
+            let sealed = secret["data"][name]
                 .as_str()
                 .and_then(|text| base64::engine::general_purpose::STANDARD.decode(text).ok())
                 .with_context(|| format!("{name} was not handed over"))?;
             let text = String::from_utf8(unseal(key, name, &sealed)?)
                 .with_context(|| format!("{name} is no text"))?;
-            Ok(((*name).to_owned(), text))
+            Ok((name, text))
         })
         .collect()
 }
@@ -151,5 +240,20 @@ mod tests {
         assert!(unseal(&key, "ca.key", &changed).is_err(), "changed on the way");
         assert!(unseal(&key, "ca.key", &sealed[..5]).is_err());
         assert!(!sealed.windows(6).any(|window| window == b"secret"));
+    }
+    #[test]
+    fn each_token_opens_its_own_and_owns_it() {
+        let objects = |id: &str| objects(id, "uid", &json!({}));
+        for (path, object) in objects("abcdef") {
+            assert!(path.starts_with('/'), "{path}");
+            let meta = &object["metadata"];
+            assert_eq!(meta["name"], "orch-certs-abcdef");
+            assert_eq!(meta["ownerReferences"][0]["name"], "bootstrap-token-abcdef");
+            assert_eq!(meta["ownerReferences"][0]["uid"], "uid");
+        }
+        let [_, (_, role), (_, binding)] = objects("abcdef");
+        assert_eq!(role["rules"][0]["resourceNames"], json!(["orch-certs-abcdef"]));
+        assert_eq!(binding["subjects"][0]["name"], "system:bootstrap:abcdef");
+        assert_ne!(objects("abcdef"), objects("fedcba"));
     }
 }

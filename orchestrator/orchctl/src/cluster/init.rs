@@ -69,7 +69,12 @@ pub(crate) async fn run(flags: Flags) -> anyhow::Result<()> {
         return show_plan(&host, &config, plan(&host, &config));
     }
     let client = bring_up(&host, &config).await?;
-    let token = token::create(&client, TOKEN_TTL, "made by orchctl init").await?;
+    let wanted = token::Wanted {
+        ttl: TOKEN_TTL,
+        description: "made by orchctl init",
+        ..token::Wanted::default()
+    };
+    let token = token::create(&client, &wanted).await?.token;
     let (server, pin) = token::pin(&client).await?;
     let command = token::join_command(&server, &token, &pin);
     let kubeconfig = host.paths.pki().join("admin.conf");

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use orch_client::{Client, ClientConfig};
-use orch_pki::{AgentCredentials, ETCD_NETWORK_USER, Identity, Usage};
+use orch_pki::{AgentCredentials, ETCD_NETWORK_USER, Identity, SHARED_FILES, Usage};
 use orch_store::EtcdConfig;
 use orch_store::admin::{Admin, Member};
 
@@ -95,7 +95,8 @@ pub(crate) async fn run(flags: Flags) -> anyhow::Result<()> {
     host.record_before()?;
     match &flags.certificate_key {
         Some(key) if flags.control_plane => {
-            control_plane(&host, config, &newcomer, &url, key).await
+            let id = flags.token.split('.').next().unwrap_or_default();
+            control_plane(&host, config, &newcomer, &url, (id, key)).await
         }
         _ => worker(&host, config, &newcomer, &url, &ca).await,
     }
@@ -235,12 +236,14 @@ async fn control_plane(
     mut config: Config,
     newcomer: &Client,
     url: &str,
-    key: &str,
+    (token, key): (&str, &str),
 ) -> anyhow::Result<()> {
     let pki_dir = host.paths.pki();
-    if !pki_dir.join("ca.key").exists() {
+    // All of them: whatever is missing would be made anew, and differ from the cluster's.
+    let fetch = !SHARED_FILES.iter().all(|name| pki_dir.join(name).exists());
+    if fetch {
         progress::step("authorities", async {
-            for (name, text) in handover::download(newcomer, key).await? {
+            for (name, text) in handover::download(newcomer, token, key).await? {
                 let mode = if name.ends_with(".key") { 0o600 } else { 0o644 };
                 super::host::write_file(&pki_dir.join(name), &text, mode)?;
             }
@@ -259,6 +262,13 @@ async fn control_plane(
         key_pem: Some(admin_key),
         ..ClientConfig::default()
     })?;
+    if fetch && let Err(error) = handover::use_up(&other, token).await {
+        // Not this host's to keep.
+        for name in SHARED_FILES {
+            let _ = std::fs::remove_file(pki_dir.join(name));
+        }
+        return Err(error);
+    }
     let known = init::read_cluster(&other).await?;
     let etcd = EtcdConfig {
         endpoints: known

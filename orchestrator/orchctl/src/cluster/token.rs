@@ -8,15 +8,20 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use base64::Engine as _;
 use jiff::Timestamp;
+use orch_api::bootstrap_token::{NODE, SINGLE_USE, TYPE, USED_BY, secret_name};
 use orch_client::Client;
 use serde_json::{Value, json};
 
+use super::handover;
 use super::host::Host;
 use crate::kube::wire;
 use crate::output;
 
-const SECRETS: &str = "/api/v1/namespaces/kube-system/secrets";
-const TYPE: &str = "bootstrap.kubernetes.io/token";
+pub(super) const SECRETS: &str = "/api/v1/namespaces/kube-system/secrets";
+/// How long a token is good for.
+const TTL: Duration = Duration::from_secs(24 * 3600);
+/// The same for one that makes control planes, and the most that it may be: who has it has the cluster.
+const CONTROL_PLANE_TTL: Duration = Duration::from_secs(2 * 3600);
 /// Where the cluster tells everybody who it is (kubeadm's discovery).
 pub(crate) const CLUSTER_INFO: &str = "/api/v1/namespaces/kube-public/configmaps/cluster-info";
 
@@ -24,15 +29,22 @@ pub(crate) const CLUSTER_INFO: &str = "/api/v1/namespaces/kube-public/configmaps
 pub(crate) enum Command {
     /// Make a token and print the command with which a host joins
     #[command(
-        after_help = "Example: orchctl token create --ttl 2h\n         orchctl token create --control-plane"
+        after_help = "Example: orchctl token create --ttl 2h\n         orchctl token create --single-use\n         \
+                      orchctl token create --control-plane"
     )]
     Create {
-        /// How long it is good for: 30m, 24h, 7d; 0 = for ever
-        #[arg(long, default_value = "24h", value_parser = parse_ttl)]
-        ttl: Duration,
+        /// How long it is good for: 30m, 24h, 7d; 0 = for ever [default: 24h; with --control-plane 2h, and no longer]
+        #[arg(long, value_parser = parse_ttl)]
+        ttl: Option<Duration>,
         /// What it is for
         #[arg(long, default_value = "")]
         description: String,
+        /// Good for one host: the first that joins with it uses it up
+        #[arg(long)]
+        single_use: bool,
+        /// Good for this node only, also when there is a Node of that name already, unless that is Ready
+        #[arg(long, value_name = "NAME", conflicts_with = "control_plane")]
+        node: Option<String>,
         /// For further control planes: also hand over the authorities' keys, encrypted
         #[arg(long)]
         control_plane: bool,
@@ -95,15 +107,29 @@ fn random(length: usize) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// Makes a token; returns it.
-pub(crate) async fn create(
-    client: &Client,
-    ttl: Duration,
-    description: &str,
-) -> anyhow::Result<String> {
+/// A token to be made.
+#[derive(Debug, Default)]
+pub(super) struct Wanted<'a> {
+    /// Zero: for ever.
+    pub(super) ttl: Duration,
+    pub(super) description: &'a str,
+    pub(super) single_use: bool,
+    pub(super) node: Option<&'a str>,
+}
+
+/// A token that was made.
+pub(super) struct Made {
+    pub(super) token: String,
+    pub(super) id: String,
+    /// UID of its Secret.
+    pub(super) uid: String,
+}
+
+pub(super) async fn create(client: &Client, wanted: &Wanted<'_>) -> anyhow::Result<Made> {
+    let ttl = wanted.ttl;
     let (id, secret) = (random(6)?, random(16)?);
     let mut data = json!({
-        "token-id": id, "token-secret": secret, "description": description,
+        "token-id": id, "token-secret": secret, "description": wanted.description,
         "usage-bootstrap-authentication": "true", "usage-bootstrap-signing": "true",
         "auth-extra-groups": "system:bootstrappers:kubeadm:default-node-token",
     });
@@ -114,12 +140,34 @@ pub(crate) async fn create(
             .context("--ttl is too long")?;
         data["expiration"] = json!(ends.strftime("%Y-%m-%dT%H:%M:%SZ").to_string());
     }
+    let mut notes = serde_json::Map::new();
+    if wanted.single_use {
+        notes.insert(SINGLE_USE.to_owned(), json!("true"));
+    }
+    if let Some(node) = wanted.node {
+        notes.insert(NODE.to_owned(), json!(node));
+    }
     let object = json!({ "apiVersion": "v1", "kind": "Secret", "type": TYPE, "stringData": data,
-                         "metadata": { "name": format!("bootstrap-token-{id}"), "namespace": "kube-system" } });
-    wire::send(client, http::Method::POST, SECRETS, wire::JSON, &object)
+                         "metadata": { "name": secret_name(&id), "namespace": "kube-system", "annotations": notes } });
+    let made = wire::send(client, http::Method::POST, SECRETS, wire::JSON, &object)
         .await
         .context("store the token")?;
-    Ok(format!("{id}.{secret}"))
+    let uid = made["metadata"]["uid"].as_str().context("the token has no UID")?.to_owned();
+    Ok(Made { token: format!("{id}.{secret}"), id, uid })
+}
+
+/// The lifetime of a token: what was asked for, if it may be that long.
+fn lifetime(asked: Option<Duration>, control_plane: bool) -> anyhow::Result<Duration> {
+    if !control_plane {
+        return Ok(asked.unwrap_or(TTL));
+    }
+    let ttl = asked.unwrap_or(CONTROL_PLANE_TTL);
+    if ttl.is_zero() || ttl > CONTROL_PLANE_TTL {
+        return Err(output::usage(
+            "a token with the authorities' keys is good for two hours at most: --ttl 2h or less",
+        ));
+    }
+    Ok(ttl)
 }
 
 /// One token as it is stored, without its secret.
@@ -146,8 +194,16 @@ fn entry(secret: &Value, now: Timestamp) -> Value {
         Err(_) if expires.is_empty() => "for ever".to_owned(),
         Err(_) => "unreadable".to_owned(),
     };
-    json!({ "id": field("token-id"), "left": left, "expires": expires, "description": field("description"),
-            "groups": field("auth-extra-groups") })
+    let note = |key: &str| secret["metadata"]["annotations"][key].as_str();
+    let single_use = note(SINGLE_USE) == Some("true");
+    let good_for = match (note(USED_BY), note(NODE)) {
+        (Some(_), _) => "used up".to_owned(),
+        (None, Some(node)) => format!("node {node}"),
+        (None, None) if single_use => "one host".to_owned(),
+        (None, None) => "any host".to_owned(),
+    };
+    json!({ "id": field("token-id"), "left": left, "expires": expires, "goodFor": good_for,
+            "singleUse": single_use, "description": field("description"), "groups": field("auth-extra-groups") })
 }
 
 async fn all(client: &Client) -> anyhow::Result<Vec<Value>> {
@@ -158,7 +214,7 @@ async fn all(client: &Client) -> anyhow::Result<Vec<Value>> {
 }
 
 async fn delete(client: &Client, id: &str) -> anyhow::Result<()> {
-    let path = format!("{SECRETS}/bootstrap-token-{}", wire::encode(id));
+    let path = format!("{SECRETS}/{}", wire::encode(&secret_name(id)));
     wire::send(client, http::Method::DELETE, &path, wire::JSON, &json!({})).await?;
     Ok(())
 }
@@ -195,7 +251,13 @@ pub(crate) async fn run(
     connect: impl Fn() -> anyhow::Result<Client>,
 ) -> anyhow::Result<()> {
     match command {
-        Command::Create { ttl, description, control_plane, root, format } => {
+        Command::Create { ttl, description, single_use, node, control_plane, root, format } => {
+            let wanted = Wanted {
+                ttl: lifetime(ttl, control_plane)?,
+                description: &description,
+                single_use,
+                node: node.as_deref(),
+            };
             let host = Host::new(root.as_deref().unwrap_or(Path::new("/")))?;
             let own = host.paths.pki().join("admin.conf");
             let client = &if root.is_some() && own.exists() {
@@ -203,18 +265,21 @@ pub(crate) async fn run(
             } else {
                 connect()?
             };
-            for old in all(client).await?.iter().filter(|token| token["left"] == "expired") {
-                if let Some(id) = old["id"].as_str() {
-                    delete(client, id).await.context("remove an expired token")?;
-                }
-            }
             let (server, pin) = pin(client).await?;
-            let key = if control_plane {
-                Some(super::handover::upload(client, &host).await?)
-            } else {
-                None
+            // Read before anything is made: only a control plane has them.
+            let keys = if control_plane { Some(handover::read(&host)?) } else { None };
+            let Made { token, id, uid } = create(client, &wanted).await?;
+            let key = match keys {
+                None => None,
+                Some(keys) => match handover::upload(client, &keys, &id, &uid).await {
+                    Ok(key) => Some(key),
+                    Err(error) => {
+                        // What it owns goes with it.
+                        let _ = delete(client, &id).await;
+                        return Err(error);
+                    }
+                },
             };
-            let token = create(client, ttl, &description).await?;
             let mut command = join_command(&server, &token, &pin);
             if let Some(key) = &key {
                 command.push_str(&format!(" --control-plane --certificate-key {key}"));
@@ -230,9 +295,11 @@ pub(crate) async fn run(
             format.print(&json!(tokens), || {
                 let text = |token: &Value, key: &str| token[key].as_str().unwrap_or("").to_owned();
                 output::table(
-                    &["ID", "LEFT", "EXPIRES", "DESCRIPTION"],
+                    &["ID", "LEFT", "EXPIRES", "GOOD FOR", "DESCRIPTION"],
                     tokens.iter().map(|token| {
-                        ["id", "left", "expires", "description"].map(|key| text(token, key)).into()
+                        ["id", "left", "expires", "goodFor", "description"]
+                            .map(|key| text(token, key))
+                            .into()
                     }),
                 )
             })
@@ -283,5 +350,26 @@ mod tests {
         assert!(!shown.to_string().contains("0123456789abcdef"));
         let later: Timestamp = "2026-01-02T00:00:00Z".parse().expect("a time");
         assert_eq!(entry(&secret, later)["left"], "expired");
+        let good_for = |notes: Value| {
+            let mut secret = secret.clone();
+            secret["metadata"] = json!({ "annotations": notes });
+            entry(&secret, now)["goodFor"].clone()
+        };
+        assert_eq!(good_for(json!({})), "any host");
+        assert_eq!(good_for(json!({ "orch.dev/single-use": "true" })), "one host");
+        assert_eq!(good_for(json!({ "orch.dev/node": "b" })), "node b");
+        let used = json!({ "orch.dev/single-use": "true", "orch.dev/used-by": "1" });
+        assert_eq!(good_for(used), "used up");
+    }
+
+    #[test]
+    fn a_token_with_the_authorities_keys_is_not_good_for_long() {
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        assert_eq!(lifetime(None, false).expect("a day"), hours(24));
+        assert_eq!(lifetime(None, true).expect("two hours"), hours(2));
+        assert_eq!(lifetime(Some(hours(1)), true).expect("an hour"), hours(1));
+        for wrong in [hours(3), Duration::ZERO] {
+            assert_eq!(output::exit_code(&lifetime(Some(wrong), true).expect_err("refused")), 2);
+        }
     }
 }
