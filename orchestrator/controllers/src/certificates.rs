@@ -491,34 +491,24 @@ mod tests {
 
     #[test]
     fn a_replayed_token_gives_away_no_name_that_a_node_has() {
-        let with = |change: fn(&mut Token), wanted: &str| {
+        let with = |made_for: Option<&str>, wanted: &str| {
             let mut token = Token::default();
-            change(&mut token);
-            let came = Came::With(token);
-            let verdict = ask_with(
-                &came,
-                NODE_CLIENT,
-                "system:bootstrap:abcdef",
-                BOOTSTRAPPERS,
-                &node(wanted, &[]),
-            );
-            match verdict {
+            token.node = made_for.map(str::to_owned);
+            let user = "system:bootstrap:abcdef";
+            let asked = node(wanted, &[]);
+            match ask_with(&Came::With(token), NODE_CLIENT, user, BOOTSTRAPPERS, &asked) {
                 Verdict::Deny(why) => why,
                 other => format!("{other:?}"),
             }
         };
-        assert_eq!(with(|_| {}, "a"), "Approve");
-        assert!(with(|_| {}, "b").contains("node b is alive"));
-        assert!(with(|_| {}, "asleep").contains("orchctl token create --node asleep"));
+        assert_eq!(with(None, "a"), "Approve");
+        assert!(with(None, "b").contains("node b is alive"));
+        assert!(with(None, "asleep").contains("orchctl token create --node asleep"));
 
         // Made for one node: that one, also when it comes again, but not while it lives.
-        let (asleep, alive): (fn(&mut Token), fn(&mut Token)) = (
-            |token| token.node = Some("asleep".to_owned()),
-            |token| token.node = Some("b".to_owned()),
-        );
-        assert_eq!(with(asleep, "asleep"), "Approve");
-        assert!(with(asleep, "a").contains("good for node asleep only"));
-        assert!(with(alive, "b").contains("node b is alive"));
+        assert_eq!(with(Some("asleep"), "asleep"), "Approve");
+        assert!(with(Some("asleep"), "a").contains("good for node asleep only"));
+        assert!(with(Some("b"), "b").contains("node b is alive"));
 
         // Made for one host.
         let used_by = |who: Option<&str>| {
