@@ -144,7 +144,7 @@ fn a_pair_of_another_plugin_is_gone_when_del_answers() -> Result {
     Ok(())
 }
 
-/// What finishes a removal is held up for seconds, and the runtime reads the plugin's stdout to its end.
+/// What finishes a removal is held up for seconds, and the runtime reads the plugin's stdout and stderr to their end.
 #[test]
 fn a_runtime_that_reads_to_the_end_is_not_held_up_by_what_stays() -> Result {
     if Command::new("strace").arg("-V").output().is_err() {
@@ -155,12 +155,12 @@ fn a_runtime_that_reads_to_the_end_is_not_held_up_by_what_stays() -> Result {
     let conf = t.conf(&[SUBNET]);
     let pod = t.pod()?;
     t.add(&pod, &conf)?;
-    let fifo = t.state.path().join("stdout");
+    let fifo = t.state.path().join("said");
     let made = Command::new("mkfifo").arg(&fifo).status()?;
     ensure!(made.success(), "mkfifo");
     // The plugin alone has the pipe; strace, which waits for all, has not. It returns late from the first request of
     // each process: of the one that answers, and of the one that stays.
-    let script = format!("exec \"$0\" >{}", fifo.display());
+    let script = format!("exec \"$0\" >{} 2>&1", fifo.display());
     let observer = [
         "strace",
         "-f",
@@ -186,7 +186,7 @@ fn a_runtime_that_reads_to_the_end_is_not_held_up_by_what_stays() -> Result {
     let said = fs::read(&fifo)?;
     let alive = processes_of(&t.plugins)?;
     assert!(said.is_empty() && pod.eth0()?.is_none(), "DEL was not done");
-    assert_eq!(alive, 1, "the end of stdout came with the end of the last process, not before");
+    assert_eq!(alive, 1, "the end came with that of the last process, not with that of the first");
     assert!(observed.wait_with_output()?.status.success());
     Ok(())
 }
