@@ -123,8 +123,9 @@ impl StaticConf {
         };
         for text in listed(args, "GATEWAY") {
             let gateway = gateway("CNI_ARGS: GATEWAY", text, code::INVALID_ENVIRONMENT)?;
-            let with_it = ips.iter_mut().filter(|ip| ip.address.contains(gateway));
-            with_it.for_each(|ip| ip.gateway = Some(gateway));
+            // What the configuration says of its own addresses counts.
+            let lacking = |ip: &&mut IpConfig| ip.gateway.is_none() && ip.address.contains(gateway);
+            ips.iter_mut().filter(lacking).for_each(|ip| ip.gateway = Some(gateway));
         }
         for (at, ip) in ips.iter().enumerate() {
             if ips[..at].iter().any(|other| other.address.ip() == ip.address.ip()) {
@@ -210,7 +211,7 @@ mod tests {
         ]}});
         let own = ["10.1.0.5/24 via 10.1.0.254", "fd01::5/64"];
         assert_eq!(ips(conf.clone(), ""), own);
-        let args = "IP=10.2.0.5/24, fd02::5/64;GATEWAY=10.2.0.1,fd02::1";
+        let args = "IP=10.2.0.5/24, fd02::5/64;GATEWAY=10.2.0.1,fd02::1,10.1.0.1";
         assert_eq!(
             ips(conf.clone(), args),
             [own[0], own[1], "10.2.0.5/24 via 10.2.0.1", "fd02::5/64 via fd02::1"]

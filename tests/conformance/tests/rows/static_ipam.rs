@@ -57,10 +57,11 @@ fn addresses_gateways_routes_and_dns_are_given(t: &Bed) -> Result {
 }
 
 fn cni_args_add_addresses_and_gateways(t: &Bed) -> Result {
-    let args = "IP=10.89.0.5/24,fd89::5/64;GATEWAY=10.89.0.1,fd88::1";
+    // The configuration's own gateway stays.
+    let args = "IP=10.89.0.5/24,fd89::5/64;GATEWAY=10.89.0.1,fd89::1,10.88.0.254";
     let result = call(t, "ADD", args, &conf(t, json!({})))?.success()?;
     let want =
-        ["10.88.0.5/24 10.88.0.1", "fd88::5/64 fd88::1", "10.89.0.5/24 10.89.0.1", "fd89::5/64"];
+        ["10.88.0.5/24 10.88.0.1", "fd88::5/64", "10.89.0.5/24 10.89.0.1", "fd89::5/64 fd89::1"];
     ensure!(given(&result) == want, "{result}");
     Ok(())
 }
