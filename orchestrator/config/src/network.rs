@@ -64,7 +64,7 @@ pub struct NetworkConfig {
     pub mode: Mode,
     /// Whether packets of known flows take the short way through a node (eBPF). A key of ours in `Backend`, which flannel
     /// does not read.
-    pub fast_path: bool,
+    pub fast_path: FastPath,
 }
 
 /// The IPv4 half of a network.
@@ -277,6 +277,46 @@ impl Mode {
     }
 }
 
+/// Whether packets of known flows take the short way through a node: `FastPath` in the backend's configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FastPath {
+    /// Where a node can; one that cannot is as well. The key is absent.
+    #[default]
+    Auto,
+    /// On every node; one that cannot has a problem. `true`.
+    On,
+    /// Nowhere. `false`.
+    Off,
+}
+
+impl FastPath {
+    /// As the configuration has it.
+    #[must_use]
+    pub fn from_key(key: Option<bool>) -> Self {
+        match key {
+            None => Self::Auto,
+            Some(true) => Self::On,
+            Some(false) => Self::Off,
+        }
+    }
+
+    /// As it is put into the configuration.
+    #[must_use]
+    pub fn key(self) -> Option<bool> {
+        match self {
+            Self::Auto => None,
+            Self::On => Some(true),
+            Self::Off => Some(false),
+        }
+    }
+
+    /// Whether nodes that can have it are to have it.
+    #[must_use]
+    pub fn is_wanted(self) -> bool {
+        self != Self::Off
+    }
+}
+
 /// What is read: keys in lower case, as flannel's decoder does not mind the case.
 #[derive(Debug, Deserialize)]
 struct Read {
@@ -312,7 +352,7 @@ struct ReadBackend {
     vni: Option<u32>,
     port: Option<u16>,
     directrouting: bool,
-    fastpath: bool,
+    fastpath: Option<bool>,
 }
 
 /// What is written.
@@ -361,8 +401,8 @@ struct WrittenBackend {
     port: u16,
     #[serde(rename = "DirectRouting", skip_serializing_if = "std::ops::Not::not")]
     direct_routing: bool,
-    #[serde(rename = "FastPath", skip_serializing_if = "std::ops::Not::not")]
-    fast_path: bool,
+    #[serde(rename = "FastPath", skip_serializing_if = "Option::is_none")]
+    fast_path: Option<bool>,
 }
 
 fn check_vni(vni: u32) -> Result<(), ConfigError> {
@@ -396,7 +436,8 @@ impl NetworkConfig {
     ) -> Result<Self, ConfigError> {
         check_vni(vni)?;
         let v4 = Some(Ipv4Config::checked(network, Some(subnet_len), None, None)?);
-        Ok(Self { v4, v6: None, vni, port, mode: Mode::default(), fast_path: false })
+        let fast_path = FastPath::default();
+        Ok(Self { v4, v6: None, vni, port, mode: Mode::default(), fast_path })
     }
 
     /// Reads what is in etcd.
@@ -454,7 +495,7 @@ impl NetworkConfig {
         } else {
             None
         };
-        Ok(Self { v4, v6, vni, port, mode, fast_path: backend.fastpath })
+        Ok(Self { v4, v6, vni, port, mode, fast_path: FastPath::from_key(backend.fastpath) })
     }
 
     /// The same with another mode.
@@ -486,7 +527,7 @@ impl NetworkConfig {
                 vni: self.vni,
                 port: self.port,
                 direct_routing: self.mode == Mode::DirectRouting,
-                fast_path: self.fast_path,
+                fast_path: self.fast_path.key(),
             },
         };
         serde_json::to_vec(&wire).expect("plain data has a JSON form")
@@ -494,80 +535,4 @@ impl NetworkConfig {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(json: &str) -> Result<NetworkConfig, ConfigError> {
-        NetworkConfig::parse(json.as_bytes())
-    }
-
-    #[test]
-    fn flannels_defaults_fill_what_is_not_said() {
-        let config =
-            parse(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("valid");
-        let v4 = config.v4.expect("IPv4");
-        assert_eq!(v4.subnet_len, 24);
-        assert_eq!(v4.subnet_min, Ipv4Addr::new(10, 5, 1, 0));
-        assert_eq!(v4.subnet_max, Ipv4Addr::new(10, 5, 255, 0));
-        assert_eq!((config.vni, config.port), (1, 8472));
-        let small =
-            parse(r#"{"Network":"10.5.0.0/24","Backend":{"Type":"vxlan","VNI":7,"Port":0}}"#)
-                .expect("valid");
-        let v4 = small.v4.expect("IPv4");
-        assert_eq!((v4.subnet_len, small.vni, small.port), (26, 7, 8472));
-        assert_eq!(v4.subnets().count(), 3, "the first of the four is skipped");
-    }
-
-    #[test]
-    fn an_absent_backend_is_refused_with_the_way_out() {
-        let error = parse(r#"{"Network":"10.5.0.0/16"}"#).expect_err("udp");
-        assert!(error.to_string().contains(r#"set {"Type":"vxlan"}"#), "{error}");
-    }
-
-    #[test]
-    fn the_backend_says_the_mode_and_keys_may_be_of_any_case() {
-        let mode = |backend: &str| {
-            parse(&format!(r#"{{"network":"10.5.0.0/16","Backend":{backend}}}"#)).map(|c| c.mode)
-        };
-        assert_eq!(mode(r#"{"Type":"vxlan"}"#), Ok(Mode::Vxlan));
-        assert_eq!(mode(r#"{"type":"vxlan","directRouting":true}"#), Ok(Mode::DirectRouting));
-        assert_eq!(mode(r#"{"Type":"host-gw"}"#), Ok(Mode::HostGw));
-        assert!(mode(r#"{"Type":"wireguard"}"#).is_err());
-    }
-
-    #[test]
-    fn limits_must_be_bases_of_subnets_in_the_network() {
-        for bad in [
-            r#"{"Network":"10.5.0.0/16","SubnetMin":"10.5.1.7","Backend":{"Type":"vxlan"}}"#,
-            r#"{"Network":"10.5.0.0/16","SubnetMax":"10.6.0.0","Backend":{"Type":"vxlan"}}"#,
-            r#"{"Network":"10.5.0.0/16","SubnetLen":17,"Backend":{"Type":"vxlan"}}"#,
-            r#"{"Network":"10.5.0.0/29","Backend":{"Type":"vxlan"}}"#,
-            r#"{"Network":"10.5.0.0/16","SubnetMin":"10.5.9.0","SubnetMax":"10.5.8.0","Backend":{"Type":"vxlan"}}"#,
-        ] {
-            assert!(matches!(parse(bad), Err(ConfigError::Field { .. })), "{bad}");
-        }
-    }
-
-    #[test]
-    fn what_we_write_reads_back_equal() {
-        let config =
-            NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472).expect("valid");
-        for mode in [Mode::Vxlan, Mode::DirectRouting, Mode::HostGw] {
-            for fast_path in [false, true] {
-                let config = NetworkConfig { mode, fast_path, ..config.clone() };
-                assert_eq!(NetworkConfig::parse(&config.to_json()), Ok(config));
-            }
-        }
-        let dual = parse(r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}"#).expect("valid");
-        let v6 = dual.v6.expect("dual stack");
-        assert_eq!((v6.subnet_len, v6.subnet_min.to_string()), (64, "fd00:5:0:1::".to_owned()));
-        assert_eq!(v6.subnet_max.to_string(), "fd00:5:0:ffff::");
-        assert!(v6.subnets(3).all(|subnet| v6.allows(subnet)));
-        assert_eq!(NetworkConfig::parse(&dual.to_json()), Ok(dual));
-        let alone = parse(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}"#).expect("valid");
-        assert_eq!((alone.v4, alone.v6), (None, Some(v6)));
-        assert_eq!(NetworkConfig::parse(&alone.to_json()), Ok(alone));
-        let none = parse(r#"{"EnableIPv4":false,"Backend":{"Type":"vxlan"}}"#);
-        assert!(none.expect_err("no family").to_string().contains("EnableIPv6"));
-    }
-}
+mod tests;

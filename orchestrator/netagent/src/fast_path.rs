@@ -1,6 +1,7 @@
 //! The fast path: packets of known flows pass by bridge, netfilter and routing (`ebpf/progs/fast_path.bpf.c` says how).
 //!
-//! One setting of the whole network turns it on (`FastPath` in the backend's configuration). What a node needs for it:
+//! It is on where the kernel can, unless the setting of the whole network says otherwise (`FastPath` in the backend's
+//! configuration). What a node needs for it:
 //!
 //! - the two programs on the host ends of the pods' links, and on the links by which other nodes' packets come in. A pod
 //!   that is shaped (the `bandwidth` plugin) goes the whole way: its queue is on its link;
@@ -14,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 
-use cni_netlink::{Link, LinkKind, Netlink, NetlinkError};
+use cni_netlink::{Link, LinkKind, MacBytes, Netlink, NetlinkError};
 use cni_nftables::{Chain, Family, Hook as NftHook, Nft, NftError, Table};
 use ipnetwork::Ipv4Network;
 use orch_ebpf_loader::{
@@ -24,7 +25,7 @@ use orch_ebpf_maps::MARK_PLAIN;
 use tracing::info;
 
 use crate::chain;
-use crate::network::NetworkConfig;
+use crate::network::{FastPath as Setting, NetworkConfig};
 use crate::status::FastPathStatus;
 
 /// Name of the table.
@@ -107,7 +108,7 @@ pub fn desired(
     pods: &BTreeSet<u32>,
     shaped: &BTreeSet<u32>,
 ) -> Wanted {
-    let cluster = config.v4.filter(|_| config.fast_path).map(|v4| v4.network);
+    let cluster = config.v4.filter(|_| config.fast_path.is_wanted()).map(|v4| v4.network);
     if cluster.is_none() {
         return Wanted::default();
     }
@@ -119,10 +120,13 @@ pub fn desired(
     });
     let outside = device.into_iter().flat_map(|(device, underlay)| [Some(device), underlay]);
     let outside: BTreeSet<u32> = outside.flatten().collect();
-    let wanted =
-        |index| outside.contains(&index) || pods.contains(&index) && !shaped.contains(&index);
-    let links =
-        links.iter().filter(|link| wanted(link.index)).map(|link| (link.index, link.name.clone()));
+    let wanted = |link: &&Link| {
+        let index = link.index;
+        // The programs read frames; a link without MACs, such as WireGuard's, has none.
+        outside.contains(&index) && link.mac != MacBytes::default()
+            || pods.contains(&index) && !shaped.contains(&index)
+    };
+    let links = links.iter().filter(wanted).map(|link| (link.index, link.name.clone()));
     Wanted { cluster, links: links.collect() }
 }
 
@@ -219,8 +223,14 @@ impl FastPath {
         netlink: &Netlink,
         config: &NetworkConfig,
     ) -> FastPathStatus {
-        let mut status = FastPathStatus { on: config.fast_path, ..FastPathStatus::default() };
-        let outcome = wanted(maps, netlink, config).and_then(|wanted| {
+        let on = match config.fast_path {
+            Setting::Auto => supports_fast_path(),
+            Setting::On => true,
+            Setting::Off => false,
+        };
+        let mut status = FastPathStatus { on, ..FastPathStatus::default() };
+        let wanted = if on { wanted(maps, netlink, config) } else { Ok(Wanted::default()) };
+        let outcome = wanted.and_then(|wanted| {
             status.links = wanted.links.len();
             self.ensure(pins, &wanted)
         });
@@ -268,9 +278,6 @@ impl FastPath {
 }
 
 fn wanted(maps: &Maps, netlink: &Netlink, config: &NetworkConfig) -> Result<Wanted, FastPathError> {
-    if !config.fast_path {
-        return Ok(Wanted::default());
-    }
     let pods = maps.endpoints()?.into_iter().map(|(index, _)| index).collect();
     let (links, shaped) = observe_links(netlink)?;
     Ok(desired(config, &links, &pods, &shaped))
@@ -287,6 +294,40 @@ mod tests {
     fn wanted(links: &[u32]) -> Wanted {
         let links = links.iter().map(|index| (*index, format!("link{index}"))).collect();
         Wanted { cluster: Some(cluster()), links }
+    }
+
+    #[test]
+    fn an_underlay_without_frames_has_no_programs() {
+        let config = NetworkConfig::new(cluster(), 24, 1, 8472).expect("valid");
+        let vxlan = |underlay| cni_netlink::Vxlan {
+            vni: 1,
+            port: 8472,
+            local: None,
+            underlay_index: Some(underlay),
+            learning: false,
+        };
+        let device = |underlay| Link {
+            index: 9,
+            name: "vxlan-orch".to_owned(),
+            kind: LinkKind::Vxlan(vxlan(underlay)),
+            mac: [2, 0, 0, 0, 0, 9],
+            ..Link::default()
+        };
+        let ethernet =
+            Link { index: 2, name: "eth0".to_owned(), mac: [2, 0, 0, 0, 0, 2], ..Link::default() };
+        let wireguard = Link { index: 3, name: "wg0".to_owned(), ..Link::default() };
+        let on = |underlay| {
+            let links = [ethernet.clone(), wireguard.clone(), device(underlay)];
+            let wanted = desired(&config, &links, &BTreeSet::new(), &BTreeSet::new());
+            wanted.links.into_keys().collect::<Vec<_>>()
+        };
+        assert_eq!(on(2), [2, 9]);
+        assert_eq!(on(3), [9]);
+        let off = NetworkConfig { fast_path: Setting::Off, ..config.clone() };
+        assert_eq!(
+            desired(&off, &[ethernet], &BTreeSet::new(), &BTreeSet::new()),
+            Wanted::default()
+        );
     }
 
     #[test]

@@ -114,7 +114,7 @@ pub struct PolicyStatus {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FastPathStatus {
-    /// Whether the network's configuration wants it.
+    /// Whether this node is to have it.
     pub on: bool,
     /// Links that have it.
     pub links: usize,

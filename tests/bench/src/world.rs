@@ -12,7 +12,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, anyhow, bail};
 use cni_netlink::{AddressOptions, Bridge, MacBytes, NetNs, Netlink, Route, VethPair, VxlanDevice};
-use cni_nftables::Nft;
+use cni_nftables::{Chain, Family, Hook as NftHook, Nft, Table};
 use ipnetwork::{IpNetwork, Ipv4Network};
 use nix::sched::{CloneFlags, unshare};
 use orch_ebpf_loader::{Hook, Pins, attach, install};
@@ -208,6 +208,14 @@ impl Node {
         self.netns.run(|| lines.iter().try_for_each(|line| run(line)))
     }
 
+    /// A rule that asks for the state of connections, as masquerade and Services do: the kernel tracks them from now on.
+    pub(crate) fn track(&self) -> anyhow::Result<()> {
+        let mut table = Table::new(Family::Ip, "tracked");
+        let rule = "ct state invalid counter drop".to_owned();
+        table.chain("forward", Chain::base("filter", NftHook::Forward, 0, [rule]));
+        self.netns.run(|| Ok(Nft::default().apply(&table.replace_script())?))
+    }
+
     /// The same as the agent makes it.
     pub(crate) fn join_by_agent(&self, other: &Self, parts: Parts) -> anyhow::Result<()> {
         let netlink = Netlink::open_in(&self.netns)?;
@@ -250,7 +258,6 @@ impl Node {
         mut config: NetworkConfig,
         direct: bool,
     ) -> anyhow::Result<()> {
-        config.fast_path = true;
         config.mode = if direct { Mode::DirectRouting } else { Mode::Vxlan };
         let folder = Pins::below(&self.root);
         let mut pods = BTreeMap::new();

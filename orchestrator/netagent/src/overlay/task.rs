@@ -27,7 +27,7 @@ use super::{Device, Path, Peer, Peers, desired_peers};
 use crate::chain;
 use crate::files::{CONFLIST, FileError, SubnetEnv, conflist, ensure_content};
 use crate::lease::{Identity, Network, SubnetKey};
-use crate::network::{Mode, NetworkConfig};
+use crate::network::{FastPath, Mode, NetworkConfig};
 use crate::status::{DeviceStatus, NetStatus, PeerStatus};
 use crate::sysctl;
 
@@ -406,7 +406,7 @@ impl Overlay {
     fn desired(&self, network: &Network, underlay: &Underlay) -> (Peers, Vec<String>) {
         let (peers, mut problems) = desired_peers(network, &self.identity, &underlay.on_link);
         problems.extend(network.config_problem.clone());
-        if network.config.fast_path && !self.policy {
+        if network.config.fast_path == FastPath::On && !self.policy {
             problems.push(
                 "the fast path is not on: it needs a node that enforces NetworkPolicies; start its agent with --policy auto".to_owned(),
             );

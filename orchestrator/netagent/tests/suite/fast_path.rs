@@ -143,9 +143,8 @@ impl Host {
     }
 
     fn wanted(&self) -> Wanted {
-        let mut config =
+        let config =
             NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472).expect("valid");
-        config.fast_path = true;
         let pods = self.maps().endpoints().expect("read").into_iter().map(|(index, _)| index);
         let pods = pods.collect();
         self.netns.within(move || {
@@ -440,14 +439,14 @@ impl Drop for Mounted {
 #[test]
 fn the_agent_follows_the_networks_setting() {
     let world = overlay::World::new();
-    let configure = |fast: bool| {
+    let configure = |more: &str| {
         world.configure(&format!(
-            r#"{{"Network":"10.244.0.0/16","Backend":{{"Type":"vxlan","FastPath":{fast}}}}}"#
+            r#"{{"Network":"10.244.0.0/16","Backend":{{"Type":"vxlan"{more}}}}}"#
         ));
     };
-    configure(true);
+    configure("");
     let node = world.node_with(1, |options| {
-        options.policy = policy::Mode::On;
+        options.policy = policy::Mode::Auto;
         let plugins = options.paths.cni_bin_dir();
         std::fs::create_dir_all(&plugins).expect("made");
         std::fs::write(plugins.join(policy::PLUGIN), "").expect("written");
@@ -455,11 +454,11 @@ fn the_agent_follows_the_networks_setting() {
     let _mounted = Mounted(node.folder.path().join("sys/fs/bpf"));
     let pins = Pins::below(node.folder.path());
     let has_rule = || node.nft("list tables ip").contains(fast_path::TABLE);
-    eventually("it is on: on the VXLAN device and the underlay's link", || {
+    eventually("it is on unasked: on the VXLAN device and the underlay's link", || {
         (node.status().fast_path.links == 2 && has_rule()).then_some(())
     });
     assert_eq!(links_with(&pins, Hook::FastEnter).expect("read").len(), 2);
-    configure(false);
+    configure(r#","FastPath":false"#);
     eventually("nothing of it is left", || {
         let links = links_with(&pins, Hook::FastLeave).expect("read");
         (!node.status().fast_path.on && links.is_empty() && !has_rule()).then_some(())

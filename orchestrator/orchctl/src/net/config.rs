@@ -4,6 +4,8 @@
 //! pods' addresses wants `--yes`. It is written with a compare, so that two people do not overwrite each other, and waited
 //! for: each agent that can be looked into from here says whether it follows.
 
+mod edit;
+
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::str::FromStr;
@@ -13,10 +15,11 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use etcd_client::{Client, Compare, CompareOp, Txn, TxnOp};
 use ipnetwork::{Ipv4Network, Ipv6Network};
-use orch_config::network::{ConfigError, Ipv4Config, Mode, NetworkConfig};
-use serde_json::{Map, Value, json};
+use orch_config::network::{FastPath, Ipv4Config, Mode, NetworkConfig};
+use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
+use self::edit::edited;
 use super::hosts::Hosts;
 use super::leases::{self, CALL_LIMIT, Leases};
 use super::status::NetStatus;
@@ -63,7 +66,7 @@ struct Change {
     mode: Option<ModeName>,
     /// The short way through a node for packets of known flows (eBPF; Linux 6.6, nodes that enforce NetworkPolicies)
     #[arg(long, value_enum)]
-    fast_path: Option<Switch>,
+    fast_path: Option<FastPathName>,
     /// Network that the nodes' subnets are cut from; `none` leaves IPv6 alone
     #[arg(long, value_name = "CIDR|none", value_parser = parse_family::<Ipv4Network>)]
     network: Option<Family<Ipv4Network>>,
@@ -101,9 +104,23 @@ enum ModeName {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Switch {
+enum FastPathName {
+    /// Where a node can; so it is in a new network
+    Auto,
+    /// On every node; one that cannot says so
     On,
+    /// Nowhere
     Off,
+}
+
+impl From<FastPathName> for FastPath {
+    fn from(name: FastPathName) -> Self {
+        match name {
+            FastPathName::Auto => Self::Auto,
+            FastPathName::On => Self::On,
+            FastPathName::Off => Self::Off,
+        }
+    }
 }
 
 impl From<ModeName> for Mode {
@@ -406,7 +423,9 @@ fn follows(status: &NetStatus, config: &NetworkConfig) -> bool {
     v4 && v6
         && status.mode.as_deref() == Some(config.mode.name())
         // A node that does not enforce policies cannot have it, and says so elsewhere.
-        && (status.fast_path.on == config.fast_path || !status.policy.enforced)
+        && (config.fast_path == FastPath::Auto
+            || status.fast_path.on == config.fast_path.is_wanted()
+            || !status.policy.enforced)
         && status
             .device
             .as_ref()
@@ -415,7 +434,11 @@ fn follows(status: &NetStatus, config: &NetworkConfig) -> bool {
 
 /// The settings in words.
 fn describe(config: &NetworkConfig, held: usize) -> Vec<String> {
-    let fast = if config.fast_path { ", with the fast path" } else { "" };
+    let fast = match config.fast_path {
+        FastPath::Auto => ", with the fast path where a node can",
+        FastPath::On => ", with the fast path",
+        FastPath::Off => ", without the fast path",
+    };
     let mut lines = vec![format!("mode      {}{fast}", config.mode.name())];
     lines.extend(config.v4.map(|v4| {
         format!(
@@ -450,89 +473,6 @@ fn check_size(after: &NetworkConfig, held: usize) -> anyhow::Result<()> {
     }
 }
 
-/// The JSON in etcd with the change in it; keys that are not ours stay as they are. Pure.
-fn edited(json: &[u8], change: &Change) -> Result<Vec<u8>, ConfigError> {
-    let mut config: Map<String, Value> = match serde_json::from_slice(json) {
-        Ok(config) => config,
-        // What is unreadable has nothing to keep.
-        Err(_) => Map::new(),
-    };
-    if let Some(network) = change.network {
-        let (network, enable) = match network {
-            Family::Network(network) => (Some(network.to_string().into()), None),
-            Family::None => (None, Some(false.into())),
-        };
-        put(&mut config, "Network", network);
-        put(&mut config, "EnableIPv4", enable);
-        // The limits of another network fit nobody.
-        for limit in ["SubnetLen", "SubnetMin", "SubnetMax"] {
-            put(&mut config, limit, None);
-        }
-    }
-    if let Some(length) = change.subnet_len {
-        put(&mut config, "SubnetLen", Some(length.into()));
-        for limit in ["SubnetMin", "SubnetMax"] {
-            put(&mut config, limit, None);
-        }
-    }
-    for (name, address) in [("SubnetMin", change.subnet_min), ("SubnetMax", change.subnet_max)] {
-        if let Some(address) = address {
-            put(&mut config, name, Some(address.to_string().into()));
-        }
-    }
-    match change.ipv6_network {
-        Some(Family::Network(network)) => {
-            put(&mut config, "EnableIPv6", Some(true.into()));
-            put(&mut config, "IPv6Network", Some(network.to_string().into()));
-        }
-        Some(Family::None) => {
-            for name in ["EnableIPv6", "IPv6Network"] {
-                put(&mut config, name, None);
-            }
-        }
-        None => {}
-    }
-    if change.ipv6_network.is_some() || change.ipv6_subnet_len.is_some() {
-        for limit in ["IPv6SubnetMin", "IPv6SubnetMax"] {
-            put(&mut config, limit, None);
-        }
-        put(&mut config, "IPv6SubnetLen", change.ipv6_subnet_len.map(Into::into));
-    }
-    let mut backend = match take(&mut config, "Backend") {
-        Some(Value::Object(backend)) => backend,
-        _ => Map::new(),
-    };
-    if let Some(mode) = change.mode.map(Mode::from) {
-        put(&mut backend, "Type", Some(mode.backend().into()));
-        let direct = (mode == Mode::DirectRouting).then_some(true.into());
-        put(&mut backend, "DirectRouting", direct);
-    }
-    if let Some(switch) = change.fast_path {
-        put(&mut backend, "FastPath", (switch == Switch::On).then_some(true.into()));
-    }
-    if let Some(vni) = change.vni {
-        put(&mut backend, "VNI", Some(vni.into()));
-    }
-    if let Some(port) = change.port {
-        put(&mut backend, "Port", Some(port.into()));
-    }
-    config.insert("Backend".to_owned(), Value::Object(backend));
-    serde_json::to_vec(&config).map_err(|error| ConfigError::Decode(error.to_string()))
-}
-
-/// Removes a key whatever its case, as flannel's decoder reads it.
-fn take(object: &mut Map<String, Value>, name: &str) -> Option<Value> {
-    let key = object.keys().find(|key| key.eq_ignore_ascii_case(name))?.clone();
-    object.remove(&key)
-}
-
-fn put(object: &mut Map<String, Value>, name: &str, value: Option<Value>) {
-    take(object, name);
-    if let Some(value) = value {
-        object.insert(name.to_owned(), value);
-    }
-}
-
 /// What the change does to those who live in the network. Pure.
 fn effects(before: &NetworkConfig, after: &NetworkConfig, leases: &Leases) -> Vec<Effect> {
     let mut effects = Vec::new();
@@ -540,7 +480,7 @@ fn effects(before: &NetworkConfig, after: &NetworkConfig, leases: &Leases) -> Ve
     if before.mode != after.mode {
         tell(false, mode_effect(before.mode, after.mode).to_owned());
     }
-    match (before.fast_path, after.fast_path) {
+    match (before.fast_path.is_wanted(), after.fast_path.is_wanted()) {
         (false, true) => tell(
             false,
             "packets of known flows pass by bridge, netfilter and routing of a node; rules of others see one packet a second of each flow; running connections go on"

@@ -1,3 +1,5 @@
+use orch_config::network::ConfigError;
+
 use super::*;
 use crate::net::leases::LeaseView;
 
@@ -37,11 +39,13 @@ fn the_fast_path_is_switched_and_its_effect_is_told() {
         let wanted = Change { fast_path: Some(to), ..Change::default() };
         String::from_utf8(edited(text.as_bytes(), &wanted).expect("valid")).expect("text")
     };
-    let on = switch(PLAIN, Switch::On);
-    assert!(config(&on).fast_path && !config(PLAIN).fast_path, "{on}");
-    assert_eq!(config(&switch(&on, Switch::Off)), config(PLAIN));
-    let told = effects(&config(PLAIN), &config(&on), &leases(&[]));
+    let (on, off) = (switch(PLAIN, FastPathName::On), switch(PLAIN, FastPathName::Off));
+    let said = [PLAIN, &on, &off].map(|json| config(json).fast_path);
+    assert_eq!(said, [FastPath::Auto, FastPath::On, FastPath::Off]);
+    assert_eq!(config(&switch(&on, FastPathName::Auto)), config(PLAIN));
+    let told = effects(&config(PLAIN), &config(&off), &leases(&[]));
     assert!(told.len() == 1 && !told[0].breaks, "{told:?}");
+    assert_eq!(effects(&config(PLAIN), &config(&on), &leases(&[])), [], "it was there before");
 }
 
 #[test]
@@ -107,10 +111,12 @@ fn an_agent_follows_when_all_it_says_agrees() {
     assert!(follows(&right, &config));
     let mode = Some("host-gw".to_owned());
     assert!(!follows(&NetStatus { mode, ..right.clone() }, &config));
-    let fast = NetworkConfig { fast_path: true, ..config.clone() };
+    let fast = NetworkConfig { fast_path: FastPath::On, ..config.clone() };
     assert!(follows(&right, &fast), "a node without policies cannot have it");
     let policy = crate::net::status::Policy { enforced: true, ..Default::default() };
-    assert!(!follows(&NetStatus { policy, ..right.clone() }, &fast));
+    let without = NetStatus { policy, ..right.clone() };
+    assert!(!follows(&without, &fast));
+    assert!(follows(&without, &config), "a node that cannot need not");
     let subnet = Some("10.99.3.0/24".to_owned());
     assert!(!follows(&NetStatus { subnet, ..right.clone() }, &config));
     assert!(!follows(&NetStatus { device: None, ..right }, &config));
