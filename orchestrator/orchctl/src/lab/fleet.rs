@@ -27,7 +27,7 @@ const STOP_GRACE: Duration = Duration::from_secs(15);
 /// How long the API server may take to be ready: etcd's first start fsyncs a lot on slow disks.
 const SERVER_LIMIT: Duration = Duration::from_secs(90);
 const NODES_LIMIT: Duration = Duration::from_secs(120);
-pub(crate) const CNI_PLUGINS: [&str; 9] = [
+pub(crate) const CNI_PLUGINS: [&str; 10] = [
     "bandwidth",
     "bridge",
     "firewall",
@@ -35,6 +35,7 @@ pub(crate) const CNI_PLUGINS: [&str; 9] = [
     "loopback",
     "policy",
     "portmap",
+    "static",
     "tuning",
     "vxlan",
 ];
