@@ -10,6 +10,7 @@ use crate::status::FieldError;
 const LIMIT: usize = 25;
 const PRIORITY_LIMIT: i64 = 1000;
 const NAME_LIMIT_CHARS: usize = 100;
+const AT_LEAST_ONE: &str = "must have at least one item";
 const POD_PEERS: [&str; 2] = ["namespaces", "pods"];
 const EGRESS_PEERS: [&str; 5] = ["namespaces", "pods", "nodes", "networks", "domainNames"];
 const PROTOCOLS: [&str; 4] = ["tcp", "udp", "sctp", "destinationNamedPort"];
@@ -45,15 +46,17 @@ fn rule(rule: &Value, peers: &str, at: &str, errors: &mut Vec<FieldError>) {
     one_of(&rule["action"], &format!("{at}.action"), &["Accept", "Deny", "Pass"], errors);
     let field = format!("{at}.{peers}");
     limit(&rule[peers], &field, errors);
-    if items(&rule[peers]).next().is_none() {
-        errors.push(FieldError::required(field.clone(), "must have at least one item"));
+    if !rule[peers].is_array() {
+        errors.push(FieldError::required(field.clone(), AT_LEAST_ONE));
     }
+    not_empty(&rule[peers], &field, errors);
     let known: &[&str] = if peers == "from" { &POD_PEERS } else { &EGRESS_PEERS };
     for (index, peer) in items(&rule[peers]) {
         self::peer(peer, known, rule, &format!("{field}[{index}]"), errors);
     }
     let field = format!("{at}.protocols");
     limit(&rule["protocols"], &field, errors);
+    not_empty(&rule["protocols"], &field, errors);
     for (index, protocol) in items(&rule["protocols"]) {
         self::protocol(protocol, &format!("{field}[{index}]"), errors);
     }
@@ -72,17 +75,24 @@ fn peer(peer: &Value, known: &[&str], rule: &Value, at: &str, errors: &mut Vec<F
         label_selector(&peer["nodes"], &format!("{at}.nodes"), errors);
     }
     let field = format!("{at}.networks");
-    limit(&peer["networks"], &field, errors);
+    set(&peer["networks"], &field, errors);
     for (index, network) in items(&peer["networks"]) {
         if network.as_str().and_then(parse_cidr).is_none() {
             let detail = "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)";
             errors.push(FieldError::invalid(format!("{field}[{index}]"), network, detail));
         }
     }
-    limit(&peer["domainNames"], &format!("{at}.domainNames"), errors);
+    let field = format!("{at}.domainNames");
+    set(&peer["domainNames"], &field, errors);
+    for (index, name) in items(&peer["domainNames"]) {
+        if !name.as_str().is_some_and(is_domain_name) {
+            let detail = "must be a name of at least two labels, the first of which may be *";
+            errors.push(FieldError::invalid(format!("{field}[{index}]"), name, detail));
+        }
+    }
     if !peer["domainNames"].is_null() && rule["action"] != "Accept" {
         let detail = "is for rules whose action is Accept";
-        errors.push(FieldError::forbidden(format!("{at}.domainNames"), detail));
+        errors.push(FieldError::forbidden(field, detail));
     }
 }
 
@@ -157,6 +167,39 @@ fn limit(list: &Value, field: &str, errors: &mut Vec<FieldError>) {
     }
 }
 
+/// To leave a list out means something else than to give none.
+fn not_empty(list: &Value, field: &str, errors: &mut Vec<FieldError>) {
+    if list.as_array().is_some_and(Vec::is_empty) {
+        errors.push(FieldError::invalid(field, list, AT_LEAST_ONE));
+    }
+}
+
+/// A list in which nothing is twice.
+fn set(list: &Value, field: &str, errors: &mut Vec<FieldError>) {
+    limit(list, field, errors);
+    not_empty(list, field, errors);
+    let all = list.as_array().map(Vec::as_slice).unwrap_or_default();
+    for (index, item) in all.iter().enumerate() {
+        if all[..index].contains(item) {
+            errors.push(FieldError::duplicate(format!("{field}[{index}]"), item));
+        }
+    }
+}
+
+/// `*.` at most once and in front; then labels of letters, digits, and inside of them dashes and underscores; a final dot may
+/// be there.
+fn is_domain_name(name: &str) -> bool {
+    let name = name.strip_prefix("*.").unwrap_or(name);
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let is_label = |label: &str| {
+        let is_end = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+        is_end(label.chars().next())
+            && is_end(label.chars().last())
+            && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+    };
+    name.contains('.') && name.split('.').all(is_label)
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -188,6 +231,20 @@ mod tests {
             (".to[0]", json!({ "action": "Deny", "to": [{"nodes": {}, "namespaces": {}}] })),
             (".to[0].networks[0]", json!({ "action": "Deny", "to": [{"networks": ["10.0.0.0"]}] })),
             (".to[0].domainNames", json!({ "action": "Deny", "to": [{"domainNames": ["a.b"]}] })),
+            (
+                ".protocols",
+                json!({ "action": "Accept", "to": [{"namespaces": {}}], "protocols": [] }),
+            ),
+            (".to[0].networks", json!({ "action": "Deny", "to": [{"networks": []}] })),
+            (
+                ".to[0].networks[1]",
+                json!({ "action": "Deny", "to": [{"networks": ["10.0.0.0/8", "10.0.0.0/8"]}] }),
+            ),
+            (".to[0].domainNames", json!({ "action": "Accept", "to": [{"domainNames": []}] })),
+            (
+                ".to[0].domainNames[1]",
+                json!({ "action": "Accept", "to": [{"domainNames": ["*.a.b", "a.*.b"]}] }),
+            ),
             (
                 ".to[0]",
                 json!({ "action": "Deny", "to": [{"nodes": {}}], "protocols": [{"destinationNamedPort": "web"}] }),
