@@ -59,8 +59,11 @@ static __always_inline void keep(struct fast_verdict *verdict, const struct endp
 	verdict->uid = endpoint->uid;
 }
 
-/* What the policy of the receiving pod says; the same as at its link. */
-static __always_inline int fast_judge(struct __sk_buff *skb, const struct endpoint *endpoint, struct fast_flow *flow)
+/* What the policy of the receiving pod says; the same as at its link. `known_only`: REASON_UNDECIDED if that is not certain,
+ * and to_pod decides, at the end of the whole way.
+ */
+static __always_inline int fast_judge(struct __sk_buff *skb, const struct endpoint *endpoint, struct fast_flow *flow,
+				      int known_only)
 {
 	struct packet packet = {};
 	struct basis basis = {};
@@ -70,8 +73,10 @@ static __always_inline int fast_judge(struct __sk_buff *skb, const struct endpoi
 		count(INGRESS, REASON_ESTABLISHED);
 		return TCX_NEXT;
 	}
-	reason = decide_to_pod(skb, endpoint, &packet, &basis);
+	reason = decide_to_pod(skb, endpoint, &packet, &basis, known_only);
 	keep(&flow->got, endpoint, reason);
+	if (known_only && reason != REASON_ESTABLISHED)
+		return REASON_UNDECIDED;
 	return act(skb, endpoint, &packet, INGRESS, reason, &basis);
 }
 
@@ -94,7 +99,7 @@ static __always_inline int may_send(struct __sk_buff *skb, struct fast_flow *flo
 		count(EGRESS, REASON_ESTABLISHED);
 		return 1;
 	}
-	reason = decide_from_pod(skb, endpoint, &packet, &flags, &basis);
+	reason = decide_from_pod(skb, endpoint, &packet, &flags, &basis, 1);
 	if (reason != REASON_ESTABLISHED || flags & FLOW_DEFERRED)
 		return 0;
 	keep(&flow->sent, endpoint, reason);
@@ -150,7 +155,7 @@ static __always_inline int fast_unwrap(struct __sk_buff *skb, const struct plain
 	if (!row || bpf_check_mtu(skb, leaves, &mtu, -(int)VXLAN_ROOM, 0) ||
 	    bpf_skb_adjust_room(skb, -(int)VXLAN_ROOM, BPF_ADJ_ROOM_MAC, 0))
 		return TCX_NEXT;
-	if (fast_judge(skb, &row->endpoint, flow) != TCX_NEXT || !plain_frame(skb, 0, &inner))
+	if (fast_judge(skb, &row->endpoint, flow, 0) != TCX_NEXT || !plain_frame(skb, 0, &inner))
 		return TCX_DROP;
 	fast_rewrite(&inner, flow);
 	skb->mark = 0;
@@ -190,8 +195,8 @@ int fast_enter(struct __sk_buff *skb)
 
 		if (!row)
 			return TCX_NEXT;
-		if (fast_judge(skb, &row->endpoint, flow) != TCX_NEXT)
-			return TCX_DROP;
+		if (fast_judge(skb, &row->endpoint, flow, 1) != TCX_NEXT)
+			return TCX_NEXT;
 		fast_rewrite(&frame, flow);
 		/* It concerns this node alone. */
 		skb->mark = 0;

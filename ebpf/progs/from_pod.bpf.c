@@ -83,8 +83,9 @@ static __always_inline int parse_from_pod(struct __sk_buff *skb, const struct en
 	return reason >= 0 ? reason : 0;
 }
 
+/* `known_only`: REASON_UNDECIDED for what is not of a known flow; nothing is remembered then. */
 static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
-					   __u8 *flags, struct basis *basis)
+					   __u8 *flags, struct basis *basis, int known_only)
 {
 	struct plain_frame frame;
 	struct flow_key key;
@@ -109,6 +110,8 @@ static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct e
 		if (reason >= 0)
 			return reason;
 	}
+	if (known_only)
+		return REASON_UNDECIDED;
 	daddr_flags = address_flags(packet);
 	/* Neighbours are no peers of any policy. */
 	if (packet->family == FAMILY_IPV6 &&
@@ -127,6 +130,9 @@ static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct e
 	} else if (daddr_flags & ADDRESS_SERVICE && endpoint->state == ENDPOINT_READY) {
 		*flags = FLOW_DEFERRED;
 		reason = REASON_DEFERRED;
+	} else if (goes_on(packet)) {
+		*flags = FLOW_EITHER;
+		reason = judge_either(endpoint, &key, EGRESS, basis);
 	} else {
 		reason = judge_flow(endpoint, &key, EGRESS, basis);
 	}
@@ -149,7 +155,7 @@ int from_pod(struct __sk_buff *skb)
 		count(EGRESS, REASON_NO_ENDPOINT);
 		return TCX_DROP;
 	}
-	reason = decide_from_pod(skb, &row.endpoint, &packet, &flags, &basis);
+	reason = decide_from_pod(skb, &row.endpoint, &packet, &flags, &basis, 0);
 	skb->mark = row.endpoint.slot << MARK_SLOT_SHIFT | (flags & FLOW_DEFERRED ? MARK_DEFERRED : 0);
 	return act(skb, &row.endpoint, &packet, EGRESS, reason, &basis);
 }

@@ -38,8 +38,9 @@ static __always_inline int parse_to_pod(struct __sk_buff *skb, const struct endp
 	return 0;
 }
 
+/* `known_only`: as in from_pod. */
 static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
-					 struct basis *basis)
+					 struct basis *basis, int known_only)
 {
 	struct endpoint *sender;
 	struct plain_frame frame;
@@ -74,6 +75,8 @@ static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct end
 		/* An answer from behind a Service was let out by the sender's own entry. */
 		if (reason >= 0 && !sender)
 			return reason;
+		if (known_only)
+			return REASON_UNDECIDED;
 	} else {
 		reason = -1;
 	}
@@ -91,10 +94,12 @@ static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct end
 	}
 	if (packet->is_error && is_related(skb, endpoint, packet, INGRESS))
 		return REASON_RELATED;
-	reason = judge_flow(endpoint, &key, INGRESS, basis);
+	/* What `is_known` left there is another flow's. */
+	flags = goes_on(packet) ? FLOW_EITHER : 0;
+	reason = flags ? judge_either(endpoint, &key, INGRESS, basis) : judge_flow(endpoint, &key, INGRESS, basis);
 	if (is_drop(reason))
 		return reason;
-	full = remember(endpoint, &key, INGRESS, packet->tcp_flags, 0);
+	full = remember(endpoint, &key, INGRESS, packet->tcp_flags, flags);
 	return full ? full : reason;
 }
 
@@ -110,6 +115,6 @@ int to_pod(struct __sk_buff *skb)
 		count(INGRESS, REASON_NO_ENDPOINT);
 		return TCX_DROP;
 	}
-	reason = decide_to_pod(skb, &row.endpoint, &packet, &basis);
+	reason = decide_to_pod(skb, &row.endpoint, &packet, &basis, 0);
 	return act(skb, &row.endpoint, &packet, INGRESS, reason, &basis);
 }

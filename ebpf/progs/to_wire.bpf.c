@@ -12,6 +12,14 @@ static __always_inline void own_address(const struct endpoint *sender, struct pa
 		packet->saddr.words[0] = sender->addr;
 }
 
+static __always_inline int is_upgrade(void)
+{
+	__u32 zero = 0;
+	struct config *config = bpf_map_lookup_elem(&settings, &zero);
+
+	return config && config->has_former;
+}
+
 SEC("classifier")
 int to_wire(struct __sk_buff *skb)
 {
@@ -27,6 +35,9 @@ int to_wire(struct __sk_buff *skb)
 		return TCX_NEXT;
 	sender = deferred_by(skb);
 	if (!sender) {
+		/* It is judged there, and the mark with it. */
+		if (is_upgrade())
+			return TCX_NEXT;
 		count(EGRESS, REASON_NO_ENDPOINT);
 		return TCX_DROP;
 	}

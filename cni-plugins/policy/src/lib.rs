@@ -5,7 +5,7 @@
 //! again"): there is no way to be open by accident. What ADD returns is what the plugins before it returned.
 //!
 //! Keys of the configuration: `root`, below which the BPF file system with the programs is; `stateDir`, for what DEL has
-//! to know; `socket` of the agent. Start reading at [`Policy`].
+//! to know; `socket` of the agent; `running`, which the agent sets when it calls. Start reading at [`Policy`].
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -18,7 +18,8 @@ use cni_skel::{AddRequest, CheckRequest, DelRequest, GcRequest, Plugin, StatusRe
 use cni_spec::{AddResult, AttachmentId, CniArgs, Error, IfName, NetworkName, code};
 use ipnetwork::IpNetwork;
 use orch_ebpf_loader::{
-    Announcement, Hook, Kept, Maps, Pins, PodRef, Request, ask, attach, is_attached, sweep,
+    Announcement, AskError, Hook, Kept, Maps, Pins, PodRef, Request, ask, attach, is_attached,
+    sweep,
 };
 use orch_ebpf_maps::{ADDRESS_NODE, ClassKey, Endpoint, state};
 use serde::Deserialize;
@@ -45,6 +46,10 @@ pub struct Conf {
     pub state_dir: PathBuf,
     /// Socket of the network agent.
     pub socket: PathBuf,
+    /// The container runs already, without the programs or with those of a former version: they come when it is known what
+    /// applies, so that nothing of what is allowed is lost.
+    #[serde(default)]
+    pub running: bool,
 }
 
 fn root() -> PathBuf {
@@ -101,8 +106,19 @@ impl Plugin for Policy {
             ..Endpoint::default()
         };
         maps.insert_endpoint(link.index, closed).map_err(again)?;
-        attach_all(&pins, &link)?;
-        ask(&req.conf.socket, &Request::Add(made), PATIENCE).map_err(|error| {
+        let ask = || ask(&req.conf.socket, &Request::Add(made), PATIENCE);
+        let answer = if req.conf.running {
+            let answer = ask();
+            // Without an agent the container stays as it is, guarded by what guarded it before.
+            if !matches!(answer, Err(AskError::Away { .. })) {
+                attach_all(&pins, &link)?;
+            }
+            answer
+        } else {
+            attach_all(&pins, &link)?;
+            ask()
+        };
+        answer.map_err(|error| {
             Error::from_chain(code::TRY_AGAIN, &error).with_details(
                 "the pod stays closed until the network agent says what applies to it",
             )

@@ -57,6 +57,7 @@ fn without_programs_add_and_status_fail_and_del_succeeds() {
     let error = open(&Pins::below(folder.path())).err().expect("no programs");
     assert_eq!(error.code, code::TRY_AGAIN);
     let conf = Conf {
+        running: false,
         root: folder.path().to_owned(),
         state_dir: folder.path().join("state"),
         socket: folder.path().join("policy.sock"),

@@ -3,16 +3,16 @@
 use std::io;
 use std::path::Path;
 use std::time::Duration;
-use std::{fs, mem, thread};
+use std::{fs, thread};
 
 use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
-use aya::programs::tc::{self, NlOptions, TcAttachOptions, TcError, TcHandle};
+use aya::programs::tc::TcAttachOptions;
 use aya::programs::{ProgramError, ProgramInfo, SchedClassifier, TcAttachType};
 use aya::sys::SyscallError;
 use aya::util::KernelVersion;
 use nix::errno::Errno;
 
-use crate::{Error, Pins};
+use crate::{Error, Pins, filters};
 
 /// Where a program looks at packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,12 +30,9 @@ pub enum Hook {
     FastLeave,
 }
 
-/// First, so that nobody before us can end the chain.
-const CLSACT_PRIORITY: u16 = 1;
 /// Waits for the kernel to let go of a link: a grace period.
 const ATTEMPTS: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(5);
-const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 1);
 
 impl Hook {
     /// All of them.
@@ -58,7 +55,7 @@ impl Hook {
         }
     }
 
-    fn direction(self) -> TcAttachType {
+    pub(crate) fn direction(self) -> TcAttachType {
         match self {
             Self::FromPod | Self::FastEnter => TcAttachType::Ingress,
             Self::ToPod | Self::ToWire | Self::FastLeave => TcAttachType::Egress,
@@ -73,11 +70,6 @@ impl Hook {
 
     pub(crate) fn is_fast_path(self) -> bool {
         Self::FAST_PATH.contains(&self)
-    }
-
-    /// Whether this kernel can have it.
-    pub(crate) fn is_supported(self) -> bool {
-        !self.is_fast_path() || has_tcx()
     }
 }
 
@@ -96,8 +88,8 @@ pub fn attach(pins: &Pins, ifname: &str, ifindex: u32, hook: Hook) -> Result<(),
     let mut program =
         SchedClassifier::from_pin(pins.program(name)).map_err(Error::program("open", name))?;
     let path = pins.link(ifindex, hook);
-    if !has_tcx() {
-        return attach_clsact(&mut program, ifname, hook);
+    if !pins.has_tcx() {
+        return filters::attach(&mut program, ifname, ifindex, hook);
     }
     // What an earlier device of the same index left is severed, and goes.
     if path.exists() && change_over(&mut program, hook, &path)? {
@@ -152,42 +144,8 @@ fn has_errno(error: &ProgramError, errno: Errno) -> bool {
 }
 
 /// Since Linux 6.6. Should the version not be readable, the attempt will tell.
-fn has_tcx() -> bool {
+pub(crate) fn has_tcx() -> bool {
     KernelVersion::current().map_or(true, |version| version >= KernelVersion::new(6, 6, 0))
-}
-
-/// Kernels before 6.6. Such a filter lives as long as its link does; the kernel needs no pin.
-fn attach_clsact(program: &mut SchedClassifier, ifname: &str, hook: Hook) -> Result<(), Error> {
-    let name = hook.program();
-    match tc::qdisc_add_clsact(ifname) {
-        Ok(()) | Err(TcError::AlreadyAttached) => {}
-        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(Errno::EEXIST as i32) => {
-        }
-        Err(error) => return Err(Error::program("make the qdisc for", name)(error.into())),
-    }
-    let options = NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None };
-    let id = program
-        .attach_with_options(ifname, hook.direction(), TcAttachOptions::Netlink(options))
-        .map_err(Error::program("attach", name))?;
-    let link = program.take_link(id).map_err(Error::program("keep the link of", name))?;
-    // Dropped, it would be detached.
-    mem::forget(link);
-    Ok(())
-}
-
-/// Takes our filters from all links of the namespace, on kernels that have no TCX links.
-pub(crate) fn take_filters() {
-    if has_tcx() {
-        return;
-    }
-    for link in nix::net::if_::if_nameindex().iter().flatten() {
-        for hook in Hook::POLICY {
-            // Most links have none.
-            if let Ok(name) = link.name().to_str() {
-                let _ = tc::qdisc_detach_program(name, hook.direction(), hook.program());
-            }
-        }
-    }
 }
 
 /// Whether the pinned program of the hook is on the link.
@@ -198,9 +156,8 @@ pub fn is_attached(pins: &Pins, ifname: &str, ifindex: u32, hook: Hook) -> Resul
     let name = hook.program();
     let pinned =
         ProgramInfo::from_pin(pins.program(name)).map_err(Error::program("look at", name))?;
-    if !has_tcx() {
-        // There is no pin to ask; the filter goes with its link.
-        return Ok(Path::new("/sys/class/net").join(ifname).exists());
+    if !pins.has_tcx() {
+        return filters::is_attached(ifindex, hook, pinned.id());
     }
     let path = pins.link(ifindex, hook);
     if !path.exists() {
@@ -258,6 +215,9 @@ pub fn sweep(pins: &Pins, is_wanted: impl Fn(u32) -> bool) -> Result<(), Error> 
 /// Changes every link of the hook over to `program`.
 pub(crate) fn upgrade(program: &mut SchedClassifier, hook: Hook, pins: &Pins) -> Result<(), Error> {
     let name = hook.program();
+    if !pins.has_tcx() {
+        return filters::upgrade(program, hook);
+    }
     for (path, _, on) in pinned_links(pins)? {
         if on != name {
             continue;

@@ -9,15 +9,16 @@ use aya::maps::MapInfo;
 use aya::programs::{ProgramInfo, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use nix::time::{ClockId, clock_getres};
+use orch_ebpf_maps::Config;
 
-use crate::attach::{take_filters, upgrade};
-use crate::{Error, Hook, Maps, Pins};
+use crate::attach::upgrade;
+use crate::{Error, Hook, Maps, Pins, filters};
 
 /// The compiled programs.
 pub const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/policy.o"));
 
 /// Names of all maps.
-pub(crate) const MAPS: [&str; 13] = [
+pub(crate) const MAPS: [&str; 15] = [
     "endpoints",
     "slots",
     "class_maps",
@@ -28,6 +29,8 @@ pub(crate) const MAPS: [&str; 13] = [
     "counters",
     "events",
     "event_budgets",
+    "event_losses",
+    "strays",
     "settings",
     "fast_flows",
     "fast_tunnels",
@@ -60,32 +63,24 @@ pub fn install(pins: &Pins) -> Result<Maps, Error> {
     }
     check_layouts(pins)?;
     let mut object = loader.load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
-    for hook in Hook::ALL.into_iter().filter(|hook| hook.is_supported()) {
+    for hook in Hook::ALL.into_iter().filter(|hook| !hook.is_fast_path() || pins.has_tcx()) {
         ensure_program(&mut object, hook, pins)?;
     }
-    retire_wires_of_others(pins)?;
-    Maps::open(pins)
-}
-
-/// Programs of a build with another layout stay on the links of pods, beside ours, until [`retire_others`]; those on the
-/// ways out go now, because they know no mark that ours make.
-fn retire_wires_of_others(pins: &Pins) -> Result<(), Error> {
-    let suffix = format!("-{}", Hook::ToWire.program());
-    for folder in pins.others() {
-        let links = fs::read_dir(folder.join("links")).into_iter().flatten().flatten();
-        for link in links.filter(|link| link.file_name().to_string_lossy().ends_with(&suffix)) {
-            let path = link.path();
-            fs::remove_file(&path).map_err(|source| Error::File {
-                what: "remove",
-                path,
-                source,
-            })?;
-        }
+    let mut maps = Maps::open(pins)?;
+    // Before the first program of ours is on a way out.
+    let settings = maps.settings()?;
+    let has_former = u8::from(maps.have_former());
+    if settings.has_former != has_former {
+        maps.set_settings(Config { has_former, ..settings })?;
     }
-    Ok(())
+    Ok(maps)
 }
 
 /// Removes programs and maps of builds with another layout, once every pod has ours; true if there were some.
+///
+/// Until then those stay on their links, behind ours, so that what the former policies deny does not pass before the new ones
+/// are known. On the ways out, too: a packet is judged there by whichever comes first and knows its sender, and is then
+/// marked as nobody's. A slot is by its link's index, so the two agree about them.
 ///
 /// # Errors
 /// If something cannot be removed.
@@ -111,7 +106,9 @@ pub fn uninstall(pins: &Pins) -> Result<bool, Error> {
         return Ok(had_others);
     }
     // Filters hold their program without a pin.
-    take_filters();
+    if !pins.has_tcx() {
+        filters::take_all();
+    }
     let removed = fs::remove_dir_all(pins.folder());
     removed.map(|()| true).map_err(|source| Error::File {
         what: "remove",

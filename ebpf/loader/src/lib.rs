@@ -10,6 +10,7 @@
 mod announce;
 mod attach;
 mod error;
+mod filters;
 mod install;
 mod kept;
 mod maps;

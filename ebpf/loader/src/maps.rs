@@ -9,7 +9,7 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashOfMaps, Map, MapData, MapError, PerCpuArray, RingBuf};
 use orch_ebpf_maps::{
     Address, AddressData, ClassKey, Config, Direction, Endpoint, EndpointRow, Event, Flow, FlowKey,
-    Reason, Rule, RuleKey,
+    Loss, Reason, Rule, RuleKey,
 };
 
 use crate::{Error, Pins};
@@ -317,6 +317,14 @@ impl Maps {
         self.flows.iter().collect::<Result<_, _>>().map_err(Error::map("read", "flows"))
     }
 
+    /// What is known of a flow.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn flow(&self, key: &FlowKey) -> Result<Option<Flow>, Error> {
+        found(self.flows.get(key, 0)).map_err(Error::map("read", "flows"))
+    }
+
     /// Says that a flow is known, as if the programs had seen it begin.
     ///
     /// # Errors
@@ -345,12 +353,50 @@ impl Maps {
         Ok(counts)
     }
 
+    /// Events that nobody heard of since the maps were made.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn event_losses(&self) -> Result<Vec<(Loss, u64)>, Error> {
+        const NAME: &str = "event_losses";
+        let map: PerCpuArray<MapData, u64> = open(&self.pins, NAME)?;
+        Loss::ALL
+            .into_iter()
+            .map(|loss| {
+                let values = map.get(&(loss as u32), 0).map_err(Error::map("read", NAME))?;
+                Ok((loss, values.iter().sum()))
+            })
+            .collect()
+    }
+
+    /// Endpoints, by their `uid`, that got or sent packets from the middle of connections that are not known; they are
+    /// told once.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn take_strays(&self) -> Result<Vec<u32>, Error> {
+        const NAME: &str = "strays";
+        let mut map: HashMap<MapData, u32, u32> = open(&self.pins, NAME)?;
+        let uids: Vec<u32> =
+            map.keys().collect::<Result<_, _>>().map_err(Error::map("read", NAME))?;
+        for uid in &uids {
+            gone(map.remove(uid)).map_err(Error::map("empty", NAME))?;
+        }
+        Ok(uids)
+    }
+
     /// The settings.
     ///
     /// # Errors
     /// If the kernel cannot be asked.
     pub fn settings(&self) -> Result<Config, Error> {
         self.settings.get(&0, 0).map_err(Error::map("read", "settings"))
+    }
+
+    /// Whether programs and maps of a build with another layout are there, too.
+    #[must_use]
+    pub fn have_former(&self) -> bool {
+        !self.pins.others().is_empty()
     }
 
     /// Writes the settings.

@@ -7,6 +7,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use orch_ebpf_maps::{LAYOUT_VERSION, SERVICES_VERSION};
 
+use crate::attach::has_tcx;
 use crate::{Error, Hook};
 
 /// The folder of the pins: `<root>/sys/fs/bpf/orch/v<layout>`. Every node has its own, also when many nodes share a
@@ -15,6 +16,7 @@ use crate::{Error, Hook};
 pub struct Pins {
     mount_point: PathBuf,
     folder: PathBuf,
+    has_tcx: bool,
 }
 
 impl Pins {
@@ -23,7 +25,7 @@ impl Pins {
     pub fn below(root: &Path) -> Self {
         let mount_point = root.join("sys/fs/bpf");
         let folder = mount_point.join(format!("orch/v{LAYOUT_VERSION}"));
-        Self { mount_point, folder }
+        Self { mount_point, folder, has_tcx: has_tcx() }
     }
 
     /// The pins of the socket programs of the same node: a folder of their own, so that each comes and goes alone.
@@ -31,13 +33,24 @@ impl Pins {
     pub fn services_below(root: &Path) -> Self {
         let mount_point = root.join("sys/fs/bpf");
         let folder = mount_point.join(format!("orch/services-v{SERVICES_VERSION}"));
-        Self { mount_point, folder }
+        Self { mount_point, folder, has_tcx: has_tcx() }
     }
 
     /// Pins in a folder that is there already, by its path.
     #[must_use]
     pub fn at(folder: &Path) -> Self {
-        Self { mount_point: folder.to_owned(), folder: folder.to_owned() }
+        Self { mount_point: folder.to_owned(), folder: folder.to_owned(), has_tcx: has_tcx() }
+    }
+
+    /// The same, on a kernel that has no TCX links (before 6.6), whichever this one is: for tests.
+    #[must_use]
+    pub fn without_tcx(self) -> Self {
+        Self { has_tcx: false, ..self }
+    }
+
+    /// Whether programs are on TCX links; else they are filters.
+    pub(crate) fn has_tcx(&self) -> bool {
+        self.has_tcx
     }
 
     /// The folder itself.

@@ -58,6 +58,10 @@ pub fn uninstall_services(pins: &Pins) -> Result<bool, Error> {
     if !pins.folder().exists() {
         return Ok(false);
     }
+    // The kernel lets go of a program a moment after its link: until then it has to leave everybody alone.
+    if let Ok(mut maps) = Services::open(pins) {
+        maps.set_pod_namespaces(&BTreeSet::new())?;
+    }
     let failed = |source| Error::File { what: "remove", path: pins.folder().to_owned(), source };
     fs::remove_dir_all(pins.folder()).map(|()| true).map_err(failed)
 }

@@ -8,10 +8,10 @@ use std::process::Command;
 use orch_ebpf_maps::{
     ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, Action, Address, AddressData, Backend,
     BackendKey, ClassKey, Config, Direction, Endpoint, EndpointRow, Event, FAMILY_BITS,
-    FAMILY_IPV4, FAMILY_IPV6, Flow, FlowKey, Frontend, FrontendKey, ISOLATED_EGRESS,
-    ISOLATED_INGRESS, LAYOUT_VERSION, Leg, MARK_PLAIN, MAX_BACKENDS, MAX_CLASS_ENTRIES,
-    MAX_ENDPOINTS, MAX_FRONTENDS, MAX_POD_NAMESPACES, MAX_RULE_ENTRIES, Reason, Rule, RuleKey,
-    SERVICES_VERSION, state,
+    FAMILY_IPV4, FAMILY_IPV6, FLOW_EITHER, Flow, FlowKey, Frontend, FrontendKey, ISOLATED_EGRESS,
+    ISOLATED_INGRESS, LAYOUT_VERSION, Leg, Loss, MARK_PLAIN, MAX_BACKENDS, MAX_CLASS_ENTRIES,
+    MAX_ENDPOINTS, MAX_FRONTENDS, MAX_POD_NAMESPACES, MAX_RULE_ENTRIES, MAX_TABLES, Reason, Rule,
+    RuleKey, SERVICES_VERSION, state,
 };
 
 macro_rules! layout {
@@ -61,7 +61,7 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
     layout!(text, Event = "event" {
         time_ns uid ifindex saddr daddr sport dport protocol direction reason family rule peer_class
     });
-    layout!(text, Config = "config" { version vxlan_port pad });
+    layout!(text, Config = "config" { version vxlan_port has_former pad });
     layout!(text, FrontendKey = "frontend_key" { addr port protocol pad });
     layout!(text, Frontend = "frontend" { service count });
     layout!(text, BackendKey = "backend_key" { service slot });
@@ -75,6 +75,7 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
     number("MAX_BACKENDS", MAX_BACKENDS.into());
     number("MAX_POD_NAMESPACES", MAX_POD_NAMESPACES.into());
     number("MAX_ENDPOINTS", MAX_ENDPOINTS.into());
+    number("MAX_TABLES", MAX_TABLES.into());
     number("MAX_CLASS_ENTRIES", MAX_CLASS_ENTRIES.into());
     number("MAX_RULE_ENTRIES", MAX_RULE_ENTRIES.into());
     number("FAMILY_BITS", FAMILY_BITS.into());
@@ -89,6 +90,11 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
     number("ADDRESS_SERVICE", ADDRESS_SERVICE.into());
     number("ADDRESS_REMOTE_NODE", ADDRESS_REMOTE_NODE.into());
     number("MARK_PLAIN", MARK_PLAIN.into());
+    number("FLOW_EITHER", FLOW_EITHER.into());
+    for loss in Loss::ALL {
+        let name = format!("LOSS_{}", loss.name().to_uppercase().replace('-', "_"));
+        number(&name, loss as u64);
+    }
     number("INGRESS", Direction::Ingress as u64);
     number("EGRESS", Direction::Egress as u64);
     number("RULE_DENY", Action::Deny as u64);

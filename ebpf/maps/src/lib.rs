@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 mod reason;
 mod services;
 
-pub use reason::{Direction, Reason};
+pub use reason::{Direction, Loss, Reason};
 pub use services::{
     Backend, BackendKey, Frontend, FrontendKey, MAX_BACKENDS, MAX_FRONTENDS, MAX_POD_NAMESPACES,
     SERVICES_VERSION,
@@ -20,6 +20,8 @@ pub use services::{
 pub const LAYOUT_VERSION: u32 = 3;
 /// Endpoints of one node.
 pub const MAX_ENDPOINTS: u32 = 4096;
+/// Distinct rule tables.
+pub const MAX_TABLES: u32 = 8192;
 /// Entries of one class map.
 pub const MAX_CLASS_ENTRIES: u32 = 262_144;
 /// Entries of one rule table.
@@ -321,6 +323,9 @@ pub struct FlowKey {
     pub pad: u8,
 }
 
+/// [`Leg::flags`]: a TCP connection whose beginning was not seen, allowed as long as both sides may open it.
+pub const FLOW_EITHER: u8 = 0x02;
+
 /// What is known of a flow that was opened in one direction.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -331,7 +336,7 @@ pub struct Leg {
     pub generation: u32,
     /// All that were seen.
     pub tcp_flags: u8,
-    /// Bit 0: the destination gets translated; the packets are judged again after that.
+    /// Bit 0: the destination gets translated; the packets are judged again after that. [`FLOW_EITHER`].
     pub flags: u8,
     /// 0: nobody has opened it in this direction.
     pub is_open: u8,
@@ -397,8 +402,19 @@ pub struct Config {
     pub version: u32,
     /// Network byte order.
     pub vxlan_port: u16,
+    /// Whether programs of a build with another layout are behind ours, and know the pods that we do not yet.
+    pub has_former: u8,
     /// Zero.
-    pub pad: [u8; 2],
+    pub pad: u8,
+}
+
+impl Config {
+    /// Of an overlay with this port.
+    #[must_use]
+    pub const fn new(vxlan_port: u16, has_former: bool) -> Self {
+        let (vxlan_port, has_former) = (vxlan_port.to_be(), has_former as u8);
+        Self { version: LAYOUT_VERSION, vxlan_port, has_former, pad: 0 }
+    }
 }
 
 #[cfg(feature = "aya")]

@@ -91,6 +91,31 @@ reasons! {
     NoTable = 28, "no-table", true;
     /// IPv6 extension headers that hide what is behind them: too many, or another destination.
     Extension = 29, "extension", true;
+    /// From the middle of a TCP connection that is not known, and policy does not allow either side to open it.
+    Stray = 30, "stray", true;
+}
+
+/// Why an event was not told: index in `event_losses`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Loss {
+    /// There were too many within a second.
+    Budget = 0,
+    /// Nobody reads them, or not fast enough.
+    RingFull = 1,
+}
+
+impl Loss {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Budget, Self::RingFull];
+
+    /// The name, as in metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Budget => "budget",
+            Self::RingFull => "ring-full",
+        }
+    }
 }
 
 #[cfg(test)]

@@ -25,6 +25,13 @@
 #define MAX_FLOWS 65536
 #define MAX_FRAGMENTS 8192
 
+/* Index in `event_losses`: why an event was not told. */
+enum event_loss {
+	LOSS_BUDGET = 0,
+	LOSS_RING_FULL = 1,
+	LOSS_COUNT = 2,
+};
+
 /* A direction as NetworkPolicy says it: seen from the pod. */
 enum direction {
 	INGRESS = 0,
@@ -172,6 +179,8 @@ enum local_kind {
 
 /* leg.flags: the destination gets translated; the packets are judged again after that. */
 #define FLOW_DEFERRED 0x01
+/* A TCP connection whose beginning was not seen: allowed as long as both sides may open it. */
+#define FLOW_EITHER 0x02
 
 /* Clock of legs: the kernel's ticks, in units of so many bits of them; a second, more or less. */
 #define LEG_CLOCK_SHIFT 8
@@ -243,5 +252,7 @@ struct event {
 struct config {
 	__u32 version; /* LAYOUT_VERSION, once the agent has filled everything */
 	__be16 vxlan_port;
-	__u8 pad[2];
+	/* Programs of a build with another layout are behind ours, and know the pods that we do not yet. */
+	__u8 has_former;
+	__u8 pad;
 };

@@ -111,6 +111,24 @@ struct {
 	__type(value, struct event_budget);
 } event_budgets SEC(".maps");
 
+/* Events that nobody hears of, by cause. Written by the programs, read by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, LOSS_COUNT);
+	__type(key, __u32);
+	__type(value, __u64);
+} event_losses SEC(".maps");
+
+/* endpoint.uid -> 1: packets came from the middle of connections that are not known. Written by the programs; the agent
+ * looks into the pod's sockets, tells them what is open, and removes the row. Full: those endpoints wait for the others.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_ENDPOINTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} strays SEC(".maps");
+
 /* Written by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

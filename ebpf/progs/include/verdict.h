@@ -17,6 +17,9 @@ const volatile __u32 ticks_per_second SEC(".rodata") = 0;
 /* Events per second and CPU; a reader of 1 MiB keeps up with that. */
 #define EVENTS_PER_SECOND 2000
 
+/* No verdict: somebody else decides. */
+#define REASON_UNDECIDED (REASON_COUNT - 1)
+
 /* What a verdict rests on. */
 struct basis {
 	__u32 rule;
@@ -81,6 +84,21 @@ static __always_inline int judge_flow(const struct endpoint *endpoint, const str
 	return rule->action == RULE_ALLOW ? REASON_ALLOWED : REASON_POLICY;
 }
 
+/* A TCP connection that is in the middle and not known: forgotten, or older than the programs. Whoever opened it is
+ * judged for it; who that was, only the pod's sockets can tell, and until the agent has asked them (`strays`) the
+ * connection goes on only if both sides could have been the one. To believe the packet would begin a connection anew
+ * that policy cut, the other way round.
+ */
+static __always_inline int judge_either(const struct endpoint *endpoint, const struct flow_key *flow, __u8 direction,
+					struct basis *basis)
+{
+	int reason = judge_flow(endpoint, flow, direction, basis), turned;
+	struct basis unused = {};
+
+	turned = judge_flow(endpoint, flow, direction == INGRESS ? EGRESS : INGRESS, &unused);
+	return is_drop(reason) == is_drop(turned) ? reason : REASON_STRAY;
+}
+
 static __always_inline __u32 leg_clock(void)
 {
 	return bpf_jiffies64() >> LEG_CLOCK_SHIFT;
@@ -112,9 +130,18 @@ static __always_inline int follow(const struct endpoint *endpoint, const struct 
 	__u32 now = leg_clock();
 	int reason;
 
-	if (!leg->is_open || is_expired(leg, key->protocol, now))
+	if (!leg->is_open)
 		return -1;
+	if (is_expired(leg, key->protocol, now)) {
+		leg->is_open = 0;
+		return -1;
+	}
 	if (leg->generation != endpoint->generation) {
+		/* Who opened the connection may be known by now. */
+		if (leg->flags & FLOW_EITHER) {
+			forget(key, flow, direction);
+			return -1;
+		}
 		/* What gets translated is judged after that, packet by packet. */
 		reason = leg->flags & FLOW_DEFERRED ? REASON_DEFERRED : judge_flow(endpoint, key, direction, basis);
 		if (is_drop(reason)) {
@@ -221,6 +248,12 @@ static __always_inline int begins(const struct packet *packet)
 	return packet->protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
 }
 
+/* Of a connection that began before. */
+static __always_inline int goes_on(const struct packet *packet)
+{
+	return packet->protocol == IPPROTO_TCP && !begins(packet);
+}
+
 static __always_inline int is_known(const struct endpoint *endpoint, const struct packet *packet,
 				    const struct flow_key *key, __u8 direction, __u8 *flags, struct basis *basis)
 {
@@ -250,6 +283,14 @@ static __always_inline void count(__u8 direction, int reason)
 		*packets += 1;
 }
 
+static __always_inline void lose(__u32 cause)
+{
+	__u64 *events = bpf_map_lookup_elem(&event_losses, &cause);
+
+	if (events)
+		*events += 1;
+}
+
 static __always_inline int may_tell(void)
 {
 	__u64 second = bpf_jiffies64() / ticks_per_second;
@@ -270,11 +311,15 @@ static __always_inline void tell(const struct __sk_buff *skb, const struct endpo
 {
 	struct event *event;
 
-	if (!may_tell())
+	if (!may_tell()) {
+		lose(LOSS_BUDGET);
 		return;
+	}
 	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
-	if (!event)
+	if (!event) {
+		lose(LOSS_RING_FULL);
 		return;
+	}
 	event->time_ns = bpf_ktime_get_ns();
 	event->uid = endpoint->uid;
 	event->ifindex = skb->ifindex;
@@ -299,6 +344,11 @@ static __always_inline int act(const struct __sk_buff *skb, const struct endpoin
 			       __u8 direction, int reason, const struct basis *basis)
 {
 	count(direction, reason);
+	if (reason == REASON_STRAY) {
+		__u32 uid = endpoint->uid, one = 1;
+
+		bpf_map_update_elem(&strays, &uid, &one, BPF_ANY);
+	}
 	if (packet->family &&
 	    (reason == REASON_ALLOWED || reason == REASON_NOT_ISOLATED || reason == REASON_DEFERRED ||
 	     (is_drop(reason) && reason != REASON_NOT_MINE && reason != REASON_OTHER_PROTOCOL)))

@@ -28,11 +28,13 @@ pub mod status;
 pub mod sysctl;
 
 mod agent;
+mod mode;
 mod node;
 mod options;
 
 pub use agent::{Error, run};
 pub use lease::EtcdConfig;
+pub use mode::Mode;
 pub use options::Options;
 /// The network configuration in etcd, which is a word of all programs.
 pub use orch_config::network;

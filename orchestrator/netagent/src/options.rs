@@ -8,10 +8,9 @@ use ipnetwork::{Ipv4Network, Ipv6Network};
 use orch_client::Client;
 use orch_config::Paths;
 
-use crate::EtcdConfig;
 use crate::network::NetworkConfig;
 use crate::overlay::interface::Choice;
-use crate::policy::Mode;
+use crate::{EtcdConfig, Mode};
 
 /// Everything that differs between nodes and clusters. The defaults are the cluster's.
 #[derive(Clone)]
@@ -51,10 +50,10 @@ pub struct Options {
     pub upstream_dns: Vec<IpAddr>,
     /// Resolver configuration of the node.
     pub resolv_conf: PathBuf,
-    /// Whether NetworkPolicies are enforced.
+    /// Whether NetworkPolicies are enforced. With `Auto`, only if the plugin is installed, too; with `On`, no pod starts without.
     pub policy: Mode,
-    /// How pods reach Services.
-    pub services: crate::services::connect_time::Mode,
+    /// Whether pods reach Services by a choice at connect time; else packets are translated.
+    pub services: Mode,
 }
 
 impl Options {
@@ -94,7 +93,7 @@ impl Default for Options {
             upstream_dns: Vec::new(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             policy: Mode::default(),
-            services: crate::services::connect_time::Mode::default(),
+            services: Mode::default(),
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod engine;
 pub mod explain;
 pub mod node;
 pub mod rows;
+pub mod strays;
 pub mod world;
 
 mod adopt;
@@ -25,55 +26,9 @@ pub(crate) mod start;
 pub(crate) mod task;
 mod waiting;
 
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use orch_config::Paths;
-
-/// Whether the node enforces NetworkPolicies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Mode {
-    /// It does not; what an earlier run put into the kernel is taken out.
-    #[default]
-    Off,
-    /// It does if the kernel can and the plugin is installed.
-    Auto,
-    /// It does; without, no pod starts.
-    On,
-}
-
-impl Mode {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Off, Self::Auto, Self::On];
-
-    /// As in flags.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Auto => "auto",
-            Self::On => "on",
-        }
-    }
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for Mode {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|mode| mode.as_str() == text)
-            .ok_or_else(|| format!("{text:?} is none of off, auto, on"))
-    }
-}
 
 /// Name of the plugin's executable.
 pub const PLUGIN: &str = "policy";
@@ -105,17 +60,4 @@ pub fn plugin_conf(paths: &Paths) -> serde_json::Value {
         "stateDir": state_dir(paths),
         "socket": socket_path(paths),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn modes_read_back() {
-        for mode in Mode::ALL {
-            assert_eq!(mode.to_string().parse(), Ok(mode));
-        }
-        assert!("yes".parse::<Mode>().is_err());
-    }
 }

@@ -16,7 +16,7 @@ use cni_nftables::{Chain, Family, Hook as NftHook, Nft, Table};
 use ipnetwork::{IpNetwork, Ipv4Network};
 use nix::sched::{CloneFlags, unshare};
 use orch_ebpf_loader::{Hook, Pins, attach, install};
-use orch_ebpf_maps::{Config, Endpoint, LAYOUT_VERSION, state};
+use orch_ebpf_maps::{Config, Endpoint, state};
 use orch_netagent::fast_path::{self, FastPath};
 use orch_netagent::lease::{Identity, Leases, Network, SubnetKey};
 use orch_netagent::mac::Mac;
@@ -278,8 +278,7 @@ impl Node {
         let wanted = fast_path::desired(&config, &links, &indexes, &shaped);
         self.netns.run(|| -> anyhow::Result<()> {
             let mut maps = install(&folder)?;
-            let vxlan_port = PORT.to_be();
-            maps.set_settings(Config { version: LAYOUT_VERSION, vxlan_port, pad: [0; 2] })?;
+            maps.set_settings(Config::new(PORT, false))?;
             for (index, (name, endpoint)) in pods {
                 maps.insert_endpoint(index, endpoint)?;
                 for hook in [Hook::FromPod, Hook::ToPod] {

@@ -1,20 +1,28 @@
 //! What the program at a pod's way out should make of a frame, byte by byte, written from the RFCs (791, 768, 793, 792, 826)
 //! and from what ebpf/progs says it does. Shares nothing with the C.
 
+mod ipv6;
+
 use std::collections::{HashMap, HashSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+pub use ipv6::link_local;
 
 /// The pod behind the link, and what it may reach.
 #[derive(Debug, Clone)]
 pub struct Sender {
     pub mac: [u8; 6],
     pub ip: Ipv4Addr,
+    pub ip6: Ipv6Addr,
     /// Whether policy allows it to send there: address, IP protocol, destination port (0 for what has none).
-    pub may_reach: fn(Ipv4Addr, u8, u16) -> bool,
+    pub may_reach: fn(IpAddr, u8, u16) -> bool,
     /// Ports of first fragments by source, destination, id and protocol.
     fragments: HashMap<(Ipv4Addr, Ipv4Addr, u16, u8), (u16, u16)>,
+    /// The same of IPv6, where the protocol is known from the first fragment only: protocol and ports by source,
+    /// destination and id.
+    fragments6: HashMap<(Ipv6Addr, Ipv6Addr, u32), (u8, u16, u16)>,
     /// What was let out: destination, protocol, both ports.
-    flows: HashSet<(Ipv4Addr, u8, u16, u16)>,
+    flows: HashSet<(IpAddr, u8, u16, u16)>,
 }
 
 /// What follows from an IP payload.
@@ -70,21 +78,28 @@ fn transport(frame: &[u8], at: usize, protocol: u8) -> Option<Transport> {
 impl Sender {
     /// A pod that has sent nothing yet.
     #[must_use]
-    pub fn new(mac: [u8; 6], ip: Ipv4Addr, may_reach: fn(Ipv4Addr, u8, u16) -> bool) -> Self {
-        Self { mac, ip, may_reach, fragments: HashMap::new(), flows: HashSet::new() }
+    pub fn new(
+        mac: [u8; 6],
+        ip: Ipv4Addr,
+        ip6: Ipv6Addr,
+        may_reach: fn(IpAddr, u8, u16) -> bool,
+    ) -> Self {
+        let (fragments, fragments6, flows) = (HashMap::new(), HashMap::new(), HashSet::new());
+        Self { mac, ip, ip6, may_reach, fragments, fragments6, flows }
     }
 
-    /// Whether the frame gets out; `None` for IPv6, which is asked elsewhere.
-    pub fn passes(&mut self, frame: &[u8]) -> Option<bool> {
+    /// Whether the frame gets out. What cannot be read does not, and tags of VLANs are no pod's.
+    pub fn passes(&mut self, frame: &[u8]) -> bool {
         if frame.get(6..12) != Some(&self.mac[..]) {
-            return Some(false);
+            return false;
         }
-        match be16(frame, 12) {
-            Some(0x0800) => Some(self.passes_ip(frame).unwrap_or(false)),
-            Some(0x0806) => Some(self.passes_arp(frame).unwrap_or(false)),
-            Some(0x86dd) => None,
-            _ => Some(false),
-        }
+        let passes = match be16(frame, 12) {
+            Some(0x0800) => self.passes_ip(frame),
+            Some(0x0806) => self.passes_arp(frame),
+            Some(0x86dd) => self.passes_ipv6(frame),
+            _ => None,
+        };
+        passes.unwrap_or(false)
     }
 
     /// Who asks or answers has to be itself; one that looks whether its address is free has none yet.
@@ -120,13 +135,17 @@ impl Sender {
             Transport::Error(at) if self.answers(frame, at) => return Some(true),
             Transport::Error(_) => (0, 0),
         };
-        // Only what has ports is judged by port.
+        Some(self.begins(to.into(), protocol, source, target))
+    }
+
+    /// Only what has ports is judged by port. What passes is remembered.
+    fn begins(&mut self, to: IpAddr, protocol: u8, source: u16, target: u16) -> bool {
         let port = if matches!(protocol, TCP | UDP | SCTP) { target } else { 0 };
         let passes = (self.may_reach)(to, protocol, port);
         if passes {
             self.flows.insert((to, protocol, source, target));
         }
-        Some(passes)
+        passes
     }
 
     /// An error about a packet that came as the answer to one that was let out.
@@ -147,6 +166,6 @@ impl Sender {
             }
         };
         let Some((from, to, protocol, source, target)) = quoted() else { return false };
-        to == self.ip && self.flows.contains(&(from, protocol, target, source))
+        to == self.ip && self.flows.contains(&(from.into(), protocol, target, source))
     }
 }

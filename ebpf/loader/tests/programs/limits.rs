@@ -5,15 +5,36 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, Map, MapData};
 use orch_ebpf_loader::{Events, Probe, Question};
-use orch_ebpf_maps::{EndpointRow, Flow, FlowKey, MAX_ENDPOINTS, in_key};
+use orch_ebpf_maps::{EndpointRow, MAX_ENDPOINTS, in_key};
 
 use super::*;
 
 /// How long rows are replaced below running programs.
 const STORM: Duration = Duration::from_millis(1500);
 const RUNS_AT_ONCE: u32 = 2000;
+/// A second's budget of events goes into the ring several times.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// More flows than the map takes, and than it forgets early because each CPU has a stock of its own.
 const FLOOD: u32 = 100_000;
+
+/// A flow of TCP as the agent tells of it.
+fn flow_key(other: Ipv4Addr, port: u16, own_port: u16) -> FlowKey {
+    let (family, remote) = in_key(other.into());
+    FlowKey {
+        uid: 77,
+        remote,
+        local_port: own_port.to_be(),
+        remote_port: port.to_be(),
+        protocol: TCP,
+        family,
+        ..FlowKey::default()
+    }
+}
+
+/// Of a policy before the one that is in force.
+fn old_flow(w: &World, direction: Direction) -> Flow {
+    Flow::opened(direction, w.generation - 1)
+}
 
 /// The frame as one of many flows.
 fn from_port(mut frame: Frame, place: u32) -> Vec<u8> {
@@ -155,15 +176,58 @@ fn flows_that_were_forgotten_are_judged_again() {
         let flows = w.maps.flows().expect("read").len();
         assert!(flows < FLOOD as usize, "{flows} flows: the oldest went");
         assert_eq!(w.count(Direction::Egress, Reason::FlowTableFull), 0);
-        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, ACK)), NEXT, "still allowed, so it goes on");
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, ACK)), NEXT, "both sides may open it");
         assert_eq!(
             w.gets(tcp(STRANGER, 443, POD, 2000, ACK)),
             DROP,
             "nobody asked, as far as is known"
         );
-        assert_eq!(w.count(Direction::Ingress, Reason::Policy), 1);
-        assert_eq!(w.sends(tcp(POD, 2000, STRANGER, 443, ACK)), NEXT);
-        assert_eq!(w.gets(tcp(STRANGER, 443, POD, 2000, ACK)), NEXT, "known again");
+        assert_eq!(w.sends(tcp(POD, 2000, STRANGER, 443, ACK)), DROP, "and who knows who did");
+        assert_eq!(w.count(Direction::Ingress, Reason::Stray), 1);
+        assert_eq!(w.count(Direction::Egress, Reason::Stray), 1);
+        assert_eq!(w.maps.take_strays().expect("read"), [77], "the pod's sockets have to be asked");
+        assert!(w.maps.take_strays().expect("read").is_empty(), "once");
+        // What they say.
+        w.maps
+            .put_flow(flow_key(STRANGER, 443, 2000), old_flow(w, Direction::Egress))
+            .expect("put");
+        assert_eq!(w.sends(tcp(POD, 2000, STRANGER, 443, ACK)), NEXT, "known again");
+        assert_eq!(w.gets(tcp(STRANGER, 443, POD, 2000, ACK)), NEXT, "the answer");
+    });
+}
+
+/// The price of a full map is never that what policy cut goes on the other way round.
+#[test]
+fn a_connection_that_was_cut_and_forgotten_goes_on_in_neither_direction() {
+    in_world(|w| {
+        let none = [deny(RuleKey::any(0, Direction::Ingress))];
+        // One that the peer opened, while that was allowed.
+        w.enforce(ISOLATED_INGRESS, &web_for_other());
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT);
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 1000, SYN | ACK)), NEXT);
+        w.enforce(ISOLATED_INGRESS, &none);
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 1000, ACK)), DROP, "cut");
+        w.forget_flows();
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 1000, ACK)), DROP, "the pod may open, not this");
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, ACK)), DROP);
+        // One that the pod opened, the other way round.
+        w.enforce(0, &[]);
+        assert_eq!(w.sends(tcp(POD, 2000, OTHER, 443, SYN)), NEXT);
+        assert_eq!(w.gets(tcp(OTHER, 443, POD, 2000, SYN | ACK)), NEXT);
+        w.enforce(ISOLATED_EGRESS, &[deny(RuleKey::any(0, Direction::Egress))]);
+        assert_eq!(w.gets(tcp(OTHER, 443, POD, 2000, ACK)), DROP, "cut");
+        w.forget_flows();
+        assert_eq!(w.gets(tcp(OTHER, 443, POD, 2000, ACK)), DROP, "others may come, not so");
+        assert_eq!(w.sends(tcp(POD, 2000, OTHER, 443, ACK)), DROP);
+        assert_eq!(w.maps.flows().expect("read"), [], "nothing was begun");
+        // Forgotten while nothing forbids it, and cut later: whichever side opened it.
+        w.enforce(0, &[]);
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 1000, ACK)), NEXT, "both sides may open it");
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, ACK)), NEXT);
+        w.enforce(ISOLATED_INGRESS, &none);
+        assert_eq!(w.sends(tcp(POD, 80, OTHER, 1000, ACK)), DROP);
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, ACK)), DROP);
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), DROP, "nor begins one");
     });
 }
 
@@ -186,7 +250,46 @@ fn a_flood_is_dropped_and_counted_whole_though_nobody_hears_of_it() {
         assert_eq!(w.count(Direction::Ingress, Reason::Policy), u64::from(flood));
         let told = Events::open(&w.pins).expect("pinned").count();
         assert!(told > 0 && told < flood as usize, "{told} events");
+        assert_eq!(w.lost(Loss::Budget), u64::from(flood) - told as u64, "the rest is counted");
         assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT, "what is allowed passes");
+    });
+}
+
+/// Nobody reads: `orchctl net flows` is not running, which is so nearly always.
+#[test]
+fn events_that_find_the_ring_full_are_counted_and_verdicts_are_the_same() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS, &web_for_other());
+        let path = w.pins.folder().join("programs").join(Hook::ToPod.program());
+        let program = SchedClassifier::from_pin(path).expect("pinned");
+        let frame = tcp(STRANGER, 1000, POD, 80, SYN).bytes();
+        let context = Context::new(w.pod, WIRE, 0);
+        let start = Instant::now();
+        let mut sent = 0;
+        // The budget is by the second, and the ring takes more than one second's.
+        while w.lost(Loss::RingFull) == 0 {
+            assert!(start.elapsed() < PATIENCE, "{sent} packets, and the ring takes all");
+            let options = TestRunOptions {
+                data_in: Some(&frame),
+                ctx_in: Some(context.bytes()),
+                repeat: RUNS_AT_ONCE,
+                ..TestRunOptions::default()
+            };
+            assert_eq!(program.test_run(options).expect("run").return_value, DROP);
+            sent += u64::from(RUNS_AT_ONCE);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(w.count(Direction::Ingress, Reason::Policy), sent);
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT, "what is allowed passes");
+        assert_eq!(w.gets(tcp(STRANGER, 1001, POD, 80, SYN)), DROP);
+        let lost = w.lost(Loss::RingFull);
+        // A reader makes room.
+        let told = Events::open(&w.pins).expect("pinned").count() as u64;
+        assert_eq!(told + lost + w.lost(Loss::Budget), sent + 2, "told or counted");
+        std::thread::sleep(Duration::from_millis(1100));
+        assert_eq!(w.gets(tcp(STRANGER, 1002, POD, 80, SYN)), DROP);
+        assert_eq!(Events::open(&w.pins).expect("pinned").count(), 1, "told again");
+        assert_eq!(w.lost(Loss::RingFull), lost);
     });
 }
 
@@ -258,19 +361,9 @@ fn a_connection_that_was_open_before_goes_on_if_policy_would_let_it_begin() {
         let answer = |to, port| tcp(POD, 80, to, port, ACK);
         assert_eq!(w.sends(answer(OTHER, 1000)), DROP, "an answer to nothing that is known");
         for from in [OTHER, STRANGER] {
-            let (family, remote) = in_key(from.into());
-            let key = FlowKey {
-                uid: 77,
-                remote,
-                local_port: 80_u16.to_be(),
-                remote_port: 1000_u16.to_be(),
-                protocol: TCP,
-                family,
-                ..FlowKey::default()
-            };
-            // Of a policy before this one.
-            let flow = Flow::opened(Direction::Ingress, w.generation - 1);
-            w.maps.put_flow(key, flow).expect("put");
+            w.maps
+                .put_flow(flow_key(from, 1000, 80), old_flow(w, Direction::Ingress))
+                .expect("put");
         }
         assert_eq!(w.sends(answer(OTHER, 1000)), NEXT);
         assert_eq!(w.sends(answer(STRANGER, 1000)), DROP, "who may not come is not answered");

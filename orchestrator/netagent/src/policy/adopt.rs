@@ -7,7 +7,7 @@ use cni_invoke::{CachedAttachment, Cni, Delegate};
 use cni_netlink::NetNs;
 use cni_spec::{Env, Error};
 use orch_config::Paths;
-use orch_ebpf_loader::{Announcement, Kept, Maps, Pins, retire_others};
+use orch_ebpf_loader::{Announcement, Hook, Kept, Maps, Pins, is_attached, retire_others};
 use orch_policy::Name;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
@@ -45,7 +45,8 @@ pub(super) fn adopt_all(paths: &Paths, wanted: &BTreeSet<Name>) -> Vec<String> {
     open
 }
 
-/// Attachments of pods that `is_wanted`, and that the plugin knows nothing of or has no row for.
+/// Attachments of pods that `is_wanted`, and that the plugin knows nothing of, has no row for, or has not put the programs
+/// on: it may have been killed on the way.
 ///
 /// # Errors
 /// If the runtime's cache cannot be read.
@@ -53,10 +54,20 @@ fn find(
     paths: &Paths,
     is_wanted: impl Fn(&Name) -> bool,
 ) -> Result<Vec<(Name, CachedAttachment)>, String> {
-    let rows = Maps::open(&Pins::below(paths.root())).and_then(|maps| maps.endpoints());
+    let pins = Pins::below(paths.root());
+    let rows = Maps::open(&pins).and_then(|maps| maps.endpoints());
     let rows = rows.map_err(|error| crate::chain(&error))?;
-    let has_row = |made: &Announcement| {
+    let has_programs = |ifindex| {
+        let name = nix::net::if_::if_indextoname(ifindex).ok();
+        name.as_ref().and_then(|name| name.to_str().ok()).is_some_and(|name| {
+            [Hook::FromPod, Hook::ToPod]
+                .iter()
+                .all(|hook| is_attached(&pins, name, ifindex, *hook).unwrap_or_default())
+        })
+    };
+    let is_judged = |made: &Announcement| {
         rows.iter().any(|(ifindex, row)| (*ifindex, row.uid) == (made.ifindex, made.uid))
+            && has_programs(made.ifindex)
     };
     let cached = cni(paths).cached().map_err(|error| error.to_string())?;
     Ok(cached
@@ -68,7 +79,7 @@ fn find(
             is_wanted(pod)
                 && !kept
                     .read(id.container_id.as_ref(), id.ifname.as_str())
-                    .is_some_and(|made| has_row(&made))
+                    .is_some_and(|made| is_judged(&made))
                 && NetNs::is_nsfs(&one.attachment.netns)
         })
         .collect())
@@ -83,7 +94,7 @@ fn pod(attachment: &CachedAttachment) -> Option<Name> {
     Some(Name::new(get("K8S_POD_NAMESPACE")?, get("K8S_POD_NAME")?))
 }
 
-fn cni(paths: &Paths) -> Cni {
+pub(super) fn cni(paths: &Paths) -> Cni {
     Cni {
         conf_dir: paths.cni_conf_dir(),
         bin_dirs: vec![paths.cni_bin_dir()],
@@ -91,8 +102,8 @@ fn cni(paths: &Paths) -> Cni {
     }
 }
 
-/// Calls the plugin, and tells the programs what the pod has open. A failure leaves the pod closed or, if nothing was made yet, as it was; then it stays among those
-/// that [`find`] gives.
+/// Calls the plugin, and tells the programs what the pod has open. After a failure the pod is closed or as it was, and stays
+/// among those that [`find`] gives until it is judged.
 ///
 /// # Errors
 /// The plugin's.
@@ -127,6 +138,7 @@ fn conf(paths: &Paths, attachment: &CachedAttachment) -> Map<String, Value> {
     conf.insert("cniVersion".to_owned(), json!(version));
     conf.insert("name".to_owned(), json!(attachment.network.to_string()));
     conf.insert("prevResult".to_owned(), result);
+    conf.insert("running".to_owned(), json!(true));
     conf
 }
 

@@ -1,5 +1,6 @@
-//! Connections that a pod has already when policy comes to it. The programs know only what they saw begin: without this, a
-//! server that may not open connections would be cut off from the clients that it is answering.
+//! Connections of a pod that the programs do not know: it had them already when policy came to it, or they were forgotten
+//! (the map of flows is full and gives up what was idle longest). Only the pod's sockets tell who opened them: without this,
+//! a server that may not open connections would be cut off from the clients that it is answering.
 //!
 //! TCP alone: UDP has no state to ask for. What is told to the programs counts as judged by a former policy, so the next
 //! packet of it is judged as the connection that it belongs to.
@@ -9,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use cni_netlink::{NetNs, NetlinkError};
 use orch_ebpf_loader::{Announcement, Error, Maps};
-use orch_ebpf_maps::{Direction, Flow, FlowKey, in_key};
+use orch_ebpf_maps::{Direction, FLOW_EITHER, Flow, FlowKey, Leg, in_key};
 use tracing::warn;
 
 /// `TCP_ESTABLISHED` to `TCP_CLOSE_WAIT` but for those that begin, and `TCP_LAST_ACK` to `TCP_CLOSING`: data or its
@@ -116,6 +117,12 @@ fn tell(maps: &mut Maps, made: &Announcement, open: &HashSet<Connection>) -> Res
             family,
             ..FlowKey::default()
         };
+        // What the programs saw begin, they know better: also of a connection that policy cut, which is not to come back as
+        // one that the other side opened.
+        let is_sure = |leg: &Leg| leg.is_open != 0 && leg.flags & FLOW_EITHER == 0;
+        if maps.flow(&key)?.is_some_and(|flow| flow.legs.iter().any(is_sure)) {
+            continue;
+        }
         let flow = Flow::opened(direction, generation.wrapping_sub(1));
         maps.put_flow(key, flow)?;
     }

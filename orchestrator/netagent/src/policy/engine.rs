@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use orch_ebpf_loader::{Announcement, ClassMap, Error, Maps, RuleTable};
-use orch_ebpf_maps::{ClassKey, Config, Endpoint, LAYOUT_VERSION, MAX_RULE_ENTRIES, state};
+use orch_ebpf_maps::{ClassKey, Config, Endpoint, MAX_RULE_ENTRIES, state};
 use orch_policy::{Compiled, Moves, Name, Peer, Prefix, Table, compile};
 use tracing::warn;
 
@@ -112,8 +112,7 @@ impl Engine {
         for key in have.keys().filter(|key| !want.contains_key(key)) {
             self.maps.remove_address(*key)?;
         }
-        let settings =
-            Config { version: LAYOUT_VERSION, vxlan_port: vxlan_port.to_be(), pad: [0; 2] };
+        let settings = Config::new(vxlan_port, self.maps.have_former());
         if self.maps.settings()? != settings {
             self.maps.set_settings(settings)?;
         }
@@ -164,8 +163,18 @@ impl Engine {
                 _ => None,
             })
             .collect();
-        let (class_map, unfit) =
-            if tables.is_empty() { (0, HashMap::new()) } else { self.ensure_maps(&tables)? };
+        let (class_map, unfit) = if tables.is_empty() {
+            (0, HashMap::new())
+        } else {
+            match self.ensure_maps(&tables) {
+                Ok(made) => made,
+                // Agents that were killed again and again may have left class maps; the next one would not fit either.
+                Err(_) => {
+                    self.retire(&rows)?;
+                    self.ensure_maps(&tables)?
+                }
+            }
+        };
         let mut changes = Changes {
             peers: &self.peers,
             tables: self.tables.values().map(|(table, key)| (*key, table.clone())).collect(),
@@ -218,7 +227,7 @@ impl Engine {
                 }
             }
         }
-        self.retire(&report)?;
+        self.retire(&report.endpoints)?;
         report.revision = self.revision;
         Ok(report)
     }
@@ -286,8 +295,8 @@ impl Engine {
     }
 
     /// Removes inner maps that no row names now or named when the last look ended.
-    fn retire(&mut self, report: &Report) -> Result<(), Error> {
-        let now = names(report.endpoints.values());
+    fn retire(&mut self, rows: &BTreeMap<u32, Endpoint>) -> Result<(), Error> {
+        let now = names(rows.values());
         let current = self.classes;
         let before = std::mem::replace(&mut self.named, now);
         let (class_maps, tables) = (&self.named.0, &self.named.1);

@@ -5,9 +5,9 @@ use orch_ebpf_loader::{Pins, install, uninstall};
 use tracing::{error, info, warn};
 
 use super::engine::Engine;
-use super::{Mode, PLUGIN, metrics, socket_path, state_dir};
-use crate::chain;
+use super::{PLUGIN, metrics, socket_path, state_dir};
 use crate::status::PolicyStatus;
+use crate::{Mode, chain};
 
 /// What the setting came to on this node.
 pub(crate) struct Start {

@@ -28,7 +28,7 @@ use super::socket::{self, Asked};
 use super::start::{Ready, Start};
 use super::waiting::{Waiting, answer, take};
 use super::world::{Cluster, Local, name};
-use super::{adopt, socket_path};
+use super::{adopt, socket_path, strays};
 use crate::lease::Network;
 use crate::status::{FastPathStatus, NetStatus};
 
@@ -67,6 +67,7 @@ impl Task {
         let look = Arc::new(Notify::new());
         let mut helpers = self.caches.notify(&look);
         helpers.push(tokio::spawn(watch_links(look.clone(), cancel.clone())));
+        helpers.push(tokio::spawn(strays::follow(self.paths.clone(), cancel.clone())));
         let state = State { ready: start.ready, ..State::default() };
         self.follow(state, requests, look, &cancel).await;
         for helper in helpers {

@@ -15,8 +15,7 @@ use nix::sys::socket::{
 };
 use orch_ebpf_loader::{ClassMap, Hook, Maps, Pins, RuleTable, attach, install, links_with};
 use orch_ebpf_maps::{
-    ADDRESS_SERVICE, ClassKey, Config, Endpoint, ISOLATED_EGRESS, ISOLATED_INGRESS, LAYOUT_VERSION,
-    state,
+    ADDRESS_SERVICE, ClassKey, Config, Endpoint, ISOLATED_EGRESS, ISOLATED_INGRESS, state,
 };
 use orch_netagent::fast_path::{self, FastPath, Wanted};
 use orch_netagent::network::NetworkConfig;
@@ -125,9 +124,7 @@ impl Host {
             let mut maps = install(&pins).expect("installed");
             maps.put_address(ClassKey::new(Ipv4Addr::new(10, 96, 0, 0), 12), ADDRESS_SERVICE)
                 .expect("put");
-            let vxlan_port = 8472_u16.to_be();
-            maps.set_settings(Config { version: LAYOUT_VERSION, vxlan_port, pad: [0; 2] })
-                .expect("set");
+            maps.set_settings(Config::new(8472, false)).expect("set");
             for (name, row) in rows {
                 let index = nix::net::if_::if_nametoindex(name.as_str()).expect("made");
                 maps.insert_endpoint(index, row).expect("inserted");
@@ -446,7 +443,7 @@ fn the_agent_follows_the_networks_setting() {
     };
     configure("");
     let node = world.node_with(1, |options| {
-        options.policy = policy::Mode::Auto;
+        options.policy = orch_netagent::Mode::Auto;
         let plugins = options.paths.cni_bin_dir();
         std::fs::create_dir_all(&plugins).expect("made");
         std::fs::write(plugins.join(policy::PLUGIN), "").expect("written");

@@ -1,27 +1,41 @@
 //! The policy engine on the kernel's maps: what the API server says becomes rows, classes and tables. Needs root; says so
 //! without.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use nix::sched::{CloneFlags, unshare};
 use orch_config::Paths;
-use orch_ebpf_loader::{Announcement, Connection, Kept, Maps, Pins, PodRef, install, uninstall};
-use orch_ebpf_maps::{Endpoint, ISOLATED_EGRESS, ISOLATED_INGRESS, state};
+use orch_ebpf_loader::{
+    Announcement, ClassMap, Connection, Hook, Kept, Maps, Pins, PodRef, RuleTable, attach, install,
+    uninstall,
+};
+use orch_ebpf_maps::{
+    Direction, Endpoint, ISOLATED_EGRESS, ISOLATED_INGRESS, MAX_TABLES, Reason, state,
+};
 use orch_netagent::policy::engine::{Engine, Report};
 use orch_netagent::policy::explain::explain;
 use orch_netagent::policy::world::{Cluster, Local, Reader};
-use orch_netagent::policy::{node, state_dir};
+use orch_netagent::policy::{node, state_dir, strays};
 use serde_json::{Value, json};
+
+use crate::support::netns::Netns;
 
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 2);
 const WEB6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, 2);
+const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 9);
 const OTHER: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 9);
 const OTHER6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, 9);
+
+/// Time for what passes, also when it is sent again; and for what does not.
+const LONG: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_millis(700);
 
 struct World {
     root: PathBuf,
@@ -261,6 +275,56 @@ fn an_engine_that_starts_leaves_rows_alone_until_it_knows_and_uses_no_key_again(
     });
 }
 
+/// Each agent that is killed before its first look ends may leave a class map.
+#[test]
+fn class_maps_that_nobody_names_make_room_when_there_is_none() {
+    in_world(|w| {
+        w.plug(7);
+        w.cluster.pods = vec![
+            pod("web", "one", None, json!({"app": "web"})),
+            pod("front", "two", Some(OTHER), json!({"app": "front"})),
+        ];
+        w.look();
+        let none = || ClassMap::build([].into_iter()).expect("built");
+        let full = (1_000_000..).find(|key| w.maps().put_class_map(*key, &none()).is_err());
+        assert!(full.is_some_and(|key| key > 1_000_001), "{full:?}");
+        w.cluster.policies = vec![only_from_front()];
+        w.look();
+        let row = w.row();
+        assert_eq!((row.state, row.flags), (state::READY, ISOLATED_INGRESS));
+        assert!(w.maps().class_of(row.class_map, OTHER).expect("there").is_some());
+    });
+}
+
+/// No room for one more table: the pod is closed, its name is said, and it opens when there is room.
+#[test]
+fn a_table_too_many_closes_its_pod_and_no_other_until_there_is_room() {
+    in_world(|w| {
+        w.plug(7);
+        w.cluster.pods = vec![pod("web", "one", None, json!({"app": "web"}))];
+        w.look();
+        let rules = || RuleTable::build([].into_iter()).expect("built");
+        let many: Vec<_> = (0..MAX_TABLES).map(|key| (1_000_000 + key, ())).collect();
+        for part in many.chunks(64) {
+            let part: Vec<_> = part.iter().map(|(key, ())| (*key, rules())).collect();
+            let (_, outcomes) = w.maps().publish(None, &part);
+            assert!(outcomes.iter().all(Result::is_ok), "there is room");
+        }
+        w.cluster.policies = vec![only_from_front()];
+        let report = w.look();
+        assert_eq!(w.row().state, state::LOCKED);
+        assert!(
+            matches!(&report.locked[..], [one] if one.starts_with("shop/web: ")),
+            "{:?}",
+            report.locked
+        );
+        // What no row names goes at the end of a look.
+        let report = w.look();
+        assert_eq!((w.row().state, w.row().flags), (state::READY, ISOLATED_INGRESS));
+        assert!(report.locked.is_empty(), "{:?}", report.locked);
+    });
+}
+
 #[test]
 fn what_nobody_announced_and_what_lost_its_link_is_swept() {
     in_world(|w| {
@@ -331,5 +395,98 @@ fn the_loaded_programs_say_what_they_would_do_and_nothing_is_left_of_it() {
         assert_eq!(absent, "the node has no endpoint of pod shop/db");
         assert_eq!(w.maps().flows().expect("read"), []);
         assert_eq!(w.maps().counters().expect("read"), []);
+    });
+}
+
+/// A pod with an address, whose link has the programs, and a neighbour on the bridge that has none.
+fn wire(w: &World) -> (Netns, Netns) {
+    let (pod, far) = (Netns::new("pod"), Netns::new("far"));
+    ip(&["link", "set", "cni0", "up"]);
+    ip(&["link", "set", "veth1", "up"]);
+    ip(&["link", "add", "veth2", "master", "cni0", "up", "type", "veth", "peer", "name", "far1"]);
+    for (link, netns, address) in [("pod1", &pod, WEB), ("far1", &far, NEIGHBOUR)] {
+        ip(&["link", "set", link, "netns", &netns.name]);
+        netns.ip(&format!("link set {link} name eth0"));
+        netns.ip(&format!("address add {address}/24 dev eth0"));
+    }
+    pod.ip("link set eth0 address 02:00:00:00:00:07");
+    pod.ip("link set eth0 up");
+    far.ip("link set eth0 up");
+    for hook in [Hook::FromPod, Hook::ToPod] {
+        attach(&w.pins, "veth1", w.link, hook).expect("attached");
+    }
+    (pod, far)
+}
+
+/// The pod's row anew, as the runtime and the plugin remember it: no flow of a former `uid` is known for it.
+fn forget(w: &mut World, uid: u32, pod: &Netns) {
+    w.plug(uid);
+    let row = Endpoint { mac: [2, 0, 0, 0, 0, 7], ..w.row() };
+    w.maps().update_endpoint(w.link, row).expect("written");
+    let paths = Paths::new(&w.root);
+    let kept = Kept::of(&state_dir(&paths), "orch");
+    kept.write("c1", "eth0", &w.local.endpoints[0]).expect("written");
+    let cached = json!({
+        "kind": "cniCacheV1", "containerId": "c1", "ifName": "eth0", "networkName": "orch",
+        "netns": format!("/run/netns/{}", pod.name),
+    });
+    let results = paths.cni_cache_dir().join("results");
+    std::fs::create_dir_all(&results).expect("made");
+    std::fs::write(results.join("orch-c1-eth0"), cached.to_string()).expect("written");
+    w.look();
+    assert_eq!(w.row().state, state::READY);
+}
+
+/// A server that may open no connection speaks on one that was forgotten: what it says is dropped until its sockets have
+/// told whose connection it is, and then only if that may be.
+#[test]
+fn a_connection_that_the_programs_forgot_goes_on_once_the_pods_sockets_were_asked() {
+    in_world(|w| {
+        let (inside, far) = wire(w);
+        w.cluster.pods = vec![pod("web", "one", None, json!({"app": "web"}))];
+        let from_neighbour = json!({
+            "podSelector": {}, "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [{"ipBlock": {"cidr": format!("{NEIGHBOUR}/32")}}]}],
+        });
+        w.cluster.policies = vec![policy("web", from_neighbour)];
+        forget(w, 7, &inside);
+        let listener = inside.within(|| TcpListener::bind((WEB, 80)).expect("bound"));
+        let mut client = far.within(|| {
+            TcpStream::connect_timeout(&(WEB, 80).into(), Duration::from_secs(3)).expect("allowed")
+        });
+        let (mut server, _) = listener.accept().expect("a connection");
+        // What arrives, until it is so long or nothing comes any more.
+        let mut says = |text: &[u8], length: usize, patience: Duration| {
+            server.write_all(text).expect("into the socket's buffer");
+            client.set_read_timeout(Some(patience)).expect("set");
+            let (mut arrived, mut byte) = (Vec::new(), [0]);
+            while arrived.len() < length && client.read_exact(&mut byte).is_ok() {
+                arrived.extend(byte);
+            }
+            arrived
+        };
+        let strays = |w: &World| {
+            let all = w.maps().counters().expect("read");
+            all.iter()
+                .filter(|(way, why, _)| (*way, *why) == (Direction::Egress, Reason::Stray))
+                .count()
+        };
+        assert_eq!(says(b"a", 1, LONG), b"a");
+        forget(w, 8, &inside);
+        assert_eq!(says(b"b", 1, SHORT), b"", "may it open connections?");
+        assert_eq!(strays(w), 1, "counted as what it is");
+        let paths = Paths::new(&w.root);
+        strays::ask(&mut w.maps(), &paths).expect("asked");
+        assert_eq!(says(b"c", 2, LONG), b"bc", "it is sent again");
+
+        // Cut, and then forgotten.
+        let nothing = json!({"podSelector": {}, "policyTypes": ["Ingress"]});
+        w.cluster.policies = vec![policy("web", nothing)];
+        w.look();
+        assert_eq!(says(b"d", 1, SHORT), b"", "cut");
+        forget(w, 9, &inside);
+        assert_eq!(says(b"e", 1, SHORT), b"", "may the other side come?");
+        strays::ask(&mut w.maps(), &paths).expect("asked");
+        assert_eq!(says(b"f", 1, SHORT), b"", "it may not");
     });
 }

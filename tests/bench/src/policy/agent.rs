@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow, bail};
 use orch_ebpf_loader::{Maps, install};
 use orch_ebpf_maps::state;
-use orch_netagent::policy::Mode;
+use orch_netagent::Mode;
 use orch_netagent::policy::world::{Cluster, Local, Reader};
 use orch_netagent::{EtcdConfig, Options, run};
 use orch_policy::{Compiled, compile};

@@ -14,6 +14,7 @@ use cni_netlink::{AddressOptions, Bridge, NetNs, Netlink, NetlinkError, Route, V
 use ipnetwork::{IpNetwork, Ipv4Network};
 use k8s_openapi::api::core::v1::{Pod, PodIP};
 use nix::sched::{CloneFlags, unshare};
+use orch_api::cluster_policy::ClusterNetworkPolicy;
 use orch_ebpf_loader::{Announcement, Hook, Maps, Pins, PodRef, attach, install};
 use orch_ebpf_maps::{Endpoint, state};
 use orch_netagent::policy::engine::Engine;
@@ -91,10 +92,19 @@ fn ip_of(place: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 244, u8::try_from(node_of(place) + 1).expect("few"), last + 1)
 }
 
+/// How programs are on links.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Links {
+    Tcx,
+    /// As on kernels before 6.6.
+    Filters,
+}
+
 impl Node {
-    fn new(root: &std::path::Path, place: usize) -> Self {
+    fn new(root: &std::path::Path, place: usize, links: Links) -> Self {
         let netns = new_netns();
         let pins = Pins::below(&root.join(NODES[place]));
+        let pins = if links == Links::Filters { pins.without_tcx() } else { pins };
         let engine = Engine::new(install(&pins).expect("installed")).expect("taken over");
         let netlink = Netlink::open_in(&netns).expect("a socket");
         within(&netns, || {
@@ -222,12 +232,12 @@ impl Drawn {
 }
 
 impl Lab {
-    fn new(drawn: &mut Drawn) -> Self {
+    fn new(drawn: &mut Drawn, links: Links) -> Self {
         let root = tempfile::tempdir().expect("a folder").keep();
-        let mut nodes: Vec<Node> = (0..NODES.len()).map(|place| Node::new(&root, place)).collect();
+        let mut nodes: Vec<Node> =
+            (0..NODES.len()).map(|place| Node::new(&root, place, links)).collect();
         let mut cluster = drawn.next();
         cluster.policies.clear();
-        // The tiers around NetworkPolicies are asked by test runs.
         cluster.cluster_policies.clear();
         cluster.pods = drawn.pods();
         join(&nodes);
@@ -260,6 +270,7 @@ impl Lab {
             pods: self.cluster.pods.iter().cloned().map(Arc::new).collect(),
             namespaces: self.cluster.namespaces.iter().cloned().map(Arc::new).collect(),
             policies: self.cluster.policies.iter().cloned().map(Arc::new).collect(),
+            cluster_policies: self.cluster.cluster_policies.iter().map(read).collect(),
             ..world::Cluster::default()
         };
         // Each waits for the kernel; they are two nodes.
@@ -274,6 +285,12 @@ impl Lab {
     /// Gives every pod's link its programs anew, as an upgrade does.
     fn replace_programs(&self) {
         for node in &self.nodes {
+            // Equal ones, but others to the kernel.
+            for hook in [Hook::FromPod, Hook::ToPod] {
+                let pin = node.pins.folder().join("programs").join(hook.program());
+                std::fs::remove_file(pin).expect("pinned");
+            }
+            within(&node.netns, || install(&node.pins).map(drop).expect("pinned again"));
             for made in &node.local.endpoints {
                 within(&node.netns, || {
                     let name = nix::net::if_::if_indextoname(made.ifindex).expect("there");
@@ -446,6 +463,10 @@ impl Lab {
     }
 }
 
+fn read(policy: &serde_json::Value) -> Arc<ClusterNetworkPolicy> {
+    Arc::new(serde_json::from_value(policy.clone()).expect("a policy"))
+}
+
 impl Drop for Lab {
     fn drop(&mut self) {
         for node in NODES {
@@ -504,17 +525,26 @@ fn dial(target: SocketAddr) -> TcpStream {
 
 #[test]
 fn real_packets_between_pods_pass_as_the_oracle_says_before_and_after_each_change() {
+    let given = std::env::var("TRUTH_POLICIES").ok();
+    let total = given.map_or(POLICIES, |text| text.parse().expect("TRUTH_POLICIES is a number"));
+    assert_truth(total, Links::Tcx);
+}
+
+#[test]
+fn real_packets_pass_so_too_where_programs_are_filters() {
+    assert_truth(POLICIES / 4, Links::Filters);
+}
+
+fn assert_truth(total: usize, links: Links) {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("ignored: needs root");
         return;
     }
-    let given = std::env::var("TRUTH_POLICIES").ok();
-    let total = given.map_or(POLICIES, |text| text.parse().expect("TRUTH_POLICIES is a number"));
     let (sums, cut) = in_mounts(move || {
         let start = Instant::now();
         let mut drawn = Drawn { runner: TestRunner::deterministic() };
-        let mut lab = Lab::new(&mut drawn);
-        let (mut sums, mut cut, mut used) = ([0; 2], 0, 0);
+        let mut lab = Lab::new(&mut drawn, links);
+        let (mut sums, mut cut, mut used, mut tiers) = ([0; 2], 0, 0, 0);
         let mut open = Vec::new();
         let mut step = 0;
         while used < total {
@@ -530,6 +560,9 @@ fn real_packets_between_pods_pass_as_the_oracle_says_before_and_after_each_chang
                 for (place, policy) in lab.cluster.policies.iter_mut().enumerate() {
                     policy.metadata.name = Some(format!("n{step}-{place}"));
                 }
+                // The tiers around them: in every other step there are some.
+                lab.cluster.cluster_policies = drawn.next().cluster_policies;
+                tiers += lab.cluster.cluster_policies.len();
             }
             lab.look();
             cut += lab.assert_judged_again(std::mem::take(&mut open));
@@ -540,11 +573,12 @@ fn real_packets_between_pods_pass_as_the_oracle_says_before_and_after_each_chang
             step += 1;
         }
         eprintln!(
-            "{used} policies in {step} steps, {} passed, {} did not, {cut} open connections were cut, all as the oracle says, in {:.1} s",
+            "{used} policies and {tiers} of the cluster's in {step} steps, {} passed, {} did not, {cut} open connections were cut, all as the oracle says, in {:.1} s",
             sums[0],
             sums[1],
             start.elapsed().as_secs_f64()
         );
+        assert!(tiers > step as usize / 2, "{tiers} policies of the cluster's");
         (sums, cut)
     });
     assert!(
@@ -593,13 +627,22 @@ fn drain(socket: &UdpSocket, stop: &AtomicBool) -> u64 {
 
 #[test]
 fn under_flood_changes_let_nothing_through_that_both_deny_and_lose_nothing_that_both_allow() {
+    assert_no_gap(Links::Tcx);
+}
+
+#[test]
+fn under_flood_no_change_of_filters_opens_or_loses_anything() {
+    assert_no_gap(Links::Filters);
+}
+
+fn assert_no_gap(links: Links) {
     const CHANGES: u32 = 25;
     if !nix::unistd::geteuid().is_root() {
         eprintln!("ignored: needs root");
         return;
     }
-    in_mounts(|| {
-        let mut lab = Lab::new(&mut Drawn { runner: TestRunner::deterministic() });
+    in_mounts(move || {
+        let mut lab = Lab::new(&mut Drawn { runner: TestRunner::deterministic() }, links);
         for (place, pod) in lab.cluster.pods.iter_mut().enumerate() {
             pod.metadata.namespace = Some("x".to_owned());
             pod.metadata.labels = Some([("pod".to_owned(), format!("p{place}"))].into());
@@ -665,8 +708,10 @@ fn under_flood_changes_let_nothing_through_that_both_deny_and_lose_nothing_that_
             for round in 1..=CHANGES {
                 lab.cluster.policies = policies(round);
                 lab.look();
-                // An upgrade changes the program of each link in place.
-                lab.replace_programs();
+                // An upgrade changes the program of each link in place. The kernel checks programs for a second.
+                if round % 5 == 1 {
+                    lab.replace_programs();
+                }
             }
             stop[0].store(true, Ordering::Relaxed);
             let sent = halves.map(|half| half.join().expect("no panic"));
