@@ -104,7 +104,9 @@ impl Pins {
         self.folder.join("maps").join(name)
     }
 
-    pub(crate) fn program(&self, name: &str) -> PathBuf {
+    /// The pin of a program.
+    #[must_use]
+    pub fn program(&self, name: &str) -> PathBuf {
         self.folder.join("programs").join(name)
     }
 

@@ -21,7 +21,7 @@
 #define MAX_CLASS_ENTRIES 262144
 #define MAX_RULE_ENTRIES 262144
 #define MAX_ADDRESSES 65536
-/* About 9 MiB, which the kernel takes at once: LRU maps are allocated whole. Both ends of a connection count. */
+/* About 8 MiB, which the kernel takes at once: LRU maps are allocated whole. Both ends of a connection count. */
 #define MAX_FLOWS 65536
 #define MAX_FRAGMENTS 8192
 

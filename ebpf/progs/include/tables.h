@@ -98,9 +98,9 @@ struct {
 	__uint(max_entries, 1 << 20);
 } events SEC(".maps");
 
-/* Events of the current second, so that a flood of drops costs little. Written by the programs. */
+/* Events of the current unit of the clock of legs, so that a flood of drops costs little. Written by the programs. */
 struct event_budget {
-	__u64 second;
+	__u64 unit;
 	__u64 spent;
 };
 

@@ -14,8 +14,8 @@ const volatile __u32 ticks_per_second SEC(".rodata") = 0;
 #define TCP_CLOSED 120ULL
 #define OTHER_IDLE 180ULL
 
-/* Events per second and CPU; a reader of 1 MiB keeps up with that. */
-#define EVENTS_PER_SECOND 2000
+/* Events per CPU and unit of the clock of legs; a reader of 1 MiB keeps up with that. */
+#define EVENTS_PER_UNIT 2000
 
 /* No verdict: somebody else decides. */
 #define REASON_UNDECIDED (REASON_COUNT - 1)
@@ -293,17 +293,16 @@ static __always_inline void lose(__u32 cause)
 
 static __always_inline int may_tell(void)
 {
-	__u64 second = bpf_jiffies64() / ticks_per_second;
-	__u32 zero = 0;
+	__u32 zero = 0, now = leg_clock();
 	struct event_budget *budget = bpf_map_lookup_elem(&event_budgets, &zero);
 
 	if (!budget)
 		return 0;
-	if (budget->second != second) {
-		budget->second = second;
+	if (budget->unit != now) {
+		budget->unit = now;
 		budget->spent = 0;
 	}
-	return budget->spent++ < EVENTS_PER_SECOND;
+	return budget->spent++ < EVENTS_PER_UNIT;
 }
 
 static __always_inline void tell(const struct __sk_buff *skb, const struct endpoint *endpoint, const struct packet *packet,

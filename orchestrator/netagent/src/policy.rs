@@ -6,8 +6,8 @@
 //! links and addresses of the node ──> node ──> programs on the ways out, `addresses`
 //! ```
 //!
-//! Start reading in `task`, which says when to look. The maps and programs outlive the agent; one that starts takes them
-//! over and changes nothing before it knows the whole cluster.
+//! Start reading in `task`, which says when to look, and `look`, which does. The maps and programs outlive the agent; one
+//! that starts takes them over and changes nothing before it knows the whole cluster.
 
 pub mod engine;
 pub mod explain;

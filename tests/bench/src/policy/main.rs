@@ -11,6 +11,7 @@ mod connect;
 #[path = "../load.rs"]
 mod load;
 mod objects;
+mod programs;
 mod services;
 mod world;
 
@@ -102,6 +103,7 @@ fn main() -> anyhow::Result<()> {
     for (site, (name, _)) in sites.iter().zip(&WAYS) {
         site.check().context(*name)?;
     }
+    let packets = sites.iter().map(Site::packets).collect::<anyhow::Result<Vec<_>>>()?;
     drop(sites);
     let mut out = std::io::stdout().lock();
     writeln!(
@@ -110,6 +112,7 @@ fn main() -> anyhow::Result<()> {
         cli.millis
     )?;
     report(&mut out, &all)?;
+    report_packets(&mut out, &packets)?;
     report_services(&mut out, rounds, time)?;
     report_agent(&mut out, &agent_apart(cli.changes)?)?;
     writeln!(out, "\ntook {:.0} s", started.elapsed().as_secs_f64())?;
@@ -181,6 +184,23 @@ fn report(out: &mut impl std::io::Write, all: &[[Numbers; WAYS.len()]]) -> anyho
             }
             writeln!(out)?;
         }
+    }
+    Ok(())
+}
+
+/// Beside what the whole way costs.
+fn report_packets(
+    out: &mut impl std::io::Write,
+    packets: &[Vec<(&'static str, f64)>],
+) -> anyhow::Result<()> {
+    writeln!(out, "a packet, by test runs of the programs [ns; the shortest of some]")?;
+    for ((name, _), packets) in WAYS.iter().zip(packets).filter(|(_, packets)| !packets.is_empty())
+    {
+        write!(out, "  {name:<28}")?;
+        for (packet, time) in packets {
+            write!(out, "  {packet} {time:.0}")?;
+        }
+        writeln!(out)?;
     }
     Ok(())
 }

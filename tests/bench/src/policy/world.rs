@@ -21,6 +21,7 @@ use tempfile::TempDir;
 
 use crate::load::Way;
 use crate::objects;
+use crate::programs::{End, packets};
 
 /// The pods of a node: the one that opens connections, and the one that serves.
 pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 2);
@@ -279,6 +280,13 @@ impl Site {
         ensure!(report.locked.is_empty(), "the rules do not fit: {:?}", report.locked);
         self.files = Some(files);
         Ok(())
+    }
+
+    /// Nanoseconds that the programs take for each packet of a connection; nothing where there are none.
+    pub(crate) fn packets(&self) -> anyhow::Result<Vec<(&'static str, f64)>> {
+        let Some(files) = &self.files else { return Ok(Vec::new()) };
+        let end = |pod: &Pod| End { link: pod.link, mac: pod.mac, ip: pod.ip };
+        packets(&files.pins, &self.node.netns, end(&self.client), end(&self.server))
     }
 
     /// Whether the judge has judged: packets went through the programs' tables.
