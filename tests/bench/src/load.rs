@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow};
 use cni_netlink::NetNs;
 
+use crate::process::cpu_time;
+
 /// One write of a stream.
 const CHUNK_BYTES: usize = 128 * 1024;
 /// A packet of the small kind.
@@ -32,18 +34,6 @@ pub(crate) struct Rate {
     pub(crate) per_second: f64,
     /// The same for each second of CPU.
     pub(crate) per_cpu_second: f64,
-}
-
-/// CPU time of this process, the kernel's work for it included.
-fn cpu_time() -> Duration {
-    // SAFETY: all-zero bytes are a valid `rusage`, which is plain data.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: the structure outlives the call.
-    unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
-    let time = |value: libc::timeval| {
-        Duration::new(value.tv_sec.unsigned_abs(), u32::try_from(value.tv_usec * 1000).unwrap_or(0))
-    };
-    time(usage.ru_utime) + time(usage.ru_stime)
 }
 
 impl Way<'_> {

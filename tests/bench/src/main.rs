@@ -6,8 +6,10 @@
 //! Absolute numbers follow the machine and what else it does; the ratios of one round hardly do, and their medians are
 //! what counts. Needs root; makes namespaces of its own and touches nothing else.
 
+mod idle;
 mod load;
 mod peers;
+mod process;
 mod world;
 
 use std::io::Write as _;
@@ -34,6 +36,9 @@ struct Cli {
     /// Milliseconds of each single measurement
     #[arg(long, default_value_t = 400)]
     millis: u64,
+    /// Measure an idle agent alone, and print JSON: a process of its own does it
+    #[arg(long, hide = true)]
+    idle: bool,
 }
 
 /// A way that is measured.
@@ -132,6 +137,10 @@ type Numbers = [f64; KINDS.len()];
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
+    if cli.idle {
+        let idle = idle::found(MANY)?;
+        return Ok(serde_json::to_writer(std::io::stdout(), &idle)?);
+    }
     let started = Instant::now();
     let time = Duration::from_millis(cli.millis);
     let rounds = cli.rounds.max(1);
@@ -205,6 +214,7 @@ fn main() -> anyhow::Result<()> {
     )?;
     report(&mut out, &all)?;
     report_peers(&mut out, rounds.clamp(4, 10))?;
+    report_idle(&mut out)?;
     writeln!(out, "\ntook {:.0} s", started.elapsed().as_secs_f64())?;
     Ok(())
 }
@@ -302,6 +312,25 @@ fn report_peers(out: &mut impl std::io::Write, rounds: usize) -> anyhow::Result<
         millis(|one| one.agent.cpu),
         millis(|one| one.agent.wall),
         ratio(|one| one.agent.wall, |one| one.pipeline.wall),
+    )?;
+    Ok(())
+}
+
+fn report_idle(out: &mut impl std::io::Write) -> anyhow::Result<()> {
+    let idle = idle::measure()?;
+    let word = |reached| if reached { "reached" } else { "MISSED" };
+    writeln!(
+        out,
+        "  idle agent: memory [MiB]       {:>8.1}   {:.1} of it heaps and stacks (aim <= 25: {})",
+        idle.resident_mib,
+        idle.anonymous_mib,
+        word(idle.resident_mib <= 25.0)
+    )?;
+    writeln!(
+        out,
+        "  idle agent: of a core [%]      {:>8.2}   (aim <= 0.5: {})",
+        idle.cpu_percent,
+        word(idle.cpu_percent <= 0.5)
     )?;
     Ok(())
 }

@@ -179,7 +179,7 @@ impl Node {
     }
 
     /// Its address on the underlay.
-    fn address(&self) -> Ipv4Addr {
+    pub(crate) fn address(&self) -> Ipv4Addr {
         Ipv4Addr::new(192, 0, 2, self.number)
     }
 

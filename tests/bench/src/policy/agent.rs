@@ -21,6 +21,7 @@ use tests_fake_api::FakeServer;
 use tokio_util::sync::CancellationToken;
 
 use crate::objects;
+use crate::process::memory_mib;
 use crate::world::{Files, Node};
 
 const PODS: usize = 1000;
@@ -50,13 +51,6 @@ pub(crate) struct Found {
     /// Rows that the change of a pod's own label wrote, and that of a pod whom policies let in.
     pub(crate) label_rows: usize,
     pub(crate) peer_rows: usize,
-}
-
-fn resident_mib() -> anyhow::Result<f64> {
-    let text = std::fs::read_to_string("/proc/self/status")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kib / 1024.0)
 }
 
 /// Everything; `changes` of each kind.
@@ -91,7 +85,7 @@ pub(crate) fn measure(changes: usize) -> anyhow::Result<Found> {
         let (path, object) = objects::cluster_policy(place);
         server.put(&path, object);
     }
-    let before = resident_mib()?;
+    let before = memory_mib("VmRSS")?;
     let cancel = CancellationToken::new();
     let options = Options {
         node_name: "node0".to_owned(),
@@ -123,7 +117,7 @@ pub(crate) fn measure(changes: usize) -> anyhow::Result<Found> {
             })?;
             let start_millis = millis(started.elapsed());
             seen.settle()?;
-            let agent_mib = resident_mib()? - before;
+            let agent_mib = memory_mib("VmRSS")? - before;
             let policy_edits = policy_edits(&server, &seen, changes)?;
             let ((own, first), (peer, second)) = (OWN, PEER);
             let (label_changes, label_rows) =

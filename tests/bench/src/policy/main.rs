@@ -11,6 +11,8 @@ mod connect;
 #[path = "../load.rs"]
 mod load;
 mod objects;
+#[path = "../process.rs"]
+mod process;
 mod programs;
 mod services;
 mod world;
