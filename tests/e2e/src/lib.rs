@@ -2,6 +2,7 @@
 //! in the underlay and a client that counts failed requests. The story itself is in `tests/story.rs`.
 
 pub mod capture;
+pub mod flood;
 pub mod load;
 pub mod shell;
 pub mod stream;

@@ -17,20 +17,20 @@ const IN_FORCE: Duration = Duration::from_secs(5);
 const NODES: [&str; 3] = ["node-1", "node-2", "node-3"];
 
 /// Pods of the chapter: `namespace/name`.
-const FRONT: &str = "shop/front";
-const NEIGHBOUR: &str = "shop/neighbour";
+pub(super) const FRONT: &str = "shop/front";
+pub(super) const NEIGHBOUR: &str = "shop/neighbour";
 const GUEST: &str = "guests/guest";
 
-struct Shop<'a> {
-    lab: &'a TestLab,
+pub(super) struct Shop<'a> {
+    pub(super) lab: &'a TestLab,
     /// Address of the pod `web`.
-    web: String,
+    pub(super) web: String,
     /// Its Service.
-    service: String,
+    pub(super) service: String,
 }
 
 impl<'a> Shop<'a> {
-    fn open(lab: &'a TestLab) -> anyhow::Result<Self> {
+    pub(super) fn open(lab: &'a TestLab) -> anyhow::Result<Self> {
         lab.apply(include_str!("manifests/policy.yaml"))?;
         for (namespace, name) in [FRONT, NEIGHBOUR, GUEST, "shop/web"].map(split) {
             eventually(&format!("{namespace}/{name} runs"), SOON, || {
@@ -59,7 +59,11 @@ impl<'a> Shop<'a> {
     }
 
     /// Waits until each of these is as it should be.
-    fn expect(&self, what: &str, wanted: &[(&str, &str, u16, bool)]) -> anyhow::Result<()> {
+    pub(super) fn expect(
+        &self,
+        what: &str,
+        wanted: &[(&str, &str, u16, bool)],
+    ) -> anyhow::Result<()> {
         eventually(what, IN_FORCE, || {
             for (from, host, port, passes) in wanted {
                 let seen = self.passes(from, host, *port)?;
@@ -69,7 +73,7 @@ impl<'a> Shop<'a> {
         })
     }
 
-    fn policy(&self, name: &str, spec: Value) -> anyhow::Result<()> {
+    pub(super) fn policy(&self, name: &str, spec: Value) -> anyhow::Result<()> {
         let object = json!({
             "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
             "metadata": {"namespace": "shop", "name": name}, "spec": spec,
@@ -77,7 +81,7 @@ impl<'a> Shop<'a> {
         self.lab.apply(&object.to_string()).map(drop)
     }
 
-    fn remove_policy(&self, name: &str) -> anyhow::Result<()> {
+    pub(super) fn remove_policy(&self, name: &str) -> anyhow::Result<()> {
         self.lab.ok(&["delete", "networkpolicy", "-n", "shop", name]).map(drop)
     }
 
@@ -97,7 +101,7 @@ impl<'a> Shop<'a> {
         found.with_context(|| format!("not snmp: {text}"))
     }
 
-    fn close(&self) -> anyhow::Result<()> {
+    pub(super) fn close(&self) -> anyhow::Result<()> {
         self.lab.ok(&["delete", "namespace", "shop", "guests"]).map(drop)
     }
 }
@@ -129,7 +133,7 @@ pub(super) fn policies(lab: &TestLab) -> anyhow::Result<()> {
     shop.close()
 }
 
-fn ingress(shop: &Shop<'_>, web: &str, service: &str) -> anyhow::Result<()> {
+pub(super) fn ingress(shop: &Shop<'_>, web: &str, service: &str) -> anyhow::Result<()> {
     shop.policy("deny", json!({"podSelector": {}, "policyTypes": ["Ingress"]}))?;
     shop.expect(
         "default deny",
@@ -203,7 +207,7 @@ fn ingress(shop: &Shop<'_>, web: &str, service: &str) -> anyhow::Result<()> {
     shop.remove_policy("deny")
 }
 
-fn egress(shop: &Shop<'_>, web: &str, service: &str) -> anyhow::Result<()> {
+pub(super) fn egress(shop: &Shop<'_>, web: &str, service: &str) -> anyhow::Result<()> {
     shop.policy("deny", json!({"podSelector": {}, "policyTypes": ["Egress"]}))?;
     shop.expect(
         "no way out, not through a Service either",
@@ -308,7 +312,11 @@ fn tiers(shop: &Shop<'_>, web: &str) -> anyhow::Result<()> {
 }
 
 /// The network namespace of a pod, found by its address.
-fn pod_netns(lab: &TestLab, node: &str, pod: &str) -> anyhow::Result<std::path::PathBuf> {
+pub(super) fn pod_netns(
+    lab: &TestLab,
+    node: &str,
+    pod: &str,
+) -> anyhow::Result<std::path::PathBuf> {
     let (namespace, name) = split(pod);
     let object = lab.json(&["pod", "-n", namespace, name])?;
     let ip = object["status"]["podIP"].as_str().context("an address")?;
