@@ -1,5 +1,6 @@
 //! The maps, by what is done with them.
 
+use std::fs::File;
 use std::net::IpAddr;
 use std::panic::resume_unwind;
 use std::thread;
@@ -7,6 +8,8 @@ use std::thread;
 use aya::maps::hash_map::HashMap;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashOfMaps, Map, MapData, MapError, PerCpuArray, RingBuf};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use orch_ebpf_maps::{
     Address, AddressData, ClassKey, Config, Direction, Endpoint, EndpointRow, Event, Flow, FlowKey,
     Loss, Reason, Rule, RuleKey,
@@ -25,6 +28,9 @@ const SLOTS: u32 = 65535;
 /// Writers of an outer map at one time. Each waits until no program runs any more that may have seen the old map; those
 /// that wait together wait for the same ones.
 const WRITERS: usize = 32;
+
+/// Bytes that an event takes in the ring: the kernel puts 8 in front, and rounds up to 8.
+const EVENT_IN_RING: usize = size_of::<Event>().next_multiple_of(8) + 8;
 
 type ClassMaps = HashOfMaps<MapData, u32, LpmTrie<MapData, AddressData, u32>>;
 type Tables = HashOfMaps<MapData, u32, LpmTrie<MapData, RuleData, Rule>>;
@@ -418,20 +424,43 @@ impl Maps {
     }
 }
 
-/// What the programs tell: flows that were opened or dropped. Readers share the events.
-pub struct Events(RingBuf<MapData>);
+/// A turn at what the programs tell: flows that were opened or dropped. Readers share the events: who takes one takes it
+/// from all others. A turn should be short.
+pub struct Events {
+    ring: RingBuf<MapData>,
+    /// So many events fill the ring.
+    most: usize,
+    /// Each reader has an idea of its own of how far all have come, so two at a time would read what is not there any more.
+    _turn: Flock<File>,
+}
 
 impl Events {
-    /// Opens the pinned ring.
+    /// Takes a turn at the pinned ring; `None` while somebody else has one.
     ///
     /// # Errors
-    /// If it is not there.
-    pub fn open(pins: &Pins) -> Result<Self, Error> {
-        MapData::from_pin(pins.map("events"))
-            .and_then(Map::from_map_data)
-            .and_then(RingBuf::try_from)
-            .map(Self)
-            .map_err(Error::map("open", "events"))
+    /// If the ring is not there.
+    pub fn open(pins: &Pins) -> Result<Option<Self>, Error> {
+        let failed = |source| Error::File { what: "lock", path: pins.folder().to_owned(), source };
+        let folder = File::open(pins.folder()).map_err(failed)?;
+        let turn = match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+            Ok(turn) => turn,
+            Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
+            Err((_, errno)) => return Err(failed(errno.into())),
+        };
+        let failed = Error::map("open", "events");
+        let data = MapData::from_pin(pins.map("events"));
+        let ring = data.and_then(|data| {
+            let bytes = data.info()?.max_entries() as usize;
+            Ok((RingBuf::try_from(Map::from_map_data(data)?)?, bytes / EVENT_IN_RING))
+        });
+        let (ring, most) = ring.map_err(failed)?;
+        Ok(Some(Self { ring, most, _turn: turn }))
+    }
+
+    /// Makes room in a ring that is full: programs cannot take back what they told, so the newest would be missing.
+    pub fn forget_oldest_half(self) {
+        let half = self.most / 2;
+        self.take(half).for_each(drop);
     }
 }
 
@@ -440,7 +469,7 @@ impl Iterator for Events {
 
     /// The next event that is there already.
     fn next(&mut self) -> Option<Event> {
-        event(&self.0.next()?)
+        event(&self.ring.next()?)
     }
 }
 

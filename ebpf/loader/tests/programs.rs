@@ -12,12 +12,13 @@ use std::process::Command;
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use nix::sched::{CloneFlags, unshare};
 use orch_ebpf_loader::{
-    ClassMap, Hook, Maps, Pins, RuleTable, attach, detach, install, is_attached, retire_others,
-    sweep,
+    ClassMap, Events, Hook, Maps, Pins, RuleTable, attach, detach, install, is_attached,
+    retire_others, sweep,
 };
 use orch_ebpf_maps::{
     ADDRESS_NODE, ADDRESS_REMOTE_NODE, ADDRESS_SERVICE, Action, ClassKey, Config, Direction,
-    Endpoint, Flow, FlowKey, ISOLATED_EGRESS, ISOLATED_INGRESS, Loss, Reason, Rule, RuleKey, state,
+    Endpoint, Event, Flow, FlowKey, ISOLATED_EGRESS, ISOLATED_INGRESS, Loss, Reason, Rule, RuleKey,
+    state,
 };
 
 #[path = "programs/ipv6.rs"]
@@ -212,6 +213,11 @@ impl World {
 
     fn gets(&self, frame: Frame) -> u32 {
         self.run(Hook::ToPod, &frame.bytes(), WIRE, 0, self.pod).0
+    }
+
+    /// A turn at what the programs tell.
+    fn events(&self) -> Events {
+        Events::open(&self.pins).expect("pinned").expect("nobody else reads")
     }
 
     fn lost(&self, cause: Loss) -> u64 {

@@ -4,7 +4,7 @@
 //! serving certificate and one for etcd. Whatever else is asked for waits for a person (`kubectl certificate approve`).
 //!
 //! A token is known to more people than a node's key, and is good for many hosts unless it was made for one
-//! ([`bootstrap_token`](crate::bootstrap_token)). So it never gives away a name that a Node has: whoever replays it
+//! ([`bootstrap_token`]). So it never gives away a name that a Node has: whoever replays it
 //! cannot become a node that is there, not even while that node reboots. Upstream approves by group alone.
 //! Signers: Kubernetes, "Certificate Signing Requests"; `orch.dev/etcd-client` is ours.
 

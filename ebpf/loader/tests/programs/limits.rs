@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, Map, MapData};
-use orch_ebpf_loader::{Events, Probe, Question};
+use orch_ebpf_loader::{Probe, Question};
 use orch_ebpf_maps::{EndpointRow, MAX_ENDPOINTS, in_key};
 
 use super::*;
@@ -248,48 +248,73 @@ fn a_flood_is_dropped_and_counted_whole_though_nobody_hears_of_it() {
         };
         assert_eq!(program.test_run(options).expect("run").return_value, DROP);
         assert_eq!(w.count(Direction::Ingress, Reason::Policy), u64::from(flood));
-        let told = Events::open(&w.pins).expect("pinned").count();
+        let told = w.events().count();
         assert!(told > 0 && told < flood as usize, "{told} events");
         assert_eq!(w.lost(Loss::Budget), u64::from(flood) - told as u64, "the rest is counted");
         assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT, "what is allowed passes");
     });
 }
 
-/// Nobody reads: `orchctl net flows` is not running, which is so nearly always.
+/// Drops until the ring is full, as when `orchctl net flows` is not running, which is so nearly always; how many.
+fn fill_ring(w: &World) -> u64 {
+    let path = w.pins.folder().join("programs").join(Hook::ToPod.program());
+    let program = SchedClassifier::from_pin(path).expect("pinned");
+    let frame = tcp(STRANGER, 1000, POD, 80, SYN).bytes();
+    let context = Context::new(w.pod, WIRE, 0);
+    let start = Instant::now();
+    let mut sent = 0;
+    // The budget is by the second, and the ring takes more than one second's.
+    while w.lost(Loss::RingFull) == 0 {
+        assert!(start.elapsed() < PATIENCE, "{sent} packets, and the ring takes all");
+        let options = TestRunOptions {
+            data_in: Some(&frame),
+            ctx_in: Some(context.bytes()),
+            repeat: RUNS_AT_ONCE,
+            ..TestRunOptions::default()
+        };
+        assert_eq!(program.test_run(options).expect("run").return_value, DROP);
+        sent += u64::from(RUNS_AT_ONCE);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    sent
+}
+
 #[test]
 fn events_that_find_the_ring_full_are_counted_and_verdicts_are_the_same() {
     in_world(|w| {
         w.enforce(ISOLATED_INGRESS, &web_for_other());
-        let path = w.pins.folder().join("programs").join(Hook::ToPod.program());
-        let program = SchedClassifier::from_pin(path).expect("pinned");
-        let frame = tcp(STRANGER, 1000, POD, 80, SYN).bytes();
-        let context = Context::new(w.pod, WIRE, 0);
-        let start = Instant::now();
-        let mut sent = 0;
-        // The budget is by the second, and the ring takes more than one second's.
-        while w.lost(Loss::RingFull) == 0 {
-            assert!(start.elapsed() < PATIENCE, "{sent} packets, and the ring takes all");
-            let options = TestRunOptions {
-                data_in: Some(&frame),
-                ctx_in: Some(context.bytes()),
-                repeat: RUNS_AT_ONCE,
-                ..TestRunOptions::default()
-            };
-            assert_eq!(program.test_run(options).expect("run").return_value, DROP);
-            sent += u64::from(RUNS_AT_ONCE);
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        let sent = fill_ring(w);
         assert_eq!(w.count(Direction::Ingress, Reason::Policy), sent);
         assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT, "what is allowed passes");
         assert_eq!(w.gets(tcp(STRANGER, 1001, POD, 80, SYN)), DROP);
         let lost = w.lost(Loss::RingFull);
         // A reader makes room.
-        let told = Events::open(&w.pins).expect("pinned").count() as u64;
+        let told = w.events().count() as u64;
         assert_eq!(told + lost + w.lost(Loss::Budget), sent + 2, "told or counted");
         std::thread::sleep(Duration::from_millis(1100));
         assert_eq!(w.gets(tcp(STRANGER, 1002, POD, 80, SYN)), DROP);
-        assert_eq!(Events::open(&w.pins).expect("pinned").count(), 1, "told again");
+        assert_eq!(w.events().count(), 1, "told again");
         assert_eq!(w.lost(Loss::RingFull), lost);
+    });
+}
+
+#[test]
+fn the_oldest_half_of_a_full_ring_makes_room_for_the_newest() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS, &web_for_other());
+        let told = fill_ring(w) - w.lost(Loss::RingFull) - w.lost(Loss::Budget);
+        let turn = w.events();
+        assert!(Events::open(&w.pins).expect("pinned").is_none(), "one reader at a time");
+        turn.forget_oldest_half();
+        std::thread::sleep(Duration::from_millis(1100));
+        assert_eq!(w.gets(tcp(STRANGER, 1002, POD, 80, SYN)), DROP);
+        let left: Vec<Event> = w.events().collect();
+        assert_eq!(left.last().map(|event| u16::from_be(event.sport)), Some(1002));
+        assert!(
+            (told / 2..told / 2 + 3).contains(&(left.len() as u64)),
+            "{} of {told}",
+            left.len()
+        );
     });
 }
 
@@ -338,7 +363,7 @@ fn a_probe_says_what_the_programs_would_do_and_leaves_no_trace() {
         assert_eq!(ask(STRANGER, 80, Direction::Egress, false), (true, Reason::NotIsolated, 0));
         assert_eq!(w.maps.flows().expect("read"), []);
         assert_eq!(w.maps.counters().expect("read"), []);
-        assert_eq!(Events::open(&w.pins).expect("pinned").count(), 0);
+        assert_eq!(w.events().count(), 0);
         let absent = Question {
             ifindex: 4000,
             direction: comes,

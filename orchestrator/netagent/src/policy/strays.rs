@@ -1,12 +1,15 @@
 //! Packets from the middle of TCP connections that the programs do not know: forgotten ones, when more flows were there than
 //! their map takes. The programs drop what not both sides may open, and note whose packet it was; here the pod's sockets
 //! are asked, and what is sent again is judged as the connection that it belongs to. Without an agent they stay closed.
+//!
+//! Beside it, room is made in the ring of events, which nobody reads as a rule.
 
 use std::time::Duration;
 
 use cni_netlink::NetNs;
 use orch_config::Paths;
-use orch_ebpf_loader::{Kept, Maps, Pins};
+use orch_ebpf_loader::{Events, Kept, Maps, Pins};
+use orch_ebpf_maps::Loss;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -23,6 +26,7 @@ pub(super) async fn follow(paths: Paths, cancel: CancellationToken) {
     let mut tick = interval(INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut maps: Option<Maps> = None;
+    let mut lost = None;
     let mut complained = None;
     loop {
         tokio::select! {
@@ -39,12 +43,15 @@ pub(super) async fn follow(paths: Paths, cancel: CancellationToken) {
             let opened = opened.map_or_else(|| Maps::open(&pins), Ok);
             let mut maps = opened.map_err(|error| chain(&error))?;
             ask(&mut maps, &paths)?;
-            Ok(Some(maps))
+            let lost = make_room(&maps, &pins, lost).map_err(|error| chain(&error))?;
+            Ok(Some((maps, lost)))
         };
         let outcome = tokio::task::spawn_blocking(work).await;
         match outcome.unwrap_or_else(|error| Err(error.to_string())) {
             Ok(opened) => {
-                maps = opened;
+                if let Some((opened, now)) = opened {
+                    (maps, lost) = (Some(opened), Some(now));
+                }
                 complained = None;
             }
             Err(why) => {
@@ -55,6 +62,25 @@ pub(super) async fn follow(paths: Paths, cancel: CancellationToken) {
             }
         }
     }
+}
+
+/// Forgets the oldest events if the ring was full since the last time, so that `orchctl net flows` shows the newest. Returns
+/// how many found it full so far; `before` is what that was then.
+fn make_room(
+    maps: &Maps,
+    pins: &Pins,
+    before: Option<u64>,
+) -> Result<u64, orch_ebpf_loader::Error> {
+    let losses = maps.event_losses()?;
+    let full = losses.into_iter().find(|(loss, _)| *loss == Loss::RingFull);
+    let lost = full.map_or(0, |(_, events)| events);
+    // Somebody who has a turn reads it empty.
+    if before.is_some_and(|before| lost > before)
+        && let Some(turn) = Events::open(pins)?
+    {
+        turn.forget_oldest_half();
+    }
+    Ok(lost)
 }
 
 /// Tells the programs of what is open in pods that they have noted.

@@ -1,7 +1,7 @@
 //! `orchctl net flows`: connections that pods open, and packets that policy drops, as the programs tell them.
 //!
-//! Each node's programs have a ring of events, which is read by whoever looks: two that look at one node share them. A
-//! node tells at most some thousands in a second; totals are in its metrics.
+//! Each node's programs have a ring of events, which is read by whoever looks: two that look at one node share them. The
+//! agent forgets the oldest when it is full. A node tells at most some thousands in a second; totals are in its metrics.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -97,7 +97,7 @@ impl Flow {
 /// A node whose programs tell.
 struct Source {
     host: Host,
-    events: Events,
+    pins: Pins,
     /// Its endpoints by their UID, and texts of its rules by their number.
     endpoints: HashMap<u32, Announcement>,
     rules: BTreeMap<u32, String>,
@@ -110,10 +110,9 @@ impl Source {
         if !pins.are_there() {
             return Ok(None);
         }
-        let events = Events::open(&pins)?;
         let mut source = Self {
             host: host.clone(),
-            events,
+            pins,
             endpoints: HashMap::new(),
             rules: BTreeMap::new(),
             read: Instant::now(),
@@ -203,8 +202,14 @@ pub(super) async fn run(hosts: &Hosts, client: &Client, filter: &Filter) -> anyh
         }
         let mut some = false;
         for source in &mut sources {
-            while let Some(event) = source.events.next() {
+            let Some(turn) = Events::open(&source.pins)? else {
+                // Somebody else looks at this moment.
                 some = true;
+                continue;
+            };
+            let events: Vec<Event> = turn.collect();
+            some |= !events.is_empty();
+            for event in events {
                 let Some(flow) = source.flow(&event, &names) else { continue };
                 if !flow.concerns(filter) {
                     continue;
