@@ -84,6 +84,8 @@ fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     world::leave_mounts()?;
     if cli.agent {
+        // As the daemon does: its memory is what is asked for.
+        orch_telemetry::share_heaps();
         let found = agent::measure(cli.changes.max(2))?;
         return Ok(serde_json::to_writer(std::io::stdout(), &found)?);
     }
