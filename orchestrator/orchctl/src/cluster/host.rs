@@ -343,7 +343,10 @@ impl Host {
 const SYSCTLS: [&str; 4] =
     ["net/ipv4/ip_forward", "net/ipv4/conf/all", "net/bridge", "net/ipv6/conf/all/forwarding"];
 
-/// The settings below [`SYSCTLS`] as they are now.
+/// Also one, with the kernel's default: it is not there before conntrack is.
+const LIBERAL: (&str, &str) = ("net/netfilter/nf_conntrack_tcp_be_liberal", "0");
+
+/// The settings below [`SYSCTLS`], and [`LIBERAL`], as they are now.
 fn sysctls() -> std::collections::BTreeMap<String, String> {
     let root = Path::new("/proc/sys");
     let files = SYSCTLS.iter().flat_map(|key| {
@@ -353,11 +356,15 @@ fn sysctls() -> std::collections::BTreeMap<String, String> {
             Err(_) => vec![path],
         }
     });
+    let (liberal, default) = LIBERAL;
+    let value = fs::read_to_string(root.join(liberal));
+    let value = value.map_or_else(|_| default.to_owned(), |value| value.trim().to_owned());
     files
         .filter_map(|path| {
             let value = fs::read_to_string(&path).ok()?.trim().to_owned();
             Some((path.strip_prefix(root).ok()?.to_string_lossy().into_owned(), value))
         })
+        .chain([(liberal.to_owned(), value)])
         .collect()
 }
 
