@@ -5,14 +5,12 @@ use std::time::Duration;
 
 use crate::support::api::{FakeApi, NAMESPACES, SERVICES, SLICES};
 use crate::support::netns::Netns;
-use crate::support::overlay::{Node, Pod, World, eventually};
+use crate::support::overlay::{Node, Pod, VXLAN, World, eventually};
 use crate::support::stream::Streams;
 use hickory_proto::op::{Message, Query};
 use hickory_proto::rr::{Name, RecordType};
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use serde_json::json;
-
-const VXLAN: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
 
 fn reach(from: &Pod, to: &Pod) {
     eventually(&format!("{} to {}", from.ip, to.ip), || from.reaches(to).then_some(()));
@@ -33,7 +31,7 @@ fn reach_ipv6(from: &Netns, from_ip: Ipv6Addr, to: Ipv6Addr) {
     });
 }
 
-const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
+const DUAL: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.100.0","SubnetMax":"10.244.199.0","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
 
 #[test]
 fn dual_stack_carries_both_families_and_comes_and_goes_under_a_running_connection() {

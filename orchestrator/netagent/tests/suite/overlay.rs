@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::support::netns::{Netns, run};
-use crate::support::overlay::{Node, Pod, World, eventually};
+use crate::support::overlay::{Node, Pod, VXLAN, World, eventually};
 use crate::support::stream::Streams;
 use orch_netagent::overlay::interface::Choice;
 
@@ -41,10 +41,8 @@ fn iptables(netns: &Netns, words: &str) -> String {
     run("ip", &format!("netns exec {} iptables-nft {words}", netns.name))
 }
 
-const VXLAN: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
-const DIRECT: &str =
-    r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#;
-const HOST_GW: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#;
+const DIRECT: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.100.0","SubnetMax":"10.244.199.0","Backend":{"Type":"vxlan","DirectRouting":true}}"#;
+const HOST_GW: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.100.0","SubnetMax":"10.244.199.0","Backend":{"Type":"host-gw"}}"#;
 
 #[test]
 fn the_mode_changes_under_a_running_connection() {
@@ -363,7 +361,7 @@ fn the_configuration_changes_at_run_time() {
         reach(&pods[0], &pods[1]);
         // Another port and another VNI: the devices are made again.
         world.configure(
-            r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":9,"Port":4789}}"#,
+            r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.100.0","SubnetMax":"10.244.199.0","Backend":{"Type":"vxlan","VNI":9,"Port":4789}}"#,
         );
         for node in &nodes {
             eventually("the device has the new port", || {

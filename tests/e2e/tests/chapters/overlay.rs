@@ -468,8 +468,8 @@ pub(super) fn chaos(lab: &TestLab) -> anyhow::Result<()> {
             "etcd is compacted under the watch",
             Box::new(|| {
                 let frozen = Frozen::new(lab, NODE)?;
-                // Something that the agent misses.
-                let key = format!("{SUBNETS}10.244.255.0-24");
+                // Something that the agent misses; of the one subnet that no node gets.
+                let key = format!("{SUBNETS}10.244.0.0-24");
                 etcdctl(lab, &["put", &key, r#"{"PublicIP":"192.0.2.9","PublicIPv6":null}"#])?;
                 etcdctl(lab, &["del", &key])?;
                 let now = revision(lab)?.to_string();

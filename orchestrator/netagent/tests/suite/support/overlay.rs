@@ -41,6 +41,10 @@ pub struct World {
     pub etcd: Etcd,
 }
 
+/// What a world's network is unless a test says otherwise. Nodes get subnets between 100 and 199 at random: what a test
+/// writes by hand lies outside.
+pub const VXLAN: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.100.0","SubnetMax":"10.244.199.0","Backend":{"Type":"vxlan"}}"#;
+
 impl World {
     /// etcd is at 192.0.2.3.
     pub fn new() -> Self {
@@ -53,7 +57,9 @@ impl World {
         let server = Netns::new("server");
         join(&underlay, &server, 3);
         let etcd = server.within(|| Etcd::start_at(Ipv4Addr::new(192, 0, 2, 3)));
-        Self { underlay, server, etcd }
+        let world = Self { underlay, server, etcd };
+        world.configure(VXLAN);
+        world
     }
 
     /// A host with the address 192.0.2.`last` and nothing else.
