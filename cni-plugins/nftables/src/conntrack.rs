@@ -1,4 +1,4 @@
-//! Forgetting flows.
+//! What conntrack remembers: forgetting flows, and how full its table is.
 //!
 //! NAT decides once per flow, and conntrack goes on with it: a flow that led to a pod that is gone leads there for as
 //! long as its client keeps sending. Who changes what a flow should lead to makes the kernel forget it.
@@ -13,11 +13,14 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use crate::netfilter::exchange;
 use crate::wire::{attribute, message, put, put_nested};
 
-/// How many flows there are.
+/// How many flows there are, and how many there may be; the number is that of the calling thread's namespace, the limit
+/// is one for all.
 const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
+const LIMIT: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 // `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_…` (`linux/netfilter/nfnetlink_conntrack.h`).
 const GET: u16 = 0x0101;
 const DELETE: u16 = 0x0102;
+const GET_COUNTERS: u16 = 0x0104;
 const FLAG_REQUEST: u16 = 0x1;
 const FLAG_ACK: u16 = 0x4;
 const FLAG_DUMP: u16 = 0x300;
@@ -32,7 +35,10 @@ const IP_V4_DESTINATION: u16 = 2;
 const IP_V6_SOURCE: u16 = 3;
 const IP_V6_DESTINATION: u16 = 4;
 const PROTOCOL_NUMBER: u16 = 1;
+const PROTOCOL_SOURCE_PORT: u16 = 2;
 const PROTOCOL_DESTINATION_PORT: u16 = 3;
+/// `CTA_STATS_DROP`: packets that would have begun a flow.
+const COUNTER_DROP: u16 = 10;
 const FILTER_ORIGINAL_FLAGS: u16 = 1;
 const FILTER_REPLY_FLAGS: u16 = 2;
 const FILTER_BY_SOURCE: u32 = 1;
@@ -57,16 +63,25 @@ pub enum Flows {
 
 /// A flow of the kernel's table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Flow {
-    protocol: u8,
+pub struct Flow {
+    /// Number of its protocol.
+    pub protocol: u8,
     /// What its client sends to.
-    to: SocketAddr,
-    /// Who answers.
-    answers: IpAddr,
+    pub to: SocketAddr,
+    /// Who answers; the same if nothing was translated.
+    pub answers: SocketAddr,
     /// The original tuple as the kernel wrote it, to name the flow in a deletion.
     tuple: Vec<u8>,
     /// Tells this flow from a later one of the same tuple.
     id: Option<[u8; 4]>,
+}
+
+impl Flow {
+    /// One as it would look in the table.
+    #[must_use]
+    pub fn new(protocol: u8, to: SocketAddr, answers: SocketAddr) -> Self {
+        Self { protocol, to, answers, tuple: Vec::new(), id: None }
+    }
 }
 
 impl Flows {
@@ -82,7 +97,7 @@ impl Flows {
                 (*protocol, *port) == (flow.protocol, flow.to.port())
                     && (address.is_unspecified() || *address == flow.to.ip())
             }
-            Self::AnsweredBy(address) => *address == flow.answers,
+            Self::AnsweredBy(address) => *address == flow.answers.ip(),
         }
     }
 
@@ -118,54 +133,97 @@ impl Flows {
     }
 }
 
+/// How full the table is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Flows of this namespace.
+    pub flows: u64,
+    /// So many may there be in each.
+    pub limit: u64,
+    /// Packets dropped in this namespace because they would have been one more.
+    pub dropped: u64,
+}
+
+impl Usage {
+    /// That of the calling thread's namespace; `None` without conntrack.
+    #[must_use]
+    pub fn observe() -> Option<Self> {
+        let number = |file| fs::read_to_string(file).ok()?.trim().parse().ok();
+        Some(Self { flows: number(COUNT)?, limit: number(LIMIT)?, dropped: dropped().ok()? })
+    }
+}
+
+/// The sum of what each CPU counted.
+fn dropped() -> io::Result<u64> {
+    let request = message(GET_COUNTERS, FLAG_REQUEST | FLAG_DUMP, 1, (0, 0), &[]);
+    let mut sum = 0;
+    exchange(&open()?, &request, 1, &mut |counters| {
+        let count = attribute(counters, COUNTER_DROP).and_then(|count| count.first_chunk());
+        sum += count.map_or(0, |count| u64::from(u32::from_be_bytes(*count)));
+    })?;
+    Ok(sum)
+}
+
 /// Makes the kernel forget flows, in the namespace of the calling thread; says how many. A kernel without conntrack has
 /// none.
 ///
 /// # Errors
 /// If the kernel cannot be asked.
 pub fn forget_flows(which: &[Flows]) -> io::Result<usize> {
-    if which.is_empty() {
-        return Ok(0);
-    }
-    // The number is that of the calling thread's namespace.
-    if fs::read(COUNT).is_ok_and(|count| count.trim_ascii() == b"0") {
-        return Ok(0);
-    }
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
     let mut gone = 0;
-    let mut sequence = 0;
-    for v4 in [true, false] {
-        let same: Vec<&Flows> = which.iter().filter(|one| one.address().is_ipv4() == v4).collect();
+    for ipv4 in [true, false] {
+        let same: Vec<&Flows> =
+            which.iter().filter(|one| one.address().is_ipv4() == ipv4).collect();
         let Some(first) = same.first() else { continue };
-        sequence += 1;
         // Each look walks the whole table, which takes the kernel milliseconds, so there is one for all.
         let filter = if same.len() == 1 { first.filter() } else { Vec::new() };
-        for flow in list(&socket, first.address(), &filter, &same, sequence)? {
-            sequence += 1;
-            gone += usize::from(delete(&socket, first.address(), &flow, sequence)?);
-        }
+        gone += forget(ipv4, &filter, |flow| same.iter().any(|flows| flows.has(flow)))?;
     }
     Ok(gone)
 }
 
-fn family(address: IpAddr) -> u8 {
+/// The same for the flows of a family that somebody else judges.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn forget_flows_that(ipv4: bool, stale: impl Fn(&Flow) -> bool) -> io::Result<usize> {
+    forget(ipv4, &[], stale)
+}
+
+fn forget(ipv4: bool, filter: &[u8], stale: impl Fn(&Flow) -> bool) -> io::Result<usize> {
+    if fs::read(COUNT).is_ok_and(|count| count.trim_ascii() == b"0") {
+        return Ok(0);
+    }
+    let socket = open()?;
     // `AF_INET`, `AF_INET6`.
-    if address.is_ipv4() { 2 } else { 10 }
+    let family = if ipv4 { 2 } else { 10 };
+    let mut sequence = 1;
+    let mut gone = 0;
+    for flow in list(&socket, family, filter, stale, sequence)? {
+        sequence += 1;
+        gone += usize::from(delete(&socket, family, &flow, sequence)?);
+    }
+    Ok(gone)
+}
+
+fn open() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    socket.bind_auto()?;
+    socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
+    Ok(socket)
 }
 
 fn list(
     socket: &Socket,
-    address: IpAddr,
+    family: u8,
     filter: &[u8],
-    which: &[&Flows],
+    wanted: impl Fn(&Flow) -> bool,
     sequence: u32,
 ) -> io::Result<Vec<Flow>> {
-    let request = message(GET, FLAG_REQUEST | FLAG_DUMP, sequence, (family(address), 0), filter);
+    let request = message(GET, FLAG_REQUEST | FLAG_DUMP, sequence, (family, 0), filter);
     let mut found = Vec::new();
     let listed = exchange(socket, &request, sequence, &mut |payload| {
-        found.extend(parse(payload).filter(|flow| which.iter().any(|flows| flows.has(flow))));
+        found.extend(parse(payload).filter(&wanted));
     });
     match listed {
         // The answer to a message of a part of netfilter that the kernel does not have.
@@ -178,14 +236,13 @@ fn list(
 }
 
 /// False: the flow was gone already.
-fn delete(socket: &Socket, address: IpAddr, flow: &Flow, sequence: u32) -> io::Result<bool> {
+fn delete(socket: &Socket, family: u8, flow: &Flow, sequence: u32) -> io::Result<bool> {
     let mut attributes = Vec::new();
     put_nested(&mut attributes, TUPLE_ORIGINAL, |out| out.extend(&flow.tuple));
     if let Some(id) = flow.id {
         put(&mut attributes, ID, &id);
     }
-    let request =
-        message(DELETE, FLAG_REQUEST | FLAG_ACK, sequence, (family(address), 0), &attributes);
+    let request = message(DELETE, FLAG_REQUEST | FLAG_ACK, sequence, (family, 0), &attributes);
     match exchange(socket, &request, sequence, &mut |_| {}) {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
@@ -196,18 +253,21 @@ fn delete(socket: &Socket, address: IpAddr, flow: &Flow, sequence: u32) -> io::R
 fn parse(entry: &[u8]) -> Option<Flow> {
     let original = attribute(entry, TUPLE_ORIGINAL)?;
     let reply = attribute(entry, TUPLE_REPLY)?;
-    let protocol = attribute(original, TUPLE_PROTOCOL)?;
-    let port = attribute(protocol, PROTOCOL_DESTINATION_PORT)
-        .and_then(|port| port.first_chunk())
-        .map_or(0, |port| u16::from_be_bytes(*port));
     let to = ip(original, IP_V4_DESTINATION, IP_V6_DESTINATION)?;
+    let answers = ip(reply, IP_V4_SOURCE, IP_V6_SOURCE)?;
     Some(Flow {
-        protocol: *attribute(protocol, PROTOCOL_NUMBER)?.first()?,
-        to: SocketAddr::new(to, port),
-        answers: ip(reply, IP_V4_SOURCE, IP_V6_SOURCE)?,
+        protocol: *attribute(attribute(original, TUPLE_PROTOCOL)?, PROTOCOL_NUMBER)?.first()?,
+        to: SocketAddr::new(to, port(original, PROTOCOL_DESTINATION_PORT)),
+        answers: SocketAddr::new(answers, port(reply, PROTOCOL_SOURCE_PORT)),
         tuple: original.to_vec(),
         id: attribute(entry, ID).and_then(|id| id.first_chunk().copied()),
     })
+}
+
+/// 0 for protocols without.
+fn port(tuple: &[u8], which: u16) -> u16 {
+    let port = attribute(tuple, TUPLE_PROTOCOL).and_then(|protocol| attribute(protocol, which));
+    port.and_then(|port| port.first_chunk()).map_or(0, |port| u16::from_be_bytes(*port))
 }
 
 fn ip(tuple: &[u8], v4: u16, v6: u16) -> Option<IpAddr> {
@@ -226,27 +286,21 @@ mod tests {
     use super::*;
 
     fn flow(protocol: u8, to: &str, answers: &str) -> Flow {
-        Flow {
-            protocol,
-            to: to.parse().expect("address"),
-            answers: answers.parse().expect("address"),
-            tuple: Vec::new(),
-            id: None,
-        }
+        Flow::new(protocol, to.parse().expect("address"), answers.parse().expect("address"))
     }
 
     #[test]
     fn only_the_flows_that_are_meant_are_found() {
         let dns = Flows::To { protocol: 17, address: Ipv4Addr::UNSPECIFIED.into(), port: 53 };
-        assert!(dns.has(&flow(17, "192.0.2.1:53", "10.1.0.2")));
-        assert!(!dns.has(&flow(6, "192.0.2.1:53", "10.1.0.2")));
-        assert!(!dns.has(&flow(17, "192.0.2.1:54", "10.1.0.2")));
+        assert!(dns.has(&flow(17, "192.0.2.1:53", "10.1.0.2:53")));
+        assert!(!dns.has(&flow(6, "192.0.2.1:53", "10.1.0.2:53")));
+        assert!(!dns.has(&flow(17, "192.0.2.1:54", "10.1.0.2:53")));
         let there =
             Flows::To { protocol: 17, address: Ipv4Addr::new(192, 0, 2, 9).into(), port: 53 };
-        assert!(!there.has(&flow(17, "192.0.2.1:53", "10.1.0.2")));
+        assert!(!there.has(&flow(17, "192.0.2.1:53", "10.1.0.2:53")));
         let pod = Flows::AnsweredBy(Ipv4Addr::new(10, 1, 0, 2).into());
-        assert!(pod.has(&flow(6, "192.0.2.1:80", "10.1.0.2")));
-        assert!(!pod.has(&flow(6, "10.1.0.2:80", "10.1.0.3")));
+        assert!(pod.has(&flow(6, "192.0.2.1:80", "10.1.0.2:53")));
+        assert!(!pod.has(&flow(6, "10.1.0.2:80", "10.1.0.3:53")));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! (netavark #1303), while the language itself is what distributions test.
 //!
 //! Who only adds and deletes elements, once per pod, does so without a process: [`Netfilter`]. [`forget_flows`] makes
-//! conntrack forget what it has decided by rules that are no more.
+//! conntrack forget what it has decided by rules that are no more; [`Usage`] says how full it is.
 
 mod conntrack;
 mod netfilter;
@@ -18,7 +18,7 @@ mod table;
 mod tool;
 mod wire;
 
-pub use conntrack::{Flows, forget_flows};
+pub use conntrack::{Flow, Flows, Usage, forget_flows, forget_flows_that};
 pub use netfilter::{
     COMMENT_MAX, Element, Netfilter, NetfilterError, Rule, Target, Transaction, undisturbed,
 };

@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use cni_nftables::Usage;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -41,6 +42,9 @@ struct Metrics {
     nft_errors: Counter,
     rx_drops: Gauge,
     tx_drops: Gauge,
+    conntrack_flows: Gauge,
+    conntrack_limit: Gauge,
+    conntrack_drops: Gauge,
 }
 
 impl Metrics {
@@ -64,6 +68,9 @@ impl Metrics {
             nft_errors: Counter::default(),
             rx_drops: Gauge::default(),
             tx_drops: Gauge::default(),
+            conntrack_flows: Gauge::default(),
+            conntrack_limit: Gauge::default(),
+            conntrack_drops: Gauge::default(),
         };
         let registry = &mut metrics.registry;
         registry.register_with_unit(
@@ -110,6 +117,13 @@ impl Metrics {
                 "device_tx_dropped_packets",
                 "Packets that the VXLAN device dropped on their way out",
                 &metrics.tx_drops,
+            ),
+            ("conntrack_flows", "Flows that conntrack knows", &metrics.conntrack_flows),
+            ("conntrack_limit_flows", "Flows that it may know", &metrics.conntrack_limit),
+            (
+                "conntrack_dropped_packets",
+                "Packets dropped because they would have begun one flow too many",
+                &metrics.conntrack_drops,
             ),
         ] {
             registry.register(name, help, gauge.clone());
@@ -193,6 +207,12 @@ pub fn render() -> String {
     if let Some([rx, tx]) = drops(&counters, orch_config::VXLAN_DEVICE) {
         metrics.rx_drops.set(rx);
         metrics.tx_drops.set(tx);
+    }
+    if let Some(usage) = Usage::observe() {
+        let set = |gauge: &Gauge, number| gauge.set(i64::try_from(number).unwrap_or(i64::MAX));
+        set(&metrics.conntrack_flows, usage.flows);
+        set(&metrics.conntrack_limit, usage.limit);
+        set(&metrics.conntrack_drops, usage.dropped);
     }
     let mut text = String::new();
     // Writing to a string cannot fail; what was written is good in any case.

@@ -29,6 +29,8 @@ const CHECKSUM_FIXED_IN: (u32, u32) = (5, 7);
 const RENEWAL_LATE_SECS: i64 = 20 * 60;
 /// Clocks may differ by this much.
 const CLOCK_SLACK_SECS: u64 = 60;
+/// A table of which so many hundredths are in use is soon full.
+const CONNTRACK_FULL_PERCENT: u64 = 90;
 
 /// Something that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -75,6 +77,8 @@ pub(super) enum Check {
     RpFilter,
     /// A rule drops overlay or pod traffic.
     Firewall,
+    /// The kernel cannot remember more connections.
+    Conntrack,
     /// Packets do not arrive.
     Unreachable,
     /// Something could not be looked at.
@@ -93,6 +97,7 @@ impl Check {
                 | Self::Route
                 | Self::Neighbour
                 | Self::Fdb
+                | Self::Conntrack
         )
     }
 }
@@ -231,6 +236,7 @@ impl Node<'_> {
         }
         self.sysctls(dual_stack);
         self.firewall();
+        self.conntrack();
     }
 
     fn agent(&mut self, now_secs: u64) {
@@ -602,7 +608,28 @@ impl Node<'_> {
             );
         }
     }
+
+    fn conntrack(&mut self) {
+        let Some(cni_nftables::Usage { flows, limit, dropped }) = self.view.conntrack else {
+            return;
+        };
+        // A limit of 0 is none.
+        if limit == 0 || flows * 100 < limit * CONNTRACK_FULL_PERCENT {
+            return;
+        }
+        self.found(
+            Check::Conntrack,
+            format!(
+                "{flows} of {limit} connections are tracked: known ones go on, but each new one through this node is dropped once the table is full ({dropped} packets so far)"
+            ),
+            format!("{CONNTRACK_LIMIT}{}", limit * 2),
+        );
+    }
 }
+
+/// Begins a fix that is run as it is on every kind of host: the setting is one for all namespaces of a kernel, and only its
+/// first one may change it.
+pub(super) const CONNTRACK_LIMIT: &str = "sysctl -w net.netfilter.nf_conntrack_max=";
 
 /// Stands for "start the agent again" in [`Finding::fix`]; how that is done differs from host to host.
 pub(super) const RESTART: &str = "\u{1}restart";

@@ -78,7 +78,7 @@ fn command(all: &[Host], finding: &Finding) -> String {
     match finding.fix.as_str() {
         "" => String::new(),
         checks::RESTART => host.restart.clone(),
-        fix if host.prefix.is_empty() => fix.to_owned(),
+        fix if host.prefix.is_empty() || fix.starts_with(checks::CONNTRACK_LIMIT) => fix.to_owned(),
         fix if fix.contains("&&") || fix.contains(';') => format!("{}sh -c '{fix}'", host.prefix),
         fix => format!("{}{fix}", host.prefix),
     }

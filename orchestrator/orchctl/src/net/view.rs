@@ -54,6 +54,8 @@ pub(super) struct View {
     pub(super) nft: String,
     /// The filter table of the older iptables, where it has one, as `iptables-save` writes it.
     pub(super) iptables: String,
+    /// How full conntrack's table is, where there is one.
+    pub(super) conntrack: Option<cni_nftables::Usage>,
     /// Version of the kernel.
     pub(super) kernel: (u32, u32),
     /// What could not be read, and why.
@@ -211,6 +213,7 @@ fn look_inside(view: &mut View) -> anyhow::Result<()> {
             view.sysctls.insert(key, value.trim().to_owned());
         }
     }
+    view.conntrack = cni_nftables::Usage::observe();
     match nft_ruleset() {
         Ok(ruleset) => view.nft = ruleset,
         Err(error) => view.unreadable.push(format!("the firewall's rules: {error:#}")),

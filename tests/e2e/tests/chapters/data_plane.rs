@@ -1,5 +1,6 @@
-//! The data plane changes under running pods: maps of another layout, the short way.
+//! The data plane changes under running pods: maps of another layout, the short way, no room for new connections.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use tests_e2e::stream::Streams;
 use tests_e2e::testlab::TestLab;
 
 use super::network::services_and_dns;
+use super::overlay::{findings, type_in};
 use super::policy::{FRONT, NEIGHBOUR, Shop, egress, ingress, pod_netns};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -110,6 +112,79 @@ fn layouts(lab: &TestLab, node: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
         }
     }
     bail!("no maps in {}", folder.display())
+}
+
+/// The kernel of node-1 can remember no more connections. What is known goes on, what is new is dropped and counted, what a
+/// policy forbids does not pass, and the doctor names the command that makes room.
+pub(super) fn conntrack_full(lab: &TestLab) -> anyhow::Result<()> {
+    let shop = Shop::open(lab)?;
+    let web = shop.web.as_str();
+    let front = json!({"podSelector": {"matchLabels": {"app": "front"}}});
+    shop.policy("web", json!({"podSelector": {}, "ingress": [{"from": [front]}]}))?;
+    shop.expect("one peer", &[(FRONT, web, 80, true), (NEIGHBOUR, web, 80, false)])?;
+    let to = pod_netns(lab, "node-1", "shop/web")?;
+    let known = Streams::start(&pod_netns(lab, "node-2", FRONT)?, &to, web.parse()?)?;
+
+    let full = FullTable::of(lab, "node-1")?;
+    shop.expect("no new connection", &[(FRONT, web, 80, false)])?;
+    let denied = Flood::start(&pod_netns(lab, "node-1", NEIGHBOUR)?, &to, web.parse()?)?;
+    let found = findings(lab)?;
+    let denied = denied.stop()?;
+    ensure!(denied.sent > 0 && denied.arrived == 0, "{denied:?} of what policy forbids");
+    let finding = found.iter().find(|one| one["check"] == "conntrack" && one["node"] == "node-1");
+    let finding = finding.with_context(|| format!("the doctor does not say it: {found:#?}"))?;
+    let problem = finding["problem"].as_str().unwrap_or_default();
+    ensure!(!problem.contains("(0 packets"), "what was dropped is not counted: {problem}");
+    type_in(lab, finding["fix"].as_str().context("a command")?)?;
+    shop.expect("there is room", &[(FRONT, web, 80, true)])?;
+    let report = known.stop()?;
+    ensure!(report.tcp_gap < Duration::from_secs(2), "a known connection stood still: {report:?}");
+    ensure!(report.udp_gap < Duration::from_secs(2), "a known flow stood still: {report:?}");
+    drop(full);
+    shop.remove_policy("web")?;
+    shop.close()
+}
+
+/// As many connections as the kernel takes, until it is dropped. The limit is one for all namespaces, so it is lowered to
+/// more than the others have.
+struct FullTable<'a> {
+    lab: &'a TestLab,
+    node: &'static str,
+    former_limit: String,
+}
+
+impl<'a> FullTable<'a> {
+    const LIMIT: &'static str = "/proc/sys/net/netfilter/nf_conntrack_max";
+    const FLOWS: u32 = 4000;
+
+    fn of(lab: &'a TestLab, node: &'static str) -> anyhow::Result<Self> {
+        // Of two strangers; the kernel makes no room by forgetting those that were answered.
+        let flow = "-A -t 600 -u SEEN_REPLY,ASSURED -s 198.18.0.1 -d 198.18.0.2 -r 198.18.0.2 -q 198.18.0.1 -p udp";
+        let lines: String = (1..=Self::FLOWS)
+            .map(|port| {
+                format!(
+                    "{flow} --sport {port} --dport 9 --reply-port-src 9 --reply-port-dst {port}\n"
+                )
+            })
+            .collect();
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(lines.as_bytes())?;
+        let former_limit = std::fs::read_to_string(Self::LIMIT).context(Self::LIMIT)?;
+        let this = Self { lab, node, former_limit };
+        let name = file.path().to_str().context("a name")?;
+        lab.on(node, &["conntrack", "-R", name])?;
+        std::fs::write(Self::LIMIT, Self::FLOWS.to_string()).context(Self::LIMIT)?;
+        Ok(this)
+    }
+}
+
+impl Drop for FullTable<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::write(Self::LIMIT, &self.former_limit) {
+            eprintln!("{} is still low: {error}", Self::LIMIT);
+        }
+        let _ = self.lab.on(self.node, &["conntrack", "-D", "-s", "198.18.0.1"]);
+    }
 }
 
 /// Policies, Services and names are the same with the fast path, which really carries what goes from node to node.

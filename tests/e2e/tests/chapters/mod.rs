@@ -88,6 +88,7 @@ pub(crate) const CHAPTERS: &[Chapter] = &[
     told("a_policy_is_enforced_on_every_node_and_outlives_its_agent", policy::policies),
     told("a_pod_that_sends_at_once_sends_nothing_that_policy_forbids", policy::closed_before_open),
     told("maps_of_another_layout_are_taken_over_without_a_gap", data_plane::another_layout),
+    told("a_full_conntrack_table_opens_nothing_and_is_told", data_plane::conntrack_full),
     told("with_the_fast_path_policies_and_services_are_the_same", data_plane::fast_path),
     told("pods_of_a_killed_node_run_elsewhere_and_the_node_keeps_its_subnet", faults::node_killed),
     with_kubectl("secrets_and_tokens_are_in_no_log", rights::secrets_are_in_no_log),

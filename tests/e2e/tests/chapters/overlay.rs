@@ -27,7 +27,7 @@ const DEVICE: &str = "vxlan-orch";
 const SUBNETS: &str = "/coreos.com/network/subnets/";
 
 /// The doctor's findings: (node, check, problem, fix).
-fn findings(lab: &TestLab) -> anyhow::Result<Vec<Value>> {
+pub(super) fn findings(lab: &TestLab) -> anyhow::Result<Vec<Value>> {
     let output = lab.orchctl(&["net", "doctor", "-o", "json"], SOON)?;
     let text = output.text();
     let document: Value =
@@ -76,7 +76,7 @@ fn subnet(lab: &TestLab, node: &str) -> anyhow::Result<String> {
 }
 
 /// Runs a command of the doctor as a person would type it.
-fn type_in(lab: &TestLab, line: &str) -> anyhow::Result<()> {
+pub(super) fn type_in(lab: &TestLab, line: &str) -> anyhow::Result<()> {
     let mut command = Command::new("sh");
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{path}", lab.programs().display())).args(["-c", line]);

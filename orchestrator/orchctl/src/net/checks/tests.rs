@@ -157,6 +157,17 @@ fn leases_that_are_missing_late_or_doubled_are_told() {
 }
 
 #[test]
+fn a_table_of_connections_that_is_nearly_full_is_told() {
+    let usage = |flows, limit| Some(cni_nftables::Usage { flows, limit, dropped: 7 });
+    one(Check::Conntrack, "950 of 1000", "nf_conntrack_max=2000", |view, _| {
+        view.conntrack = usage(950, 1000);
+    });
+    for (flows, limit) in [(500, 1000), (500, 0)] {
+        assert_eq!(after(|view, _| view.conntrack = usage(flows, limit)), []);
+    }
+}
+
+#[test]
 fn a_device_that_is_missing_down_or_another_is_one_finding_with_what_hangs_on_it() {
     one(
         Check::Device,
