@@ -366,11 +366,23 @@ fn a_flow_that_both_sides_opened_is_judged_for_each_of_them() {
         assert_eq!((w.sends(out), w.gets(back)), (NEXT, DROP));
         w.enforce(both, &rules(false, true));
         assert_eq!((w.sends(out), w.gets(back)), (DROP, NEXT));
-        // Datagrams that are cut are forgotten, each way for itself.
+        // A cut flow of datagrams is not begun anew by what the pod still sends, until it was silent for a while.
         w.enforce(both, &rules(true, true));
         assert_eq!(w.gets(udp(OTHER, 53, POD, 53)), NEXT);
         assert_eq!(w.sends(udp(POD, 53, OTHER, 53)), NEXT, "an answer");
         w.enforce(both, &rules(false, true));
+        for _ in 0..2 {
+            assert_eq!(w.sends(udp(POD, 53, OTHER, 53)), DROP, "revoked");
+            assert_eq!(w.gets(udp(OTHER, 53, POD, 53)), DROP, "revoked");
+        }
+        assert_eq!(w.sends(udp(POD, 54, OTHER, 53)), NEXT, "one of its own");
+        w.enforce(both, &rules(true, true));
+        assert_eq!(w.gets(udp(OTHER, 53, POD, 53)), NEXT, "allowed again: it goes on");
+        w.enforce(both, &rules(false, true));
+        for (key, mut flow) in w.maps.flows().expect("read") {
+            flow.legs.iter_mut().for_each(|leg| leg.last = 0);
+            w.maps.put_flow(key, flow).expect("written");
+        }
         assert_eq!(w.sends(udp(POD, 53, OTHER, 53)), DROP, "revoked");
         assert_eq!(w.sends(udp(POD, 53, OTHER, 53)), NEXT, "begun anew by the pod");
         assert_eq!(w.gets(udp(OTHER, 53, POD, 53)), NEXT, "an answer");

@@ -13,6 +13,10 @@ const volatile __u32 ticks_per_second SEC(".rodata") = 0;
 #define TCP_IDLE 432000ULL
 #define TCP_CLOSED 120ULL
 #define OTHER_IDLE 180ULL
+/* Datagrams have no end: so long after the last one that was allowed, what is left of a cut flow has arrived or never will,
+ * and the other side may begin one with the same ports.
+ */
+#define OTHER_CUT 30ULL
 
 /* Events per CPU and unit of the clock of legs; a reader of 1 MiB keeps up with that. */
 #define EVENTS_PER_UNIT 2000
@@ -104,12 +108,16 @@ static __always_inline __u32 leg_clock(void)
 	return bpf_jiffies64() >> LEG_CLOCK_SHIFT;
 }
 
+static __always_inline int is_idle(const struct leg *leg, __u64 seconds, __u32 now)
+{
+	return (__u64)(now - leg->last) << LEG_CLOCK_SHIFT > seconds * ticks_per_second;
+}
+
 static __always_inline int is_expired(const struct leg *leg, __u8 protocol, __u32 now)
 {
-	__u64 idle = (__u64)(now - leg->last) << LEG_CLOCK_SHIFT;
 	__u64 seconds = protocol != IPPROTO_TCP ? OTHER_IDLE : leg->tcp_flags & (TCP_FIN | TCP_RST) ? TCP_CLOSED : TCP_IDLE;
 
-	return leg->last && idle > seconds * ticks_per_second;
+	return leg->last && is_idle(leg, seconds, now);
 }
 
 static __always_inline void forget(const struct flow_key *key, struct flow *flow, __u8 direction)
@@ -145,10 +153,10 @@ static __always_inline int follow(const struct endpoint *endpoint, const struct 
 		/* What gets translated is judged after that, packet by packet. */
 		reason = leg->flags & FLOW_DEFERRED ? REASON_DEFERRED : judge_flow(endpoint, key, direction, basis);
 		if (is_drop(reason)) {
-			/* A cut TCP connection stays known as one that is judged at every packet: forgotten, it would be begun
-			 * anew, the other way round, by the next packet of the pod that had been asked.
+			/* What is cut stays known as something that is judged at every packet: forgotten, it would be begun anew,
+			 * the other way round, by the next packet of the pod that had been asked.
 			 */
-			if (key->protocol != IPPROTO_TCP)
+			if (key->protocol != IPPROTO_TCP && is_idle(leg, OTHER_CUT, now))
 				forget(key, flow, direction);
 			return REASON_REVOKED;
 		}
