@@ -238,6 +238,9 @@ async fn ensure_node(
     if let Some(policy) = lab.config.policy {
         args.extend(["--policy".to_owned(), policy.as_str().to_owned()]);
     }
+    if let Some(services) = lab.config.services {
+        args.extend(["--services".to_owned(), services.as_str().to_owned()]);
+    }
     if lab.config.fast {
         args.push("--fast-failover".to_owned());
     }

@@ -45,6 +45,9 @@ pub(crate) struct Config {
     /// What agents are told about NetworkPolicies when they start; without it, nothing.
     #[serde(default)]
     pub(crate) policy: Option<Policy>,
+    /// The same of how pods reach Services.
+    #[serde(default)]
+    pub(crate) services: Option<Services>,
 }
 
 /// Whether agents enforce NetworkPolicies, as their flag `--policy` has it.
@@ -62,6 +65,25 @@ impl Policy {
             Self::Off => "off",
             Self::Auto => "auto",
             Self::On => "on",
+        }
+    }
+}
+
+/// How pods reach Services, as the agents' flag `--services` has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Services {
+    Nftables,
+    Auto,
+    Ebpf,
+}
+
+impl Services {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Nftables => "nftables",
+            Self::Auto => "auto",
+            Self::Ebpf => "ebpf",
         }
     }
 }
@@ -176,6 +198,7 @@ impl Lab {
                 underlay,
                 fast: true,
                 policy: None,
+                services: None,
             },
         }))
     }
@@ -214,6 +237,7 @@ impl Lab {
                 )
             })?;
             config.policy = config.policy.or(before.config.policy);
+            config.services = config.services.or(before.config.services);
         } else if fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some()) {
             // `down` removes the whole folder, so nothing else may be in it.
             bail!(
@@ -362,7 +386,8 @@ mod tests {
 
     fn lab(nodes: u8) -> Lab {
         let underlay = DEFAULT_UNDERLAY.parse().expect("a constant");
-        let config = Config { control_planes: 1, nodes, underlay, fast: true, policy: None };
+        let config =
+            Config { control_planes: 1, nodes, underlay, fast: true, policy: None, services: None };
         Lab { dir: PathBuf::from("/lab"), config }
     }
 

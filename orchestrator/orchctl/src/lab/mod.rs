@@ -45,6 +45,9 @@ pub(crate) enum Command {
         /// Whether agents enforce NetworkPolicies; one that runs keeps what it was started with until `lab restart`
         #[arg(long)]
         policy: Option<layout::Policy>,
+        /// How pods reach Services; an agent that runs keeps what it was started with until `lab restart`
+        #[arg(long)]
+        services: Option<layout::Services>,
     },
     /// End the lab and remove everything it made
     #[command(after_help = "Example: orchctl lab down")]
@@ -108,10 +111,10 @@ pub(crate) enum Command {
 /// Runs one command; returns the exit code.
 pub(crate) async fn run(command: Command, dir: &Path) -> anyhow::Result<u8> {
     match command {
-        Command::Up { nodes, control_planes, underlay, default_timings, policy } => {
+        Command::Up { nodes, control_planes, underlay, default_timings, policy, services } => {
             need_root("makes network namespaces and starts a Docker engine")?;
             let fast = !default_timings;
-            let config = layout::Config { control_planes, nodes, underlay, fast, policy };
+            let config = layout::Config { control_planes, nodes, underlay, fast, policy, services };
             let lab = Lab::new(dir, config)?;
             fleet::up(&lab).await?;
         }

@@ -1,6 +1,7 @@
 //! The chapters of the story, in order. A chapter leaves the lab as the next one expects it: three nodes Ready and
 //! `nodeinfo` with three replicas.
 
+mod connect_time;
 mod data_plane;
 mod deploy;
 mod faults;
@@ -90,6 +91,10 @@ pub(crate) const CHAPTERS: &[Chapter] = &[
     told("maps_of_another_layout_are_taken_over_without_a_gap", data_plane::another_layout),
     told("a_full_conntrack_table_opens_nothing_and_is_told", data_plane::conntrack_full),
     told("with_the_fast_path_policies_and_services_are_the_same", data_plane::fast_path),
+    told(
+        "a_socket_gets_its_endpoint_at_connect_and_keeps_it_whatever_the_agent_does",
+        connect_time::connect_time,
+    ),
     told("pods_of_a_killed_node_run_elsewhere_and_the_node_keeps_its_subnet", faults::node_killed),
     with_kubectl("secrets_and_tokens_are_in_no_log", rights::secrets_are_in_no_log),
 ];
