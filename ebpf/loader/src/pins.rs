@@ -10,6 +10,9 @@ use orch_ebpf_maps::{LAYOUT_VERSION, SERVICES_VERSION};
 use crate::attach::has_tcx;
 use crate::{Error, Hook};
 
+/// Before the number of the folder for the socket programs' pins.
+const SERVICES_PREFIX: &str = "services-v";
+
 /// The folder of the pins: `<root>/sys/fs/bpf/orch/v<layout>`. Every node has its own, also when many nodes share a
 /// kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +35,7 @@ impl Pins {
     #[must_use]
     pub fn services_below(root: &Path) -> Self {
         let mount_point = root.join("sys/fs/bpf");
-        let folder = mount_point.join(format!("orch/services-v{SERVICES_VERSION}"));
+        let folder = mount_point.join(format!("orch/{SERVICES_PREFIX}{SERVICES_VERSION}"));
         Self { mount_point, folder, has_tcx: has_tcx() }
     }
 
@@ -85,9 +88,19 @@ impl Pins {
 
     /// Folders of builds with another layout.
     pub(crate) fn others(&self) -> Vec<PathBuf> {
+        self.beside("v")
+    }
+
+    /// The same for the socket programs.
+    pub(crate) fn other_services(&self) -> Vec<PathBuf> {
+        self.beside(SERVICES_PREFIX)
+    }
+
+    /// Folders beside this one that have this prefix and a number for a name.
+    fn beside(&self, prefix: &str) -> Vec<PathBuf> {
         let is_layout = |path: &PathBuf| {
             let name = path.file_name().and_then(|name| name.to_str());
-            let number = name.and_then(|name| name.strip_prefix('v')).unwrap_or_default();
+            let number = name.and_then(|name| name.strip_prefix(prefix)).unwrap_or_default();
             number.parse::<u32>().is_ok() && *path != self.folder
         };
         let beside = self.folder.parent().and_then(|folder| fs::read_dir(folder).ok());

@@ -15,30 +15,55 @@ use aya::programs::{CgroupSockAddr, ProgramInfo};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use nix::libc;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-use orch_ebpf_maps::{Backend, BackendKey, Frontend, FrontendKey};
+use orch_ebpf_maps::{Backend, BackendKey, Frontend, FrontendKey, Member};
 
 use crate::{Error, Pins};
 
 const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/services.o"));
-const PROGRAMS: [&str; 4] = ["sock_connect4", "sock_connect6", "sock_peername4", "sock_peername6"];
+const PROGRAMS: [&str; 8] = [
+    "sock_connect4",
+    "sock_connect6",
+    "sock_peername4",
+    "sock_peername6",
+    "sock_sendmsg4",
+    "sock_sendmsg6",
+    "sock_recvmsg4",
+    "sock_recvmsg6",
+];
 /// `asm-generic/socket.h`.
 const SO_NETNS_COOKIE: libc::c_int = 71;
-const MAPS: [&str; 4] = ["frontends", "backends", "pod_namespaces", "connected"];
+const POD_NAMESPACES: &str = "pod_namespaces";
+const MAPS: [&str; 8] = [
+    "frontends",
+    "backends",
+    "members",
+    POD_NAMESPACES,
+    "connected",
+    "chosen",
+    "answers",
+    "clients",
+];
 
 /// Handles on the maps that the agent writes.
 pub struct Services {
     frontends: HashMap<MapData, FrontendKey, Frontend>,
     backends: HashMap<MapData, BackendKey, Backend>,
-    pod_namespaces: HashMap<MapData, u64, u32>,
+    members: HashMap<MapData, Member, u32>,
+    pod_namespaces: PodNamespaces,
 }
 
+type PodNamespaces = HashMap<MapData, u64, u32>;
+
 /// Makes the programs of this build the pinned and attached ones. Maps that are pinned stay, with all that is in them, and
-/// programs that are the same already.
+/// programs that are the same already. Those of a build with other maps, which nobody keeps right any more, go first.
 ///
 /// # Errors
 /// If the kernel refuses.
 pub fn install_services(pins: &Pins, cgroup: &Path) -> Result<Services, Error> {
     pins.ensure()?;
+    for former in pins.other_services() {
+        remove(&former)?;
+    }
     let mut loader = EbpfLoader::new();
     for name in MAPS {
         loader.map_pin_path(name, pins.map(name));
@@ -55,15 +80,20 @@ pub fn install_services(pins: &Pins, cgroup: &Path) -> Result<Services, Error> {
 /// # Errors
 /// If something cannot be removed.
 pub fn uninstall_services(pins: &Pins) -> Result<bool, Error> {
-    if !pins.folder().exists() {
-        return Ok(false);
-    }
+    let mut folders = pins.other_services();
+    folders.extend(Some(pins.folder().to_owned()).filter(|own| own.exists()));
+    folders.iter().try_for_each(|folder| remove(folder))?;
+    Ok(!folders.is_empty())
+}
+
+/// Removes a folder of pins, of whichever build.
+fn remove(folder: &Path) -> Result<(), Error> {
     // The kernel lets go of a program a moment after its link: until then it has to leave everybody alone.
-    if let Ok(mut maps) = Services::open(pins) {
-        maps.set_pod_namespaces(&BTreeSet::new())?;
+    if let Ok(mut pods) = pinned::<PodNamespaces>(&folder.join("maps"), POD_NAMESPACES) {
+        set_keys(&mut pods, &BTreeSet::new())?;
     }
-    let failed = |source| Error::File { what: "remove", path: pins.folder().to_owned(), source };
-    fs::remove_dir_all(pins.folder()).map(|()| true).map_err(failed)
+    let failed = |source| Error::File { what: "remove", path: folder.to_owned(), source };
+    fs::remove_dir_all(folder).map_err(failed)
 }
 
 fn ensure_attached(object: &mut Ebpf, name: &str, pins: &Pins, cgroup: &Path) -> Result<(), Error> {
@@ -116,19 +146,12 @@ fn replace(
 
 impl Services {
     fn open(pins: &Pins) -> Result<Self, Error> {
-        fn open<M: TryFrom<Map, Error = MapError>>(
-            pins: &Pins,
-            name: &'static str,
-        ) -> Result<M, Error> {
-            MapData::from_pin(pins.map(name))
-                .and_then(Map::from_map_data)
-                .and_then(M::try_from)
-                .map_err(Error::map("open", name))
-        }
+        let maps = pins.folder().join("maps");
         Ok(Self {
-            frontends: open(pins, "frontends")?,
-            backends: open(pins, "backends")?,
-            pod_namespaces: open(pins, "pod_namespaces")?,
+            frontends: pinned(&maps, "frontends")?,
+            backends: pinned(&maps, "backends")?,
+            members: pinned(&maps, "members")?,
+            pod_namespaces: pinned(&maps, POD_NAMESPACES)?,
         })
     }
 
@@ -180,25 +203,56 @@ impl Services {
         gone(self.backends.remove(&key)).map_err(Error::map("write", "backends"))
     }
 
+    /// Which frontend has which backends.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked.
+    pub fn members(&self) -> Result<Vec<Member>, Error> {
+        self.members.keys().collect::<Result<_, _>>().map_err(Error::map("read", "members"))
+    }
+
+    /// Writes a member.
+    ///
+    /// # Errors
+    /// If the map is full.
+    pub fn set_member(&mut self, member: Member) -> Result<(), Error> {
+        self.members.insert(member, 1_u32, 0).map_err(Error::map("write", "members"))
+    }
+
+    /// Removes a member; one that is not there is removed.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn remove_member(&mut self, member: Member) -> Result<(), Error> {
+        gone(self.members.remove(&member)).map_err(Error::map("write", "members"))
+    }
+
     /// Makes exactly these the namespaces of pods.
     ///
     /// # Errors
     /// If the map is full: those that did not fit stay with nftables.
     pub fn set_pod_namespaces(&mut self, cookies: &BTreeSet<u64>) -> Result<(), Error> {
-        const NAME: &str = "pod_namespaces";
-        let have: BTreeSet<u64> = self
-            .pod_namespaces
-            .keys()
-            .collect::<Result<_, _>>()
-            .map_err(Error::map("read", NAME))?;
-        for cookie in have.difference(cookies) {
-            gone(self.pod_namespaces.remove(cookie)).map_err(Error::map("write", NAME))?;
-        }
-        for cookie in cookies.difference(&have) {
-            self.pod_namespaces.insert(cookie, 1_u32, 0).map_err(Error::map("write", NAME))?;
-        }
-        Ok(())
+        set_keys(&mut self.pod_namespaces, cookies)
     }
+}
+
+fn pinned<M: TryFrom<Map, Error = MapError>>(maps: &Path, name: &'static str) -> Result<M, Error> {
+    MapData::from_pin(maps.join(name))
+        .and_then(Map::from_map_data)
+        .and_then(M::try_from)
+        .map_err(Error::map("open", name))
+}
+
+fn set_keys(map: &mut PodNamespaces, keys: &BTreeSet<u64>) -> Result<(), Error> {
+    let have: BTreeSet<u64> =
+        map.keys().collect::<Result<_, _>>().map_err(Error::map("read", POD_NAMESPACES))?;
+    for key in have.difference(keys) {
+        gone(map.remove(key)).map_err(Error::map("write", POD_NAMESPACES))?;
+    }
+    for key in keys.difference(&have) {
+        map.insert(key, 1_u32, 0).map_err(Error::map("write", POD_NAMESPACES))?;
+    }
+    Ok(())
 }
 
 fn gone(outcome: Result<(), MapError>) -> Result<(), MapError> {

@@ -10,8 +10,8 @@ use orch_ebpf_maps::{
     BackendKey, ClassKey, Config, Direction, Endpoint, EndpointRow, Event, FAMILY_BITS,
     FAMILY_IPV4, FAMILY_IPV6, FLOW_EITHER, Flow, FlowKey, Frontend, FrontendKey, ISOLATED_EGRESS,
     ISOLATED_INGRESS, LAYOUT_VERSION, Leg, Loss, MARK_PLAIN, MAX_BACKENDS, MAX_CLASS_ENTRIES,
-    MAX_ENDPOINTS, MAX_FRONTENDS, MAX_POD_NAMESPACES, MAX_RULE_ENTRIES, MAX_TABLES, Reason, Rule,
-    RuleKey, SERVICES_VERSION, state,
+    MAX_ENDPOINTS, MAX_FRONTENDS, MAX_POD_NAMESPACES, MAX_RULE_ENTRIES, MAX_TABLES, Member, Reason,
+    Rule, RuleKey, SERVICES_VERSION, state,
 };
 
 macro_rules! layout {
@@ -63,9 +63,10 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
     });
     layout!(text, Config = "config" { version vxlan_port has_former pad });
     layout!(text, FrontendKey = "frontend_key" { addr port protocol pad });
-    layout!(text, Frontend = "frontend" { service count });
+    layout!(text, Frontend = "frontend" { service count affinity_secs });
     layout!(text, BackendKey = "backend_key" { service slot });
     layout!(text, Backend = "backend" { addr port pad });
+    layout!(text, Member = "member" { to backend });
     let mut number = |name: &str, value: u64| {
         writeln!(text, "_Static_assert({name} == {value}, \"{name}\");").expect("written");
     };

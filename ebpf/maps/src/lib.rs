@@ -13,7 +13,7 @@ mod services;
 pub use reason::{Direction, Loss, Reason};
 pub use services::{
     Backend, BackendKey, Frontend, FrontendKey, MAX_BACKENDS, MAX_FRONTENDS, MAX_POD_NAMESPACES,
-    SERVICES_VERSION,
+    Member, SERVICES_VERSION,
 };
 
 /// Part of the pin folder's name: programs and maps of one layout belong together.
@@ -421,7 +421,7 @@ impl Config {
 mod pod {
     use super::{
         Address, AddressData, Backend, BackendKey, Config, Endpoint, EndpointRow, Event, Flow,
-        FlowKey, Frontend, FrontendKey, Leg, Rule,
+        FlowKey, Frontend, FrontendKey, Leg, Member, Rule,
     };
 
     macro_rules! pod {
@@ -431,7 +431,7 @@ mod pod {
         )+ };
     }
     pod!(Address AddressData Config Endpoint EndpointRow Event Flow FlowKey Leg Rule);
-    pod!(Backend BackendKey Frontend FrontendKey);
+    pod!(Backend BackendKey Frontend FrontendKey Member);
 }
 
 #[cfg(test)]

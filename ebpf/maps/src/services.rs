@@ -3,15 +3,16 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// Part of the pin folder's name.
-pub const SERVICES_VERSION: u32 = 1;
+pub const SERVICES_VERSION: u32 = 2;
 /// Entries of `frontends`.
 pub const MAX_FRONTENDS: u32 = 65_536;
-/// Entries of `backends`.
+/// Entries of `backends` and of `members`.
 pub const MAX_BACKENDS: u32 = 262_144;
 /// Entries of `pod_namespaces`.
 pub const MAX_POD_NAMESPACES: u32 = 4096;
-/// `protocol` of all frontends.
+/// `protocol` of frontends.
 const TCP: u8 = 6;
+const UDP: u8 = 17;
 
 /// An address as the programs compare it: IPv4 as `::ffff:a.b.c.d`.
 fn octets(ip: IpAddr) -> [u8; 16] {
@@ -33,7 +34,7 @@ pub struct FrontendKey {
     pub addr: [u8; 16],
     /// As on the wire.
     pub port: u16,
-    /// TCP.
+    /// TCP or UDP.
     pub protocol: u8,
     /// Zero.
     pub pad: u8,
@@ -44,6 +45,12 @@ impl FrontendKey {
     #[must_use]
     pub fn tcp(ip: IpAddr, port: u16) -> Self {
         Self { addr: octets(ip), port: port.to_be(), protocol: TCP, pad: 0 }
+    }
+
+    /// The key of a UDP port.
+    #[must_use]
+    pub fn udp(ip: IpAddr, port: u16) -> Self {
+        Self { protocol: UDP, ..Self::tcp(ip, port) }
     }
 
     /// The address in Rust's types.
@@ -61,6 +68,8 @@ pub struct Frontend {
     pub service: u32,
     /// How many there are; never 0.
     pub count: u32,
+    /// How long a client's backend is remembered; 0: not at all.
+    pub affinity_secs: u32,
 }
 
 /// Place of a backend.
@@ -97,4 +106,14 @@ impl Backend {
     pub fn address(&self) -> SocketAddr {
         address(self.addr, self.port)
     }
+}
+
+/// That a frontend has a backend.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Member {
+    /// The frontend.
+    pub to: FrontendKey,
+    /// One of its backends.
+    pub backend: Backend,
 }

@@ -11,12 +11,14 @@
 
 #include "bpf.h"
 
-#define SERVICES_VERSION 1
+#define SERVICES_VERSION 2
 
 #define MAX_FRONTENDS 65536
 #define MAX_BACKENDS 262144
 #define MAX_POD_NAMESPACES 4096
 #define MAX_CONNECTED 65536
+#define MAX_CHOSEN 65536
+#define MAX_CLIENTS 65536
 
 /* IPv4 is ::ffff:a.b.c.d, as sockets of both families have it. */
 struct frontend_key {
@@ -29,6 +31,7 @@ struct frontend_key {
 struct frontend {
 	__u32 service; /* first half of the backends' keys */
 	__u32 count;   /* never 0 */
+	__u32 affinity_secs; /* how long a client's backend is remembered; 0: not at all */
 };
 
 struct backend_key {
@@ -42,10 +45,38 @@ struct backend {
 	__u8 pad[2];
 };
 
+/* That a frontend has a backend. Whatever is chosen is asked about here: what was chosen before may be gone, and a row that is
+ * read may become another's meanwhile, so that what was read is a mixture.
+ */
+struct member {
+	struct frontend_key to;
+	struct backend backend;
+};
+
 /* What a socket asked for, and what it got instead. */
 struct connected {
 	struct backend asked;
 	struct backend got;
+};
+
+/* A socket that is not connected, and one of those that it talks to. */
+struct talk {
+	__u64 cookie;
+	struct backend peer;
+	__u32 pad;
+};
+
+/* A pod (all its sockets) and a frontend with affinity. */
+struct client_key {
+	__u64 netns;
+	struct frontend_key to;
+	__u32 pad;
+};
+
+struct client {
+	__u64 last; /* connection, in ns since boot */
+	struct backend backend;
+	__u32 pad;
 };
 
 /* Written by the agent. Full: the Service stays with nftables. */
@@ -65,6 +96,15 @@ struct {
 	__type(value, struct backend);
 } backends SEC(".maps");
 
+/* Written by the agent. Full: as `frontends`. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_BACKENDS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct member);
+	__type(value, __u32);
+} members SEC(".maps");
+
 /* Cookies of the network namespaces of this node's pods. Written by the agent; who is not in here is left alone: the
  * programs are attached to the machine's whole cgroup tree, where other nodes (lab) and host processes live.
  */
@@ -83,3 +123,31 @@ struct {
 	__type(key, __u64);
 	__type(value, struct connected);
 } connected SEC(".maps");
+
+/* By socket and Service, the backend of a UDP socket that is not connected. Written by the programs. Full: the socket that was
+ * silent longest gets another backend, as it would where conntrack forgot it.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_CHOSEN);
+	__type(key, struct talk);
+	__type(value, struct backend);
+} chosen SEC(".maps");
+
+/* By socket and backend, the Service whose answers come from there. Written by the programs. Full: an answer has its sender's
+ * address until the socket sends again.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_CHOSEN);
+	__type(key, struct talk);
+	__type(value, struct backend);
+} answers SEC(".maps");
+
+/* Which backend a pod had last. Written by the programs. Full: the pod that connected least recently gets another one. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_CLIENTS);
+	__type(key, struct client_key);
+	__type(value, struct client);
+} clients SEC(".maps");

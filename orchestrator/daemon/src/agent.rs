@@ -63,8 +63,8 @@ pub(crate) struct Flags {
     /// Enforce NetworkPolicies: `auto` does it where the kernel can, `on` starts no pod without
     #[arg(long, value_name = "off|auto|on", env = "ORCH_POLICY", default_value_t = orch_netagent::Mode::Auto)]
     policy: orch_netagent::Mode,
-    /// How pods reach Services: `nftables` translates packets; `ebpf` also gives TCP sockets their backend when they
-    /// connect, on machines with cgroups v2 and Linux 5.14; `auto` does so where it can
+    /// How pods reach Services: `nftables` translates packets; `ebpf` also gives sockets of pods their backend
+    /// when they connect (TCP) or send (UDP), on machines with cgroups v2 and Linux 5.14; `auto` does so where it can
     #[arg(long, value_name = "nftables|auto|ebpf", env = "ORCH_SERVICES", default_value = "nftables", value_parser = orch_netagent::services::connect_time::parse_mode)]
     services: orch_netagent::Mode,
     /// Short failure timers, as for `orchestrator server`

@@ -1,7 +1,7 @@
 //! Services at connect time: the maps of the socket programs follow the Services.
 //!
-//! What is in the maps is a part of what nftables does, never more: TCP to cluster IPs, without affinity, from pods. All
-//! else, and whatever is not in the maps (yet), finds its backend by nftables as before. So an empty map, a full one or
+//! What is in the maps is a part of what nftables does, never more: TCP, and UDP without affinity, from pods to cluster IPs.
+//! All else, and whatever is not in the maps (yet), finds its backend by nftables as before. So an empty map, a full one or
 //! an agent that is away costs time, but no connection.
 //!
 //! [`plan`] is pure. Which pods there are is read from what the runtime remembers of their ADD.
@@ -18,17 +18,22 @@ use orch_ebpf_loader::{
     Error, Pins, Services, cgroup_root, install_services, network_namespace_cookie,
     uninstall_services,
 };
-use orch_ebpf_maps::{Backend, BackendKey, Frontend, FrontendKey};
+use orch_ebpf_maps::{Backend, BackendKey, Frontend, FrontendKey, Member};
 use tokio::sync::watch;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::model::{Port, Protocol};
 use crate::{Mode, chain};
 
-/// How often new pods are looked for. Until then nftables serves them.
-const POD_INTERVAL: Duration = Duration::from_secs(1);
+/// How often new pods are looked for. Until then nftables serves them, which has a memory of its own of clients; a container
+/// takes longer to start.
+const POD_INTERVAL: Duration = Duration::from_millis(100);
+/// Longest tick of the clock of files.
+const FILE_CLOCK: Duration = Duration::from_millis(20);
+/// Wait after a failure.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The flag's words: packets are translated, connections where the kernel can, or connections.
 const WORDS: [&str; 3] = ["nftables", "auto", "ebpf"];
@@ -46,6 +51,7 @@ pub fn parse_mode(text: &str) -> Result<Mode, String> {
 pub struct State {
     frontends: BTreeMap<FrontendKey, Frontend>,
     backends: BTreeMap<BackendKey, Backend>,
+    members: BTreeSet<Member>,
 }
 
 /// One write.
@@ -53,28 +59,54 @@ pub struct State {
 pub enum Step {
     /// A backend under a number that no frontend names yet.
     SetBackend(BackendKey, Backend),
+    /// A frontend may lead to this backend.
+    SetMember(Member),
     /// From here on pods get the backends of this number.
     SetFrontend(FrontendKey, Frontend),
     /// Nftables serves it, or nobody.
     RemoveFrontend(FrontendKey),
     /// No frontend names its number any more.
     RemoveBackend(BackendKey),
+    /// The frontend may not lead there any more.
+    RemoveMember(Member),
+}
+
+/// Where a frontend leads.
+#[derive(Debug, PartialEq, Eq)]
+struct Target {
+    backends: Vec<Backend>,
+    affinity_secs: u32,
+}
+
+impl Target {
+    fn members(&self, to: FrontendKey) -> impl Iterator<Item = Member> {
+        self.backends.iter().map(move |backend| Member { to, backend: *backend })
+    }
 }
 
 /// The connections that the maps serve. Pure.
-fn wanted(ports: &[Port]) -> BTreeMap<FrontendKey, Vec<Backend>> {
+fn wanted(ports: &[Port]) -> BTreeMap<FrontendKey, Target> {
     let mut wanted = BTreeMap::new();
-    // Affinity is a memory of clients, and nftables has it for all of them.
-    let served = |port: &&Port| port.protocol == Protocol::Tcp && port.affinity.is_none();
-    for port in ports.iter().filter(served) {
+    for port in ports {
+        let key = match (port.protocol, port.affinity) {
+            (Protocol::Tcp, _) => FrontendKey::tcp,
+            (Protocol::Udp, None) => FrontendKey::udp,
+            // A pod's connected sockets have their backend from nftables, which remembers the pod for all of them.
+            (Protocol::Udp, Some(_)) | (Protocol::Sctp, _) => continue,
+        };
         for port in [false, true].into_iter().filter_map(|v6| port.in_family(v6)) {
             let pool = port.pool(port.internal_local);
             let backends: Vec<Backend> =
                 pool.iter().map(|one| Backend::new(one.ip, one.port)).collect();
-            if !backends.is_empty() {
-                let keys = port.cluster_ips.iter().map(|ip| FrontendKey::tcp(*ip, port.port));
-                wanted.extend(keys.map(|key| (key, backends.clone())));
+            if backends.is_empty() {
+                continue;
             }
+            // A day at most, as the API has it; one that is shorter than a second is none.
+            let affinity_secs = port.affinity.map_or(0, |limit| limit.as_secs());
+            let affinity_secs = u32::try_from(affinity_secs).unwrap_or(u32::MAX);
+            wanted.extend(port.cluster_ips.iter().map(|ip| {
+                (key(*ip, port.port), Target { backends: backends.clone(), affinity_secs })
+            }));
         }
     }
     wanted
@@ -84,36 +116,45 @@ fn wanted(ports: &[Port]) -> BTreeMap<FrontendKey, Vec<Backend>> {
 #[must_use]
 pub fn plan(have: &State, ports: &[Port]) -> Vec<Step> {
     let wanted = wanted(ports);
-    let held = |frontend: &Frontend| -> Vec<Backend> {
+    let held = |frontend: &Frontend| -> Target {
         let from = BackendKey { service: frontend.service, slot: 0 };
         let to = BackendKey { service: frontend.service, slot: frontend.count };
-        have.backends.range(from..to).map(|(_, backend)| *backend).collect()
+        let backends = have.backends.range(from..to).map(|(_, backend)| *backend).collect();
+        Target { backends, affinity_secs: frontend.affinity_secs }
     };
     let used = have.backends.keys().map(|key| key.service);
     let mut next = used.chain(have.frontends.values().map(|one| one.service)).max().unwrap_or(0);
     let mut kept = BTreeSet::new();
     let mut steps = Vec::new();
-    for (key, backends) in &wanted {
+    for (key, target) in &wanted {
         if let Some(frontend) = have.frontends.get(key)
-            && held(frontend) == *backends
+            && held(frontend) == *target
         {
             kept.insert(frontend.service);
             continue;
         }
         // Numbers wrap after four thousand million changes; those in use are the newest.
         next = next.wrapping_add(1);
-        let service = next;
+        let (service, backends) = (next, &target.backends);
         let slots = (0..).zip(backends);
         steps.extend(
             slots.map(|(slot, backend)| Step::SetBackend(BackendKey { service, slot }, *backend)),
         );
+        let new = target.members(*key).filter(|member| !have.members.contains(member));
+        steps.extend(new.map(Step::SetMember));
         let count = u32::try_from(backends.len()).unwrap_or(u32::MAX);
-        steps.push(Step::SetFrontend(*key, Frontend { service, count }));
+        let affinity_secs = target.affinity_secs;
+        steps.push(Step::SetFrontend(*key, Frontend { service, count, affinity_secs }));
     }
     let gone = have.frontends.keys().filter(|key| !wanted.contains_key(key));
     steps.extend(gone.map(|key| Step::RemoveFrontend(*key)));
     let unused = have.backends.keys().filter(|key| !kept.contains(&key.service));
     steps.extend(unused.map(|key| Step::RemoveBackend(*key)));
+    let lasts = |member: &Member| {
+        wanted.get(&member.to).is_some_and(|target| target.backends.contains(&member.backend))
+    };
+    let former = have.members.iter().filter(|member| !lasts(member));
+    steps.extend(former.map(|member| Step::RemoveMember(*member)));
     steps
 }
 
@@ -123,6 +164,7 @@ impl State {
         Ok(Self {
             frontends: maps.frontends()?.into_iter().collect(),
             backends: maps.backends()?.into_iter().collect(),
+            members: maps.members()?.into_iter().collect(),
         })
     }
 
@@ -131,6 +173,10 @@ impl State {
             Step::SetBackend(key, backend) => {
                 maps.set_backend(key, backend)?;
                 self.backends.insert(key, backend);
+            }
+            Step::SetMember(member) => {
+                maps.set_member(member)?;
+                self.members.insert(member);
             }
             Step::SetFrontend(key, frontend) => {
                 maps.set_frontend(key, frontend)?;
@@ -143,6 +189,10 @@ impl State {
             Step::RemoveBackend(key) => {
                 maps.remove_backend(key)?;
                 self.backends.remove(&key);
+            }
+            Step::RemoveMember(member) => {
+                maps.remove_member(member)?;
+                self.members.remove(&member);
             }
         }
         Ok(())
@@ -173,18 +223,37 @@ impl ConnectTime {
     /// Makes the maps hold these ports; says how many writes that took.
     ///
     /// # Errors
-    /// If the kernel refuses one; what is not in the maps is served by nftables.
+    /// The kernel's first refusal. A Service for which there is no room is served by nftables, the others are in force.
     pub fn apply(&mut self, ports: &[Port]) -> Result<usize, Error> {
         let mut state = match self.state.take() {
             Some(state) => state,
             None => State::observe(&self.maps)?,
         };
         let steps = plan(&state, ports);
+        // What a frontend needs comes right before it.
+        let (mut lacks, mut first) = (false, None);
         for step in &steps {
-            state.apply(&mut self.maps, *step)?;
+            let step = match *step {
+                Step::SetFrontend(key, _) if std::mem::take(&mut lacks) => {
+                    Step::RemoveFrontend(key)
+                }
+                other => other,
+            };
+            let Err(error) = state.apply(&mut self.maps, step) else { continue };
+            match step {
+                Step::SetBackend(..) | Step::SetMember(_) => lacks = true,
+                // It may be there with backends of before.
+                Step::SetFrontend(key, _) => {
+                    state.apply(&mut self.maps, Step::RemoveFrontend(key))?;
+                }
+                Step::RemoveFrontend(_) | Step::RemoveBackend(_) | Step::RemoveMember(_) => {
+                    return Err(error);
+                }
+            }
+            first.get_or_insert(error);
         }
         self.state = Some(state);
-        Ok(steps.len())
+        first.map_or(Ok(steps.len()), Err)
     }
 
     /// Makes these the pods, by the paths of their network namespaces. One that is gone is no pod.
@@ -238,7 +307,8 @@ impl Task {
                 }
                 _ = check.tick() => complained.is_some(),
             };
-            let ports = self.ports.borrow_and_update().clone().filter(|_| look_at_ports);
+            // What came meanwhile is not marked as seen: it is looked at in the next round.
+            let ports = look_at_ports.then(|| self.ports.borrow_and_update().clone()).flatten();
             let (paths, before) = (self.paths.clone(), seen);
             let work = move || {
                 let outcome = look(&mut connect_time, ports.as_deref(), &paths, before);
@@ -265,6 +335,10 @@ impl Task {
                             "services at connect time do not follow the cluster; packets are translated instead where they are missing"
                         );
                         complained = Some(why);
+                    }
+                    tokio::select! {
+                        () = cancel.cancelled() => return,
+                        () = sleep(RETRY) => {}
                     }
                 }
             }
@@ -310,7 +384,8 @@ impl Task {
     }
 }
 
-/// Writes the ports, if there are new ones, and the pods, if the runtime has touched its memory since `before`.
+/// Writes the ports, if there are new ones, and the pods, if the runtime has touched its memory since `before`. Says when that
+/// was, once it is sure that these are all.
 fn look(
     connect_time: &mut ConnectTime,
     ports: Option<&Vec<Port>>,
@@ -332,7 +407,9 @@ fn look(
             cached.into_iter().map(|one| PathBuf::from(one.attachment.netns)).collect();
         connect_time.set_pods(&pods).map_err(|error| chain(&error))?;
     }
-    ports.map(|()| now)
+    // A pod that came right after may have left the folder with the same time.
+    let settled = |time: &SystemTime| time.elapsed().is_ok_and(|age| age > FILE_CLOCK);
+    ports.map(|()| now.filter(settled))
 }
 
 #[cfg(test)]
@@ -380,17 +457,26 @@ mod tests {
                 Step::SetFrontend(key, frontend) => {
                     state.frontends.insert(key, frontend);
                 }
+                Step::SetMember(member) => {
+                    assert!(state.members.insert(member), "none is overwritten");
+                }
                 Step::RemoveFrontend(key) => {
                     state.frontends.remove(&key);
                 }
                 Step::RemoveBackend(key) => {
                     state.backends.remove(&key);
                 }
+                Step::RemoveMember(member) => {
+                    state.members.remove(&member);
+                }
             }
-            for frontend in state.frontends.values() {
+            for (to, frontend) in &state.frontends {
                 for slot in 0..frontend.count {
                     let key = BackendKey { service: frontend.service, slot };
-                    assert!(state.backends.contains_key(&key), "{step:?}: {key:?}");
+                    let backend = state.backends.get(&key).copied();
+                    let backend = backend.unwrap_or_else(|| panic!("{step:?}: no {key:?}"));
+                    let member = Member { to: *to, backend };
+                    assert!(state.members.contains(&member), "{step:?}: no {member:?}");
                 }
             }
         }
@@ -415,7 +501,7 @@ mod tests {
         assert_eq!(leads_to(&state, "[fd00:10:96::4]:80"), ["[fd00:10:244::2]:8080"]);
         let few = apply(&mut state, &[port(4, &both[1..]), port(5, &["10.244.1.9"])]);
         assert_eq!(leads_to(&state, "10.96.3.4:80"), ["10.244.1.3:8080"]);
-        assert_eq!(few, 4, "one new backend, its frontend, two old backends");
+        assert_eq!(few, 5, "one new backend, its frontend, two old backends, one former member");
         apply(&mut state, &[]);
         assert_eq!(state, State::default());
     }
@@ -424,8 +510,34 @@ mod tests {
     fn what_nftables_knows_better_stays_with_it() {
         let mut udp = port(4, &["10.244.1.2"]);
         udp.protocol = Protocol::Udp;
-        let mut sticky = port(5, &["10.244.1.2"]);
+        udp.affinity = Some(Duration::from_secs(60));
+        let mut sctp = port(5, &["10.244.1.2"]);
+        sctp.protocol = Protocol::Sctp;
+        assert_eq!(plan(&State::default(), &[udp, sctp, port(6, &[])]), []);
+    }
+
+    #[test]
+    fn an_endpoint_stays_a_member_while_the_set_around_it_changes() {
+        let both = ["10.244.1.2", "10.244.1.3"];
+        let mut udp = port(4, &both);
+        udp.protocol = Protocol::Udp;
+        let mut sticky = port(5, &both);
         sticky.affinity = Some(Duration::from_secs(60));
-        assert_eq!(plan(&State::default(), &[udp, sticky, port(6, &[])]), []);
+        let mut state = State::default();
+        apply(&mut state, &[udp.clone(), sticky.clone()]);
+        assert_eq!(state.members.len(), 4);
+        // Another time is another frontend; who may be kept is the same.
+        sticky.affinity = Some(Duration::from_secs(61));
+        let steps = plan(&state, &[udp.clone(), sticky.clone()]);
+        let is_member = |step: &&Step| matches!(step, Step::SetMember(_) | Step::RemoveMember(_));
+        assert_eq!(steps.iter().filter(is_member).count(), 0, "{steps:?}");
+        udp.endpoints.pop();
+        let steps = plan(&state, &[udp.clone(), sticky.clone()]);
+        let changes: Vec<_> = steps.iter().filter(is_member).collect();
+        let [Step::RemoveMember(gone)] = changes[..] else { panic!("{steps:?}") };
+        assert_eq!(gone.backend.address().to_string(), "10.244.1.3:8080");
+        apply(&mut state, &[udp, sticky]);
+        apply(&mut state, &[]);
+        assert_eq!(state, State::default());
     }
 }

@@ -2,6 +2,7 @@
 
 mod agent;
 mod chaos;
+mod connect_time;
 mod fast_path;
 mod flannel;
 mod ipv6;

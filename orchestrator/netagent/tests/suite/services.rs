@@ -6,27 +6,25 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use crate::support::netns::Netns;
-use orch_config::Paths;
-use orch_netagent::services::connect_time::{self, ConnectTime};
 use orch_netagent::services::model::{Endpoint, Port, Protocol};
 use orch_netagent::services::proxy::Proxy;
 use orch_netagent::services::ruleset::Networks;
 use orch_netagent::sysctl;
 
-const CLUSTER_IP: &str = "10.96.3.4:80";
-const CLUSTER_IP_V6: &str = "[fd00:10:96::304]:80";
+pub(crate) const CLUSTER_IP: &str = "10.96.3.4:80";
+pub(crate) const CLUSTER_IP_V6: &str = "[fd00:10:96::304]:80";
 const NODE_PORT: &str = "192.0.2.1:30080";
 const NODE_PORT_V6: &str = "[2001:db8::1]:30080";
 
-struct World {
+pub(crate) struct World {
     client: Netns,
-    node: Netns,
-    pods: Vec<Netns>,
+    pub(crate) node: Netns,
+    pub(crate) pods: Vec<Netns>,
     proxy: Option<Proxy>,
 }
 
 impl World {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let (client, node) = (Netns::new("client"), Netns::new("node"));
         node.ip(&format!("link add eth0 type veth peer name eth0 netns {}", client.name));
         for (host, last) in [(&node, 1), (&client, 9)] {
@@ -63,7 +61,7 @@ impl World {
     }
 
     /// Puts the ports in force.
-    fn apply(&mut self, ports: &[Port]) -> bool {
+    pub(crate) fn apply(&mut self, ports: &[Port]) -> bool {
         let ports = ports.to_vec();
         let mut proxy = self.proxy.take().expect("one at a time");
         let (proxy, changed) = self.node.within(move || {
@@ -94,7 +92,7 @@ impl World {
     }
 }
 
-fn web(protocol: Protocol, endpoints: &[(u8, bool)]) -> Port {
+pub(crate) fn web(protocol: Protocol, endpoints: &[(u8, bool)]) -> Port {
     Port {
         id: format!("default/web/{protocol}/80"),
         protocol,
@@ -114,13 +112,13 @@ fn web(protocol: Protocol, endpoints: &[(u8, bool)]) -> Port {
     }
 }
 
-fn endpoint(ip: IpAddr, local: bool) -> Endpoint {
+pub(crate) fn endpoint(ip: IpAddr, local: bool) -> Endpoint {
     let port = if ip.is_ipv4() { 8080 } else { 8081 };
     Endpoint { ip, port, local, ready: true, near: true }
 }
 
 /// The same Service with both families.
-fn dual(protocol: Protocol, endpoints: &[(u8, bool)]) -> Port {
+pub(crate) fn dual(protocol: Protocol, endpoints: &[(u8, bool)]) -> Port {
     let mut port = web(protocol, endpoints);
     port.cluster_ips.push("fd00:10:96::304".parse().expect("address"));
     port.external_ips.push("2001:db8:7::7".parse().expect("address"));
@@ -132,17 +130,17 @@ fn dual(protocol: Protocol, endpoints: &[(u8, bool)]) -> Port {
 }
 
 /// Who answered, over many connections.
-fn answers(from: &Netns, address: &str) -> BTreeSet<String> {
+pub(crate) fn answers(from: &Netns, address: &str) -> BTreeSet<String> {
     (0..24)
         .map(|_| from.ask(address).unwrap_or_else(|error| panic!("{address}: {error}")))
         .collect()
 }
 
-fn set(texts: &[&str]) -> BTreeSet<String> {
+pub(crate) fn set(texts: &[&str]) -> BTreeSet<String> {
     texts.iter().map(|text| (*text).to_owned()).collect()
 }
 
-const BOTH: &[(u8, bool)] = &[(2, true), (3, true)];
+pub(crate) const BOTH: &[(u8, bool)] = &[(2, true), (3, true)];
 
 #[test]
 fn a_cluster_ip_balances_for_pods_for_the_node_and_for_the_pod_itself() {
@@ -395,126 +393,4 @@ fn local_near_and_leaving_endpoints_are_chosen_as_the_service_says() {
     port.endpoints[0].ready = false;
     world.apply(&[port]);
     assert_eq!(answers(&world.pods[1], CLUSTER_IP).len(), 2, "terminating");
-}
-
-/// The socket programs of a node whose files are in a folder of the test.
-struct Sockets {
-    root: tempfile::TempDir,
-    connect_time: ConnectTime,
-}
-
-impl Sockets {
-    /// With these namespaces as the node's pods.
-    fn new(pods: &[&Netns]) -> Self {
-        let root = tempfile::tempdir().expect("a folder");
-        let mut sockets = Self {
-            connect_time: ConnectTime::install(&Paths::new(root.path())).expect("installed"),
-            root,
-        };
-        sockets.know(pods);
-        sockets
-    }
-
-    fn know(&mut self, pods: &[&Netns]) {
-        let paths: Vec<_> =
-            pods.iter().map(|pod| format!("/run/netns/{}", pod.name).into()).collect();
-        self.connect_time.set_pods(&paths).expect("written");
-    }
-
-    /// What an agent does that starts again.
-    fn restart(&mut self) {
-        let again = ConnectTime::install(&Paths::new(self.root.path())).expect("taken over");
-        self.connect_time = again;
-    }
-}
-
-impl Drop for Sockets {
-    fn drop(&mut self) {
-        let _ = connect_time::uninstall(&Paths::new(self.root.path()));
-        let _ = nix::mount::umount(&self.root.path().join("sys/fs/bpf"));
-    }
-}
-
-/// What a connected socket says of its other end.
-fn peer_of(pod: &Netns, address: &str) -> String {
-    let address = address.to_owned();
-    pod.within(move || {
-        let stream = std::net::TcpStream::connect(address).expect("connect");
-        stream.peer_addr().expect("a peer").to_string()
-    })
-}
-
-#[test]
-fn sockets_of_pods_get_their_endpoint_at_connect_and_nobody_elses_do() {
-    let world = World::new();
-    let [first, second] = world.pods.as_slice() else { panic!("two pods") };
-    // Who is not translated learns so at once.
-    world.node.ip("route add unreachable 10.96.0.0/12");
-    let mut sockets = Sockets::new(&[first, second]);
-    let port = dual(Protocol::Tcp, BOTH);
-    // There is no table of nftables here: who gets an answer has it from the socket programs.
-    assert!(sockets.connect_time.apply(std::slice::from_ref(&port)).expect("written") > 0);
-    assert_eq!(sockets.connect_time.apply(std::slice::from_ref(&port)).expect("a look"), 0);
-    // A pod that reaches itself sees itself: nothing is masqueraded.
-    assert_eq!(answers(first, CLUSTER_IP), set(&["pod2 10.244.1.2", "pod3 10.244.1.2"]));
-    let seen = set(&["pod2 fd00:10:244:1::2", "pod3 fd00:10:244:1::2"]);
-    assert_eq!(answers(first, CLUSTER_IP_V6), seen);
-    // A socket of both families.
-    assert_eq!(answers(first, "[::ffff:10.96.3.4]:80").len(), 2);
-    assert_eq!(peer_of(first, CLUSTER_IP), CLUSTER_IP, "getpeername");
-    assert_eq!(peer_of(first, CLUSTER_IP_V6), CLUSTER_IP_V6, "getpeername");
-    assert_eq!(peer_of(first, "10.244.1.3:8080"), "10.244.1.3:8080");
-    first.ask("10.96.3.4:81").expect_err("another port");
-    world.node.ask(CLUSTER_IP).expect_err("the node is no pod");
-
-    // The agent starts again; what is in force stays, and follows what changed meanwhile.
-    sockets.restart();
-    assert_eq!(answers(first, CLUSTER_IP).len(), 2);
-    assert_eq!(sockets.connect_time.apply(std::slice::from_ref(&port)).expect("a look"), 0);
-    let one = dual(Protocol::Tcp, &[(3, true)]);
-    sockets.connect_time.apply(&[one]).expect("written");
-    assert_eq!(answers(second, CLUSTER_IP), set(&["pod3 10.244.1.3"]));
-    sockets.know(&[second]);
-    first.ask(CLUSTER_IP).expect_err("no pod any more");
-    assert_eq!(answers(second, CLUSTER_IP).len(), 1);
-    assert!(connect_time::uninstall(&Paths::new(sockets.root.path())).expect("removed"));
-    // The kernel takes programs off a cgroup a moment after the last pin is gone: there are no pods for them by then.
-    second.ask(CLUSTER_IP).expect_err("the programs are gone");
-}
-
-#[test]
-fn connections_go_on_while_endpoints_change_and_programs_come_and_go() {
-    let mut world = World::new();
-    world.apply(&[web(Protocol::Tcp, BOTH)]);
-    let mut sockets = Sockets::new(&[&world.pods[0], &world.pods[1]]);
-    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let stopped = stop.clone();
-    let client = world.pods[0].spawn(move || {
-        let mut count = 0;
-        while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
-            let mut stream = std::net::TcpStream::connect(CLUSTER_IP).expect("connect");
-            let mut text = String::new();
-            std::io::Read::read_to_string(&mut stream, &mut text).expect("an answer");
-            assert!(text.starts_with("pod"), "{text}");
-            count += 1;
-        }
-        count
-    });
-    for round in 0..20 {
-        let endpoints = &BOTH[round % 2..];
-        let port = web(Protocol::Tcp, endpoints);
-        sockets.connect_time.apply(std::slice::from_ref(&port)).expect("written");
-        if round % 5 == 4 {
-            sockets.connect_time.apply(&[]).expect("emptied");
-            sockets.restart();
-        }
-    }
-    drop(sockets);
-    let (start, least) = (std::time::Instant::now(), Duration::from_millis(50));
-    while start.elapsed() < least {
-        std::thread::yield_now();
-    }
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    let count = client.join().expect("no connection failed");
-    assert!(count > 50, "{count} connections");
 }

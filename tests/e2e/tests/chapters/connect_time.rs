@@ -1,7 +1,7 @@
 //! Services at connect time: the agent of one node is started with `--services ebpf`, and later without it again.
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +21,9 @@ use super::policy::{FRONT, NEIGHBOUR, Shop, pod_netns};
 
 const SOON: Duration = Duration::from_secs(60);
 /// Patience with one connection; one that policy forbids takes as long.
-const LIMIT: Duration = Duration::from_secs(1);
+const LIMIT: Duration = Duration::from_secs(2);
+/// How long a server waits for a datagram before it looks at its connections.
+const TICK: Duration = Duration::from_millis(1);
 /// Where the pod is whose sockets are looked at.
 const NODE: &str = "node-1";
 /// The Service's port, and that of its endpoints.
@@ -29,8 +31,8 @@ const PORT: u16 = 700;
 const ENDPOINT_PORT: u16 = 7700;
 
 /// A pod's TCP connection to a cluster IP has its endpoint from the start: the endpoint is the other end of its socket, and
-/// conntrack hears of no cluster IP, while `getpeername` says the Service's. Endpoints that go get no new connection,
-/// connections outlive the agent, and policies are about the endpoint.
+/// conntrack hears of no cluster IP, while `getpeername` says the Service's. Endpoints that go get no new connection and no
+/// further datagram, connections outlive the agent, and policies are about the endpoint.
 pub(super) fn connect_time(lab: &TestLab) -> anyhow::Result<()> {
     let shop = Shop::open(lab)?;
     let outcome = (|| {
@@ -54,15 +56,32 @@ pub(super) fn connect_time(lab: &TestLab) -> anyhow::Result<()> {
                 let to_far = connections.into_iter().find(|one| one.endpoint == far.address);
                 to_far.context("a connection to the far endpoint")
             })?;
+        let sockets = eventually("both endpoints are chosen when sockets send", SOON, || {
+            let sockets: Vec<UdpSocket> =
+                (0..20).map(|_| client.datagrams()).collect::<Result<_, _>>()?;
+            let asked = sockets.iter().map(|socket| who_answers(socket, service));
+            let asked = asked.collect::<anyhow::Result<Vec<_>>>()?;
+            ensure!(both.iter().all(|wanted| asked.contains(wanted)), "{asked:?}");
+            Ok(sockets)
+        })?;
         let translated = translated(lab, service)?;
         let connections = client.connect_often(service)?;
         ensure!(connections.iter().all(|one| both.contains(&one.endpoint)), "{connections:?}");
+        for socket in &sockets {
+            let first = who_answers(socket, service)?;
+            ensure!(who_answers(socket, service)? == first, "a socket keeps its endpoint");
+            who_answers(&client.datagrams()?, service)?;
+        }
         ensure!(self::translated(lab, service)? == translated, "conntrack has the cluster IP");
 
         endpoints(lab, &[&near])?;
         let only_near = || {
             let connections = client.connect_often(service)?;
             ensure!(connections.iter().all(|one| one.endpoint == near.address), "{connections:?}");
+            for socket in &sockets {
+                let endpoint = who_answers(socket, service)?;
+                ensure!(endpoint == near.address, "a datagram to {endpoint}");
+            }
             Ok(())
         };
         eventually("the endpoint that went gets no connection", SOON, only_near)?;
@@ -121,7 +140,7 @@ fn restart(lab: &TestLab) -> anyhow::Result<()> {
 /// How many flows to the Service's address the node's conntrack knows.
 fn translated(lab: &TestLab, service: SocketAddr) -> anyhow::Result<usize> {
     let ip = service.ip().to_string();
-    let listed = lab.on(NODE, &["conntrack", "-L", "-p", "tcp", "--orig-dst", &ip])?;
+    let listed = lab.on(NODE, &["conntrack", "-L", "--orig-dst", &ip])?;
     Ok(listed.lines().filter(|line| line.contains(&ip)).count())
 }
 
@@ -129,7 +148,10 @@ fn translated(lab: &TestLab, service: SocketAddr) -> anyhow::Result<usize> {
 fn service(lab: &TestLab) -> anyhow::Result<SocketAddr> {
     let object = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "shop", "name": "direct"},
-        "spec": {"ports": [{"port": PORT}]},
+        "spec": {"ports": [
+            {"name": "tcp", "port": PORT},
+            {"name": "udp", "port": PORT, "protocol": "UDP"},
+        ]},
     });
     lab.apply(&object.to_string())?;
     let made = lab.json(&["service", "-n", "shop", "direct"])?;
@@ -147,7 +169,11 @@ fn endpoints(lab: &TestLab, servers: &[&Server]) -> anyhow::Result<()> {
             "namespace": "shop", "name": "direct",
             "labels": {"kubernetes.io/service-name": "direct"},
         },
-        "ports": [{"port": ENDPOINT_PORT}], "endpoints": addresses,
+        "ports": [
+            {"name": "tcp", "port": ENDPOINT_PORT},
+            {"name": "udp", "port": ENDPOINT_PORT, "protocol": "UDP"},
+        ],
+        "endpoints": addresses,
     });
     lab.apply(&object.to_string()).map(drop)
 }
@@ -185,6 +211,13 @@ impl Client {
         Ok(connection)
     }
 
+    /// A UDP socket of the pod that is not connected.
+    fn datagrams(&self) -> anyhow::Result<UdpSocket> {
+        let socket = self.0.run(|| -> anyhow::Result<_> { Ok(UdpSocket::bind("0.0.0.0:0")?) })?;
+        socket.set_read_timeout(Some(LIMIT))?;
+        Ok(socket)
+    }
+
     fn connect_often(&self, service: SocketAddr) -> anyhow::Result<Vec<Connection>> {
         (0..20).map(|_| self.connect(service)).collect()
     }
@@ -197,6 +230,15 @@ impl Connection {
     }
 }
 
+/// Asks by a datagram; the endpoint names itself, and the answer has to come from where the question went.
+fn who_answers(socket: &UdpSocket, service: SocketAddr) -> anyhow::Result<SocketAddr> {
+    socket.send_to(b"?", service).context("send")?;
+    let mut text = [0; 64];
+    let (length, from) = socket.recv_from(&mut text).context("receive")?;
+    ensure!(from == service, "an answer from {from}, not from {service}");
+    std::str::from_utf8(&text[..length])?.parse().context("an address")
+}
+
 /// An address of `/proc/net/tcp`: `0100007F:0050`, the first part as the machine has the number.
 fn address(text: &str) -> Option<SocketAddr> {
     let (ip, port) = text.split_once(':')?;
@@ -205,7 +247,7 @@ fn address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::from((ip.to_ne_bytes(), port)))
 }
 
-/// A server in a pod's namespace that sends back what it gets.
+/// A server in a pod's namespace that sends back what it gets, and its own address to whoever sends a datagram.
 struct Server {
     address: SocketAddr,
     stop: Arc<AtomicBool>,
@@ -214,19 +256,23 @@ struct Server {
 
 impl Server {
     fn start(netns: &Path) -> anyhow::Result<Self> {
-        let (listener, ip) = NetNs::open(netns)?.run(|| -> anyhow::Result<_> {
+        let (listener, datagrams, address) = NetNs::open(netns)?.run(|| -> anyhow::Result<_> {
             let netlink = cni_netlink::Netlink::open()?;
             let link = netlink.link("eth0")?.context("no eth0")?;
             let addresses = netlink.addresses(link.index)?;
             let ip = addresses.iter().map(|one| one.ip()).find(|ip| ip.is_ipv4());
             let ip = ip.context("no IPv4 address")?;
-            Ok((TcpListener::bind((ip, ENDPOINT_PORT))?, ip))
+            let address = SocketAddr::new(ip, ENDPOINT_PORT);
+            Ok((TcpListener::bind(address)?, UdpSocket::bind(address)?, address))
         })?;
         listener.set_nonblocking(true)?;
+        datagrams.set_read_timeout(Some(TICK))?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        let thread = std::thread::spawn(move || serve(&listener, &stopped));
-        Ok(Self { address: SocketAddr::new(ip, ENDPOINT_PORT), stop, thread: Some(thread) })
+        let thread = std::thread::spawn(move || {
+            serve(&listener, &datagrams, &address.to_string(), &stopped);
+        });
+        Ok(Self { address, stop, thread: Some(thread) })
     }
 }
 
@@ -238,7 +284,7 @@ impl Drop for Server {
 }
 
 /// One thread for all connections: each is asked now and then.
-fn serve(listener: &TcpListener, stop: &AtomicBool) {
+fn serve(listener: &TcpListener, datagrams: &UdpSocket, own: &str, stop: &AtomicBool) {
     let mut streams: Vec<TcpStream> = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         while let Ok((stream, _)) = listener.accept() {
@@ -254,6 +300,10 @@ fn serve(listener: &TcpListener, stop: &AtomicBool) {
                 Err(error) => error.kind() == ErrorKind::WouldBlock,
             }
         });
-        std::thread::sleep(Duration::from_millis(1));
+        // Waits for one for a tick.
+        if let Ok((_, from)) = datagrams.recv_from(&mut [0; 8]) {
+            // The way back may be closed.
+            let _ = datagrams.send_to(own.as_bytes(), from);
+        }
     }
 }
