@@ -18,8 +18,9 @@ use crate::{Error, Hook, Maps, Pins, filters};
 pub const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/policy.o"));
 
 /// Names of all maps.
-pub(crate) const MAPS: [&str; 15] = [
+pub(crate) const MAPS: [&str; 16] = [
     "endpoints",
+    "endpoint_cache",
     "slots",
     "class_maps",
     "tables",
@@ -158,7 +159,7 @@ fn info_of(map: &aya::maps::Map) -> Result<MapInfo, aya::maps::MapError> {
         | Map::HashMap(data)
         | Map::LpmTrie(data)
         | Map::LruHashMap(data)
-        | Map::HashOfMaps(data)
+        | Map::ArrayOfMaps(data)
         | Map::PerCpuArray(data)
         | Map::RingBuf(data) => data,
         other => {

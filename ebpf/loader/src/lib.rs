@@ -16,6 +16,7 @@ mod kept;
 mod maps;
 mod pins;
 mod probe;
+mod rows;
 mod services;
 
 pub use announce::{

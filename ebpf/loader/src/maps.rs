@@ -12,9 +12,10 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use orch_ebpf_maps::{
     Address, AddressData, ClassKey, Config, Direction, Endpoint, EndpointRow, Event, Flow, FlowKey,
-    Loss, Reason, Rule, RuleKey,
+    Loss, MAX_CLASS_MAPS, MAX_TABLES, Reason, Rule, RuleKey,
 };
 
+use crate::rows::Rows;
 use crate::{Error, Pins};
 
 /// `BPF_NOEXIST`: insert only.
@@ -34,6 +35,8 @@ const EVENT_IN_RING: usize = size_of::<Event>().next_multiple_of(8) + 8;
 
 type ClassMaps = HashOfMaps<MapData, u32, LpmTrie<MapData, AddressData, u32>>;
 type Tables = HashOfMaps<MapData, u32, LpmTrie<MapData, RuleData, Rule>>;
+const CLASS_MAPS: &str = "class_maps";
+const TABLES: &str = "tables";
 
 /// A rule key as the kernel's trie has it behind the prefix length.
 #[repr(C)]
@@ -92,13 +95,15 @@ impl RuleTable {
 /// Handles on all maps.
 pub struct Maps {
     pins: Pins,
-    endpoints: HashMap<MapData, u32, EndpointRow>,
+    endpoints: Rows,
     slots: HashMap<MapData, u32, u32>,
     class_maps: ClassMaps,
     tables: Tables,
     addresses: LpmTrie<MapData, AddressData, Address>,
     flows: HashMap<MapData, FlowKey, Flow>,
     counters: PerCpuArray<MapData, u64>,
+    event_losses: PerCpuArray<MapData, u64>,
+    strays: HashMap<MapData, u32, u32>,
     settings: Array<MapData, Config>,
 }
 
@@ -110,13 +115,15 @@ impl Maps {
     pub fn open(pins: &Pins) -> Result<Self, Error> {
         Ok(Self {
             pins: pins.clone(),
-            endpoints: open(pins, "endpoints")?,
+            endpoints: Rows::open(pins)?,
             slots: open(pins, "slots")?,
-            class_maps: open(pins, "class_maps")?,
-            tables: open(pins, "tables")?,
+            class_maps: open_outer(pins, CLASS_MAPS)?,
+            tables: open_outer(pins, TABLES)?,
             addresses: open(pins, "addresses")?,
             flows: open(pins, "flows")?,
             counters: open(pins, "counters")?,
+            event_losses: open(pins, "event_losses")?,
+            strays: open(pins, "strays")?,
             settings: open(pins, "settings")?,
         })
     }
@@ -126,9 +133,7 @@ impl Maps {
     /// # Errors
     /// If the kernel cannot be asked.
     pub fn endpoint(&self, ifindex: u32) -> Result<Option<Endpoint>, Error> {
-        let row =
-            found(self.endpoints.get(&ifindex, 0)).map_err(Error::map("read", "endpoints"))?;
-        Ok(row.map(|row| row.endpoint))
+        Ok(self.endpoints.get(ifindex)?.map(|row| row.endpoint))
     }
 
     /// All endpoints by their link.
@@ -136,8 +141,15 @@ impl Maps {
     /// # Errors
     /// If the kernel cannot be asked.
     pub fn endpoints(&self) -> Result<Vec<(u32, Endpoint)>, Error> {
-        let rows = self.endpoints.iter().map(|row| row.map(|(link, row)| (link, row.endpoint)));
-        rows.collect::<Result<_, _>>().map_err(Error::map("read", "endpoints"))
+        self.endpoints.all()
+    }
+
+    /// Endpoints that programs have to search for, because somebody was killed while writing them, are found at once again.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn mend_endpoints(&mut self) -> Result<(), Error> {
+        self.endpoints.mend()
     }
 
     /// Makes an endpoint with a slot of its own, or replaces the one that had the link's index before.
@@ -152,9 +164,9 @@ impl Maps {
         self.remove_endpoint(ifindex)?;
         endpoint.slot = self.take_slot(ifindex)?;
         let row = EndpointRow::new(ifindex, endpoint);
-        if let Err(error) = self.endpoints.insert(ifindex, row, 0) {
+        if let Err(error) = self.endpoints.put(row, 0) {
             let _ = self.slots.remove(&endpoint.slot);
-            return Err(Error::map("fill", "endpoints")(error));
+            return Err(error);
         }
         Ok(endpoint)
     }
@@ -183,8 +195,7 @@ impl Maps {
     pub fn update_endpoint(&mut self, ifindex: u32, endpoint: Endpoint) -> Result<(), Error> {
         /// `BPF_EXIST`: replace only.
         const EXIST: u64 = 2;
-        let row = EndpointRow::new(ifindex, endpoint);
-        self.endpoints.insert(ifindex, row, EXIST).map_err(Error::map("write", "endpoints"))
+        self.endpoints.put(EndpointRow::new(ifindex, endpoint), EXIST)
     }
 
     /// Removes an endpoint; false if it was not there.
@@ -193,27 +204,27 @@ impl Maps {
     /// If the kernel refuses.
     pub fn remove_endpoint(&mut self, ifindex: u32) -> Result<bool, Error> {
         let Some(endpoint) = self.endpoint(ifindex)? else { return Ok(false) };
-        gone(self.endpoints.remove(&ifindex)).map_err(Error::map("empty", "endpoints"))?;
+        self.endpoints.remove(ifindex)?;
         gone(self.slots.remove(&endpoint.slot)).map_err(Error::map("empty", "slots"))?;
         Ok(true)
     }
 
-    /// Publishes a class map under a key.
+    /// Publishes a class map under a key, which is a number below [`MAX_CLASS_MAPS`].
     ///
     /// # Errors
-    /// If the outer map is full.
+    /// If it is not.
     pub fn put_class_map(&mut self, key: u32, map: &ClassMap) -> Result<(), Error> {
         let inner = &map.0;
-        self.class_maps.insert(key, inner, 0).map_err(Error::map("fill", "class_maps"))
+        self.class_maps.insert(key, inner, 0).map_err(Error::map("fill", CLASS_MAPS))
     }
 
-    /// Publishes a rule table under a key.
+    /// Publishes a rule table under a key, which is a number below [`MAX_TABLES`].
     ///
     /// # Errors
-    /// If the outer map is full.
+    /// If it is not.
     pub fn put_table(&mut self, key: u32, table: &RuleTable) -> Result<(), Error> {
         let inner = &table.0;
-        self.tables.insert(key, inner, 0).map_err(Error::map("fill", "tables"))
+        self.tables.insert(key, inner, 0).map_err(Error::map("fill", TABLES))
     }
 
     /// Publishes a class map, if there is one, and many rule tables in about the time of one; what came of each.
@@ -226,13 +237,13 @@ impl Maps {
         thread::scope(|scope| {
             let class_map = class_map.map(|(key, inner)| {
                 scope.spawn(move || {
-                    let mut map: ClassMaps = open(pins, "class_maps")?;
-                    map.insert(key, &inner.0, 0).map_err(Error::map("fill", "class_maps"))
+                    let mut map: ClassMaps = open_outer(pins, CLASS_MAPS)?;
+                    map.insert(key, &inner.0, 0).map_err(Error::map("fill", CLASS_MAPS))
                 })
             });
             let tables = at_once(tables, |(key, table)| {
-                let mut map: Tables = open(pins, "tables")?;
-                map.insert(*key, &table.0, 0).map_err(Error::map("fill", "tables"))
+                let mut map: Tables = open_outer(pins, TABLES)?;
+                map.insert(*key, &table.0, 0).map_err(Error::map("fill", TABLES))
             });
             let class_map = class_map
                 .map_or(Ok(()), |started| started.join().unwrap_or_else(|e| resume_unwind(e)));
@@ -240,43 +251,40 @@ impl Maps {
         })
     }
 
-    /// Removes class maps and rule tables that are not wanted.
+    /// Takes back class maps and rule tables; those that are not there are gone. Their keys may be used again when this is
+    /// done: no program runs any more that was begun before.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn retain(
-        &mut self,
-        class_map: impl Fn(u32) -> bool,
-        table: impl Fn(u32) -> bool,
-    ) -> Result<(), Error> {
-        let (class_maps, tables) = self.published();
-        let unwanted = |keys: Vec<u32>, is_wanted: &dyn Fn(u32) -> bool| -> Vec<u32> {
-            keys.into_iter().filter(|key| !is_wanted(*key)).collect()
-        };
-        let class_maps = unwanted(class_maps, &class_map);
-        let tables = unwanted(tables, &table);
+    pub fn withdraw(&mut self, class_maps: &[u32], tables: &[u32]) -> Result<(), Error> {
         let pins = &self.pins;
         thread::scope(|scope| {
             let removed = scope.spawn(move || {
-                at_once(&class_maps, |key| {
-                    let mut map: ClassMaps = open(pins, "class_maps")?;
-                    gone(map.remove(key)).map_err(Error::map("empty", "class_maps"))
+                at_once(class_maps, |key| {
+                    let mut map: ClassMaps = open_outer(pins, CLASS_MAPS)?;
+                    gone(map.remove(key)).map_err(Error::map("empty", CLASS_MAPS))
                 })
             });
-            let tables = at_once(&tables, |key| {
-                let mut map: Tables = open(pins, "tables")?;
-                gone(map.remove(key)).map_err(Error::map("empty", "tables"))
+            let tables = at_once(tables, |key| {
+                let mut map: Tables = open_outer(pins, TABLES)?;
+                gone(map.remove(key)).map_err(Error::map("empty", TABLES))
             });
             let class_maps = removed.join().unwrap_or_else(|e| resume_unwind(e));
             class_maps.into_iter().chain(tables).collect()
         })
     }
 
-    /// Keys of published class maps and rule tables.
-    #[must_use]
-    pub fn published(&self) -> (Vec<u32>, Vec<u32>) {
-        let class_maps = self.class_maps.keys().filter_map(Result::ok).collect();
-        (class_maps, self.tables.keys().filter_map(Result::ok).collect())
+    /// Keys of published class maps and rule tables. The kernel is asked for each that there may be.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    pub fn published(&self) -> Result<(Vec<u32>, Vec<u32>), Error> {
+        let class_maps = keys(MAX_CLASS_MAPS, |key| self.class_maps.get(&key, 0));
+        let tables = keys(MAX_TABLES, |key| self.tables.get(&key, 0));
+        Ok((
+            class_maps.map_err(Error::map("read", CLASS_MAPS))?,
+            tables.map_err(Error::map("read", TABLES))?,
+        ))
     }
 
     /// Says what an address is to this node.
@@ -364,12 +372,11 @@ impl Maps {
     /// # Errors
     /// If the kernel cannot be asked.
     pub fn event_losses(&self) -> Result<Vec<(Loss, u64)>, Error> {
-        const NAME: &str = "event_losses";
-        let map: PerCpuArray<MapData, u64> = open(&self.pins, NAME)?;
         Loss::ALL
             .into_iter()
             .map(|loss| {
-                let values = map.get(&(loss as u32), 0).map_err(Error::map("read", NAME))?;
+                let values = self.event_losses.get(&(loss as u32), 0);
+                let values = values.map_err(Error::map("read", "event_losses"))?;
                 Ok((loss, values.iter().sum()))
             })
             .collect()
@@ -380,13 +387,12 @@ impl Maps {
     ///
     /// # Errors
     /// If the kernel cannot be asked.
-    pub fn take_strays(&self) -> Result<Vec<u32>, Error> {
+    pub fn take_strays(&mut self) -> Result<Vec<u32>, Error> {
         const NAME: &str = "strays";
-        let mut map: HashMap<MapData, u32, u32> = open(&self.pins, NAME)?;
-        let uids: Vec<u32> =
-            map.keys().collect::<Result<_, _>>().map_err(Error::map("read", NAME))?;
+        let uids = self.strays.keys().collect::<Result<Vec<u32>, _>>();
+        let uids = uids.map_err(Error::map("read", NAME))?;
         for uid in &uids {
-            gone(map.remove(uid)).map_err(Error::map("empty", NAME))?;
+            gone(self.strays.remove(uid)).map_err(Error::map("empty", NAME))?;
         }
         Ok(uids)
     }
@@ -418,7 +424,7 @@ impl Maps {
     /// # Errors
     /// If the class map is gone.
     pub fn class_of(&self, class_map: u32, addr: impl Into<IpAddr>) -> Result<Option<u32>, Error> {
-        let map = self.class_maps.get(&class_map, 0).map_err(Error::map("read", "class_maps"))?;
+        let map = self.class_maps.get(&class_map, 0).map_err(Error::map("read", CLASS_MAPS))?;
         let key = ClassKey::host(addr);
         found(map.get(&Key::new(key.prefix_len, key.data), 0)).map_err(Error::map("read", "class"))
     }
@@ -480,11 +486,36 @@ pub(crate) fn event(item: &[u8]) -> Option<Event> {
         .then(|| unsafe { item.as_ptr().cast::<Event>().read_unaligned() })
 }
 
-fn open<M: TryFrom<Map, Error = MapError>>(pins: &Pins, name: &'static str) -> Result<M, Error> {
+pub(crate) fn open<M: TryFrom<Map, Error = MapError>>(
+    pins: &Pins,
+    name: &'static str,
+) -> Result<M, Error> {
     MapData::from_pin(pins.map(name))
         .and_then(Map::from_map_data)
         .and_then(M::try_from)
         .map_err(Error::map("open", name))
+}
+
+/// An array of maps. aya's handle on such takes nothing out; the kernel's calls are those of a hash of maps.
+fn open_outer<M: TryFrom<Map, Error = MapError>>(
+    pins: &Pins,
+    name: &'static str,
+) -> Result<M, Error> {
+    MapData::from_pin(pins.map(name))
+        .map(Map::HashOfMaps)
+        .and_then(M::try_from)
+        .map_err(Error::map("open", name))
+}
+
+/// Those of the numbers below `end` that stand for an inner map.
+fn keys<T>(end: u32, get: impl Fn(u32) -> Result<T, MapError>) -> Result<Vec<u32>, MapError> {
+    let mut keys = Vec::new();
+    for key in 0..end {
+        if found(get(key))?.is_some() {
+            keys.push(key);
+        }
+    }
+    Ok(keys)
 }
 
 /// Does the same to many things, some at a time; the results in their order.
@@ -501,7 +532,7 @@ fn at_once<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R>
     results
 }
 
-fn found<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
+pub(crate) fn found<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
     match result {
         Ok(value) => Ok(Some(value)),
         Err(MapError::KeyNotFound) => Ok(None),
@@ -509,7 +540,7 @@ fn found<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
     }
 }
 
-fn gone(result: Result<(), MapError>) -> Result<(), MapError> {
+pub(crate) fn gone(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error))

@@ -15,7 +15,8 @@ use crate::maps::{REASON_COUNT, event};
 use crate::{Error, Hook, Maps, Pins};
 
 /// The node's own maps; the others are the probe's.
-const SHARED: [&str; 6] = ["endpoints", "slots", "class_maps", "tables", "addresses", "settings"];
+const SHARED: [&str; 7] =
+    ["endpoints", "endpoint_cache", "slots", "class_maps", "tables", "addresses", "settings"];
 /// Entries of the probe's own: it asks a few questions.
 const OWN_ENTRIES: u32 = 64;
 /// A ring has whole pages.

@@ -10,8 +10,8 @@ use orch_ebpf_maps::{
     BackendKey, ClassKey, Config, Direction, Endpoint, EndpointRow, Event, FAMILY_BITS,
     FAMILY_IPV4, FAMILY_IPV6, FLOW_EITHER, Flow, FlowKey, Frontend, FrontendKey, ISOLATED_EGRESS,
     ISOLATED_INGRESS, LAYOUT_VERSION, Leg, Loss, MARK_PLAIN, MAX_BACKENDS, MAX_CLASS_ENTRIES,
-    MAX_ENDPOINTS, MAX_FRONTENDS, MAX_POD_NAMESPACES, MAX_RULE_ENTRIES, MAX_TABLES, Member, Reason,
-    Rule, RuleKey, SERVICES_VERSION, state,
+    MAX_CLASS_MAPS, MAX_ENDPOINTS, MAX_FRONTENDS, MAX_POD_NAMESPACES, MAX_RULE_ENTRIES, MAX_TABLES,
+    Member, Reason, Rule, RuleKey, SERVICES_VERSION, state,
 };
 
 macro_rules! layout {
@@ -77,6 +77,7 @@ fn rust_and_c_agree_on_layouts_and_numbers() {
     number("MAX_POD_NAMESPACES", MAX_POD_NAMESPACES.into());
     number("MAX_ENDPOINTS", MAX_ENDPOINTS.into());
     number("MAX_TABLES", MAX_TABLES.into());
+    number("MAX_CLASS_MAPS", MAX_CLASS_MAPS.into());
     number("MAX_CLASS_ENTRIES", MAX_CLASS_ENTRIES.into());
     number("MAX_RULE_ENTRIES", MAX_RULE_ENTRIES.into());
     number("FAMILY_BITS", FAMILY_BITS.into());

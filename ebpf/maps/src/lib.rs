@@ -17,11 +17,13 @@ pub use services::{
 };
 
 /// Part of the pin folder's name: programs and maps of one layout belong together.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 /// Endpoints of one node.
 pub const MAX_ENDPOINTS: u32 = 4096;
-/// Distinct rule tables.
+/// Numbers of rule tables are below this; 0 stands for none.
 pub const MAX_TABLES: u32 = 8192;
+/// Numbers of class maps are below this; 0 stands for none.
+pub const MAX_CLASS_MAPS: u32 = 64;
 /// Entries of one class map.
 pub const MAX_CLASS_ENTRIES: u32 = 262_144;
 /// Entries of one rule table.
@@ -70,9 +72,9 @@ pub struct Endpoint {
     pub slot: u32,
     /// Grows with every change of what applies.
     pub generation: u32,
-    /// Key in `class_maps`.
+    /// Number in `class_maps`.
     pub class_map: u32,
-    /// Key in `tables`.
+    /// Number in `tables`.
     pub table: u32,
     /// IPv4 address of the pod, network byte order; 0 if it has none.
     pub addr: u32,

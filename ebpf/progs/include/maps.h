@@ -13,9 +13,10 @@
 
 #include "bpf.h"
 
-#define LAYOUT_VERSION 3
+#define LAYOUT_VERSION 4
 
 #define MAX_ENDPOINTS 4096
+/* Inner maps have the numbers below these; a row that needs none names 0, which none has. */
 #define MAX_TABLES 8192
 #define MAX_CLASS_MAPS 64
 #define MAX_CLASS_ENTRIES 262144
@@ -69,9 +70,9 @@ struct endpoint {
 	__u32 slot;
 	/* Grows with every change of what applies. */
 	__u32 generation;
-	/* Key in `class_maps`. */
+	/* Number in `class_maps`. */
 	__u32 class_map;
-	/* Key in `tables`. */
+	/* Number in `tables`. */
 	__u32 table;
 	/* IPv4 address of the pod; 0 if it has none. */
 	__be32 addr;
@@ -87,9 +88,10 @@ struct endpoint {
 
 /* Value of `endpoints`; the key is the index of the host end of the pod's veth.
  *
- * The kernel gives the memory of a replaced row to the next one that is written, while a program may still look at it. So a
- * program takes a copy, and the copy counts if it is whole: `link` is the key again, and `check` the sum that ROW_WEIGHTS
- * make of all words before it. A mixture of two rows has another sum but for one chance in 2^64.
+ * The kernel gives the memory of a replaced row to the next one that is written, while a program may still look at it; a row
+ * in `endpoint_cache` is written over where it lies. So a program takes a copy, and the copy counts if it is whole: `link` is
+ * the key again, and `check` the sum that ROW_WEIGHTS make of all words before it. A mixture of two rows has another sum but
+ * for one chance in 2^64.
  */
 struct row {
 	struct endpoint endpoint;

@@ -16,6 +16,17 @@ struct {
 	__type(value, struct row);
 } endpoints SEC(".maps");
 
+/* ifindex % MAX_ENDPOINTS -> its row as `endpoints` has it, or nothing: found without a search. Written by who writes a row,
+ * in this order: nothing here, the row there, the row here. So it is never older than what is there, also if the writer is
+ * killed. Links that share a place have it by turns.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_ENDPOINTS);
+	__type(key, __u32);
+	__type(value, struct row);
+} endpoint_cache SEC(".maps");
+
 /* slot -> ifindex. Written by the plugin. Full: the plugin fails ADD. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -41,9 +52,13 @@ struct rule_table {
 	__uint(value_size, sizeof(struct rule));
 };
 
-/* Which class an address has: one inner map per state of the cluster. Written by the agent. Full: endpoints stay. */
+/* Which class an address has: one inner map per state of the cluster. Written by the agent. Full: endpoints stay.
+ *
+ * A number is given again only after its inner map was taken out, and the kernel lets the agent go on from that when no
+ * program runs any more that could have read a row with the number's former meaning. The same goes for `tables`.
+ */
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, MAX_CLASS_MAPS);
 	__uint(key_size, sizeof(__u32));
 	__uint(value_size, sizeof(__u32));
@@ -52,7 +67,7 @@ struct {
 
 /* What policies say: one inner map per distinct set of rules. Written by the agent. Full: endpoints are LOCKED. */
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, MAX_TABLES);
 	__uint(key_size, sizeof(__u32));
 	__uint(value_size, sizeof(__u32));
@@ -153,14 +168,14 @@ static __always_inline int is_whole(const struct row *row, __u32 link)
 /* How often a row that is being replaced is read again. */
 #define ROW_ATTEMPTS 8
 
-/* A copy of the row of a link, whole; 0 if there is none. A search that has come to memory of a replaced row may also miss a
- * row that is there, so it is begun again.
+/* A search that has come to memory of a replaced row may also miss a row that is there, so it is begun again. Seldom run, so not
+ * worth the room that copies of it would take.
  */
-static __always_inline int read_endpoint(__u32 ifindex, struct row *row)
+static __noinline int search_endpoint(__u32 ifindex, struct row *row)
 {
 	struct row *found;
 
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (int i = 0; i < ROW_ATTEMPTS; i++) {
 		found = bpf_map_lookup_elem(&endpoints, &ifindex);
 		if (!found)
@@ -170,4 +185,18 @@ static __always_inline int read_endpoint(__u32 ifindex, struct row *row)
 			return 1;
 	}
 	return 0;
+}
+
+/* A copy of the row of a link, whole; 0 if there is none. */
+static __always_inline int read_endpoint(__u32 ifindex, struct row *row)
+{
+	__u32 place = ifindex % MAX_ENDPOINTS;
+	struct row *found = bpf_map_lookup_elem(&endpoint_cache, &place);
+
+	if (found) {
+		*row = *found;
+		if (is_whole(row, ifindex))
+			return 1;
+	}
+	return search_endpoint(ifindex, row);
 }

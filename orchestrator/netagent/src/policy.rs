@@ -19,6 +19,7 @@ pub mod world;
 mod adopt;
 pub(crate) mod caches;
 mod connections;
+mod keys;
 mod look;
 pub(crate) mod metrics;
 pub(crate) mod socket;

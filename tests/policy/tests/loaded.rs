@@ -72,8 +72,10 @@ struct Kernel {
     /// Links that stand for pods, and one that is nobody's.
     links: Vec<u32>,
     wire: u32,
-    /// Last numbers given to endpoints, generations, maps.
+    /// Last number given to endpoints and generations.
     number: u32,
+    /// Maps have one half of the keys and the other by turns.
+    half: u32,
 }
 
 impl Kernel {
@@ -102,7 +104,7 @@ impl Kernel {
                 .expect("pinned")
         };
         let (from_pod, to_pod) = (program(Hook::FromPod), program(Hook::ToPod));
-        Self { root, maps, from_pod, to_pod, links, wire, number: 0 }
+        Self { root, maps, from_pod, to_pod, links, wire, number: 0, half: 0 }
     }
 
     fn next(&mut self) -> u32 {
@@ -141,21 +143,24 @@ impl Kernel {
     /// Brings an output into force, as the agent does: maps aside, then one write for each endpoint.
     fn apply(&mut self, cluster: &Cluster, compiled: &Compiled) {
         let classes = ClassMap::build(classes(&compiled.peers).into_iter()).expect("built");
-        let class_map = self.next();
+        let former = self.half;
+        self.half = 1 - former;
+        let count = u32::try_from(self.links.len()).expect("few");
+        let tables_of = |half: u32| 1 + half * count..1 + (half + 1) * count;
+        let class_map = 1 + self.half;
         self.maps.put_class_map(class_map, &classes).expect("put");
-        let mut kept = vec![];
+        let keys = tables_of(self.half);
         for (place, pod) in local_pods(cluster) {
             let table = &compiled.endpoints[&name_of(pod)];
             let built = RuleTable::build(rules(table).into_iter()).expect("built");
-            let key = self.next();
+            let key = keys.clone().nth(place).expect("one for each link");
             self.maps.put_table(key, &built).expect("put");
-            kept.push(key);
             let link = self.links[place];
             let before = self.maps.endpoint(link).expect("read").expect("plugged");
             let flags = isolation(table);
             let now = Endpoint {
                 state: state::READY,
-                generation: key,
+                generation: self.next(),
                 table: key,
                 class_map,
                 flags,
@@ -163,7 +168,8 @@ impl Kernel {
             };
             self.maps.update_endpoint(link, now).expect("written");
         }
-        self.maps.retain(|key| key == class_map, |key| kept.contains(&key)).expect("swept");
+        let tables: Vec<u32> = tables_of(former).collect();
+        self.maps.withdraw(&[1 + former], &tables).expect("swept");
     }
 
     fn run(&self, direction: Direction, link: u32, frame: &[u8]) -> u32 {

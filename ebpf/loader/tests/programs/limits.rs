@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use orch_ebpf_loader::{Probe, Question};
-use orch_ebpf_maps::{EndpointRow, MAX_ENDPOINTS, in_key};
+use orch_ebpf_maps::{EndpointRow, MAX_CLASS_MAPS, MAX_ENDPOINTS, in_key};
 
 use super::*;
 
@@ -29,6 +29,16 @@ fn flow_key(other: Ipv4Addr, port: u16, own_port: u16) -> FlowKey {
         family,
         ..FlowKey::default()
     }
+}
+
+/// The maps of rows as the kernel has them.
+fn raw_rows(w: &World) -> (HashMap<MapData, u32, EndpointRow>, Array<MapData, EndpointRow>) {
+    let open = |name: &str| {
+        let map = MapData::from_pin(w.pins.folder().join("maps").join(name)).expect("pinned");
+        Map::from_map_data(map).expect("a map")
+    };
+    let rows = open("endpoints").try_into().expect("a hash map");
+    (rows, open("endpoint_cache").try_into().expect("an array"))
 }
 
 /// Of a policy before the one that is in force.
@@ -90,9 +100,7 @@ fn a_row_that_is_not_whole_counts_as_none() {
     in_world(|w| {
         w.enforce(0, &[]);
         let open = w.maps.endpoint(w.pod).expect("read").expect("there");
-        let map = MapData::from_pin(w.pins.folder().join("maps/endpoints")).expect("pinned");
-        let map = Map::from_map_data(map).expect("a map");
-        let mut rows: HashMap<MapData, u32, EndpointRow> = map.try_into().expect("a hash map");
+        let (mut rows, mut places) = raw_rows(w);
         let frame = tcp(OTHER, 1000, POD, 80, SYN);
         let whole = EndpointRow::new(w.pod, open);
         for (row, verdict) in [
@@ -108,9 +116,57 @@ fn a_row_that_is_not_whole_counts_as_none() {
             (EndpointRow::new(WIRE, open), DROP),
         ] {
             rows.insert(w.pod, row, 0).expect("written");
+            places.set(w.pod % MAX_ENDPOINTS, row, 0).expect("written");
             assert_eq!(w.gets(frame), verdict, "{row:?}");
+            // What is in its place is only a copy.
+            rows.insert(w.pod, whole, 0).expect("written");
+            assert_eq!(w.gets(frame), NEXT, "{row:?} in its place");
         }
         assert_eq!(w.count(Direction::Ingress, Reason::NoEndpoint), 2);
+    });
+}
+
+#[test]
+fn links_that_share_a_place_are_judged_each_by_its_own_row() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS, &[deny(RuleKey::any(0, Direction::Ingress))]);
+        let closed = w.maps.endpoint(w.pod).expect("read").expect("there");
+        let there = w.pod + MAX_ENDPOINTS;
+        let added = Command::new("ip")
+            .args(["link", "add", "far0", "index", &there.to_string(), "type", "veth"])
+            .status();
+        assert!(added.expect("ip starts").success());
+        let frame = |flags| tcp(STRANGER, 1000, POD, 80, flags).bytes();
+        let gets = |w: &World, link| w.run(Hook::ToPod, &frame(SYN), WIRE, 0, link).0;
+        let open = Endpoint { uid: 78, flags: 0, ..closed };
+        let open = w.maps.insert_endpoint(there, open).expect("inserted");
+        for _ in 0..2 {
+            assert_eq!((gets(w, w.pod), gets(w, there)), (DROP, NEXT));
+            w.maps.update_endpoint(w.pod, closed).expect("written");
+            assert_eq!((gets(w, w.pod), gets(w, there)), (DROP, NEXT));
+            w.maps.update_endpoint(there, open).expect("written");
+        }
+        assert_eq!(w.count(Direction::Ingress, Reason::NoEndpoint), 0);
+        w.maps.remove_endpoint(there).expect("removed");
+        assert_eq!((gets(w, w.pod), gets(w, there)), (DROP, DROP));
+        assert_eq!(w.count(Direction::Ingress, Reason::NoEndpoint), 1, "a row that is gone");
+    });
+}
+
+#[test]
+fn places_that_a_killed_writer_left_empty_are_filled_again() {
+    in_world(|w| {
+        w.enforce(0, &[]);
+        let open = w.maps.endpoint(w.pod).expect("read").expect("there");
+        let (rows, mut places) = raw_rows(w);
+        let place = w.pod % MAX_ENDPOINTS;
+        let whole = EndpointRow::new(w.pod, open);
+        assert_eq!(places.get(&place, 0).expect("read"), whole);
+        places.set(place, EndpointRow::new(0, Endpoint::default()), 0).expect("emptied");
+        assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT, "searched for");
+        w.maps.mend_endpoints().expect("mended");
+        assert_eq!(places.get(&place, 0).expect("read"), whole);
+        assert_eq!(rows.get(&w.pod, 0).expect("read"), whole);
     });
 }
 
@@ -139,8 +195,8 @@ fn a_class_map_too_many_is_refused_and_what_is_in_force_stays() {
     in_world(|w| {
         w.enforce(ISOLATED_INGRESS, &web_for_other());
         let none = ClassMap::build([].into_iter()).expect("built");
-        let refused = (1000..1100).find_map(|key| w.maps.put_class_map(key, &none).err());
-        assert!(refused.is_some(), "there is a limit");
+        w.maps.put_class_map(MAX_CLASS_MAPS - 1, &none).expect("put");
+        w.maps.put_class_map(MAX_CLASS_MAPS, &none).expect_err("there is a limit");
         assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT);
         assert_eq!(w.gets(tcp(STRANGER, 1000, POD, 80, SYN)), DROP);
     });
@@ -327,17 +383,14 @@ fn many_tables_are_published_and_removed_together() {
         };
         let tables: Vec<(u32, RuleTable)> = (1000..1100).map(table).collect();
         let none = ClassMap::build([].into_iter()).expect("built");
-        let (class_map, outcomes) = w.maps.publish(Some((2000, &none)), &tables);
+        let (class_map, outcomes) = w.maps.publish(Some((20, &none)), &tables);
         assert!(class_map.is_ok() && outcomes.iter().all(Result::is_ok));
-        assert_eq!(w.maps.published().0, [2000]);
-        let published = |w: &World| {
-            let mut keys = w.maps.published().1;
-            keys.sort_unstable();
-            keys
-        };
-        assert_eq!(published(w), (1000..1100).collect::<Vec<u32>>());
-        w.maps.retain(|_| true, |key| key >= 1090).expect("removed");
-        assert_eq!(published(w), (1090..1100).collect::<Vec<u32>>());
+        assert_eq!(w.maps.published().expect("read"), (vec![20], (1000..1100).collect()));
+        let gone: Vec<u32> = (900..1090).collect();
+        w.maps.withdraw(&[], &gone).expect("removed, or never there");
+        assert_eq!(w.maps.published().expect("read"), (vec![20], (1090..1100).collect()));
+        w.maps.withdraw(&[20], &[]).expect("removed");
+        assert!(w.maps.published().expect("read").0.is_empty());
     });
 }
 

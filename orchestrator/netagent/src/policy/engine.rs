@@ -1,18 +1,21 @@
 //! Brings what the compiler says into the maps.
 //!
-//! Class maps and rule tables are built aside under new keys; an endpoint then changes over by one write of its row, so
-//! each packet meets one whole policy. The row's generation grows only where the new maps decide anything else than the old
-//! ones, so flows of the others are not judged again. Maps that the rows no longer name are removed at the look after the next one: a
-//! program may still be reading them.
+//! Class maps and rule tables are built aside under keys that no row names; an endpoint then changes over by one write of its
+//! row, so each packet meets one whole policy. The row's generation grows only where the new maps decide anything else than
+//! the old ones, so flows of the others are not judged again. Maps that the rows no longer name are removed at the look after
+//! the next one: a program may still be reading them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use orch_ebpf_loader::{Announcement, ClassMap, Error, Maps, RuleTable};
-use orch_ebpf_maps::{ClassKey, Config, Endpoint, MAX_RULE_ENTRIES, state};
+use orch_ebpf_maps::{
+    ClassKey, Config, Endpoint, MAX_CLASS_MAPS, MAX_RULE_ENTRIES, MAX_TABLES, state,
+};
 use orch_policy::{Compiled, Moves, Name, Peer, Prefix, Table, compile};
 use tracing::warn;
 
+use super::keys::Keys;
 use super::rows::{classes, isolation, rules};
 use super::world::Reader;
 
@@ -50,7 +53,9 @@ pub struct Engine {
     maps: Maps,
     compiled: Compiled,
     revision: u64,
-    next_key: u32,
+    /// Numbers that class maps and tables have.
+    class_keys: Keys,
+    table_keys: Keys,
     /// The published class map.
     classes: Option<u32>,
     /// What this and earlier class maps that rows name were made from.
@@ -66,17 +71,20 @@ impl Engine {
     ///
     /// # Errors
     /// If they cannot be read.
-    pub fn new(maps: Maps) -> Result<Self, Error> {
+    pub fn new(mut maps: Maps) -> Result<Self, Error> {
         let rows = maps.endpoints()?;
-        let (class_maps, tables) = maps.published();
-        let next_key = class_maps.iter().chain(&tables).copied().max().unwrap_or(0) + 1;
+        maps.mend_endpoints()?;
+        let (class_maps, tables) = maps.published()?;
         let revision = rows.iter().map(|(_, row)| row.revision).max().unwrap_or(0);
         let named = names(rows.iter().map(|(_, row)| row));
+        let class_keys = Keys::new(MAX_CLASS_MAPS, class_maps.iter().chain(&named.0).copied());
+        let table_keys = Keys::new(MAX_TABLES, tables.iter().chain(&named.1).copied());
         Ok(Self {
             maps,
             compiled: Compiled::default(),
             revision,
-            next_key,
+            class_keys,
+            table_keys,
             classes: None,
             peers: HashMap::new(),
             tables: HashMap::new(),
@@ -232,12 +240,6 @@ impl Engine {
         Ok(report)
     }
 
-    fn take_key(&mut self) -> u32 {
-        let key = self.next_key;
-        self.next_key += 1;
-        key
-    }
-
     /// The class map of what was compiled, if it is not published yet.
     fn next_classes(&mut self) -> Result<Option<(u32, ClassMap)>, Error> {
         let peers = self.classes.and_then(|key| self.peers.get(&key));
@@ -245,7 +247,8 @@ impl Engine {
             return Ok(None);
         }
         let built = ClassMap::build(classes(&self.compiled.peers).into_iter())?;
-        Ok(Some((self.take_key(), built)))
+        let key = self.class_keys.take().ok_or_else(|| no_room("class maps", MAX_CLASS_MAPS))?;
+        Ok(Some((key, built)))
     }
 
     /// Publishes the class map and those of the tables that are not yet, many at a time: each write waits for the kernel.
@@ -267,10 +270,14 @@ impl Engine {
         while class_map.is_some() || !part.is_empty() {
             let (mut kept, mut built) = (Vec::new(), Vec::new());
             for table in part {
-                match build(table) {
-                    Ok(map) => {
+                let made = build(table).and_then(|map| {
+                    let key = self.table_keys.take();
+                    Ok((key.ok_or_else(|| no_room("rule tables", MAX_TABLES))?, map))
+                });
+                match made {
+                    Ok(made) => {
                         kept.push(*table);
-                        built.push((self.take_key(), map));
+                        built.push(made);
                     }
                     Err(error) => drop(unfit.insert(place(table), crate::chain(&error))),
                 }
@@ -297,18 +304,19 @@ impl Engine {
     /// Removes inner maps that no row names now or named when the last look ended.
     fn retire(&mut self, rows: &BTreeMap<u32, Endpoint>) -> Result<(), Error> {
         let now = names(rows.values());
-        let current = self.classes;
         let before = std::mem::replace(&mut self.named, now);
-        let (class_maps, tables) = (&self.named.0, &self.named.1);
-        let in_use = |key: &u32| tables.contains(key) || before.1.contains(key);
-        self.maps.retain(
-            |key| class_maps.contains(&key) || before.0.contains(&key) || Some(key) == current,
-            |key| in_use(&key),
-        )?;
-        self.tables.retain(|_, (_, key)| in_use(key));
-        self.peers.retain(|key, _| {
-            self.named.0.contains(key) || before.0.contains(key) || Some(*key) == current
-        });
+        let wanted_classes: BTreeSet<u32> =
+            self.named.0.union(&before.0).copied().chain(self.classes).collect();
+        let wanted_tables: BTreeSet<u32> = self.named.1.union(&before.1).copied().collect();
+        let class_maps: Vec<u32> =
+            self.class_keys.used().difference(&wanted_classes).copied().collect();
+        let tables: Vec<u32> = self.table_keys.used().difference(&wanted_tables).copied().collect();
+        // Not known any more before they are gone: nothing is to name them from now on.
+        self.tables.retain(|_, (_, key)| wanted_tables.contains(key));
+        self.peers.retain(|key, _| wanted_classes.contains(key));
+        self.maps.withdraw(&class_maps, &tables)?;
+        self.class_keys.free(&class_maps);
+        self.table_keys.free(&tables);
         Ok(())
     }
 }
@@ -353,6 +361,12 @@ impl Changes<'_> {
 /// Equal tables share their allocation.
 fn place(table: &Arc<Table>) -> usize {
     Arc::as_ptr(table).addr()
+}
+
+/// 0 is no map's number.
+fn no_room(what: &'static str, numbers: u32) -> Error {
+    let most = numbers - 1;
+    Error::TooBig { what, count: numbers as usize, most }
 }
 
 fn build(table: &Table) -> Result<RuleTable, Error> {

@@ -261,13 +261,14 @@ fn plug(kernel: &mut Kernel) -> u32 {
         (RuleKey::any(17, Way::Egress), allow),
     ];
     let rules = RuleTable::build(rules.into_iter()).expect("built");
-    kernel.maps.put_class_map(number, &classes).expect("put");
-    kernel.maps.put_table(number, &rules).expect("put");
+    let (class_map, table) = (1, 1);
+    kernel.maps.put_class_map(class_map, &classes).expect("put");
+    kernel.maps.put_table(table, &rules).expect("put");
     let row = Endpoint {
         uid: number,
         generation: number,
-        class_map: number,
-        table: number,
+        class_map,
+        table,
         addr: POD.to_bits().to_be(),
         addr6: POD6.octets(),
         mac: MAC,
@@ -276,7 +277,6 @@ fn plug(kernel: &mut Kernel) -> u32 {
         ..Endpoint::default()
     };
     kernel.maps.insert_endpoint(link, row).expect("inserted");
-    kernel.maps.retain(|key| key == number, |key| key == number).expect("swept");
     link
 }
 
