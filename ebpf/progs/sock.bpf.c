@@ -241,8 +241,11 @@ static __always_inline int sends(struct bpf_sock_addr *ctx, const struct backend
 	}
 	talk.peer = *got;
 	known = bpf_map_lookup_elem(&answers, &talk);
-	if (!known || !same(known, asked))
+	if (!known)
 		bpf_map_update_elem(&answers, &talk, asked, BPF_ANY);
+	/* The socket hears another Service from there: nftables gives this one another port. */
+	else if (!same(known, asked))
+		return 0;
 	return 1;
 }
 

@@ -149,6 +149,7 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         mode: options.services,
         paths: paths.clone(),
         ports: ports_in_force,
+        status: status.clone(),
     };
     spawn(&mut parts, "services at connect time", connect_time.run(stop.clone()));
     let task = service_plane::health::serve(health_checks, stop.clone());

@@ -42,6 +42,8 @@ pub struct NetStatus {
     pub peers: Vec<PeerStatus>,
     /// Services in the kernel.
     pub services: ServiceStatus,
+    /// The part of it that sockets do.
+    pub connect_time: ConnectTimeStatus,
     /// NetworkPolicies in the kernel.
     pub policy: PolicyStatus,
     /// The short way of packets whose flow is known.
@@ -90,6 +92,16 @@ pub struct ServiceStatus {
     pub endpoints: usize,
     /// Whether the kernel holds the last known state.
     pub in_force: bool,
+}
+
+/// Services at connect time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ConnectTimeStatus {
+    /// Whether sockets of pods get their endpoint, from maps that follow the Services.
+    pub in_force: bool,
+    /// What is wrong and wants a person.
+    pub problem: Option<String>,
 }
 
 /// NetworkPolicies in the kernel.

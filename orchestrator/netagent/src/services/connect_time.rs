@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::model::{Port, Protocol};
+use crate::status::{ConnectTimeStatus, NetStatus};
 use crate::{Mode, chain};
 
 /// How often new pods are looked for. Until then nftables serves them, which has a memory of its own of clients; a container
@@ -124,8 +125,12 @@ pub fn plan(have: &State, ports: &[Port]) -> Vec<Step> {
     };
     let used = have.backends.keys().map(|key| key.service);
     let mut next = used.chain(have.frontends.values().map(|one| one.service)).max().unwrap_or(0);
+    let named: BTreeSet<u32> = have.frontends.values().map(|one| one.service).collect();
+    // What no frontend has come to name makes room first.
+    let (former, orphans): (Vec<BackendKey>, Vec<BackendKey>) =
+        have.backends.keys().partition(|key| named.contains(&key.service));
     let mut kept = BTreeSet::new();
-    let mut steps = Vec::new();
+    let mut steps: Vec<Step> = orphans.into_iter().map(Step::RemoveBackend).collect();
     for (key, target) in &wanted {
         if let Some(frontend) = have.frontends.get(key)
             && held(frontend) == *target
@@ -148,14 +153,48 @@ pub fn plan(have: &State, ports: &[Port]) -> Vec<Step> {
     }
     let gone = have.frontends.keys().filter(|key| !wanted.contains_key(key));
     steps.extend(gone.map(|key| Step::RemoveFrontend(*key)));
-    let unused = have.backends.keys().filter(|key| !kept.contains(&key.service));
-    steps.extend(unused.map(|key| Step::RemoveBackend(*key)));
-    let lasts = |member: &Member| {
-        wanted.get(&member.to).is_some_and(|target| target.backends.contains(&member.backend))
-    };
-    let former = have.members.iter().filter(|member| !lasts(member));
+    let unused = former.into_iter().filter(|key| !kept.contains(&key.service));
+    steps.extend(unused.map(Step::RemoveBackend));
+    let members = wanted.iter().flat_map(|(key, target)| target.members(*key)).collect();
+    let former = have.members.difference(&members);
     steps.extend(former.map(|member| Step::RemoveMember(*member)));
     steps
+}
+
+/// Carries the steps of a plan out. Where a write is refused for want of room, its frontend is taken out instead, which may be
+/// there with backends of before, and the others go on; returns the first such refusal.
+///
+/// # Errors
+/// Something cannot be removed, so what the maps hold is not known.
+fn carry_out<E>(
+    steps: &[Step],
+    mut write: impl FnMut(Step) -> Result<(), E>,
+) -> Result<Option<E>, E> {
+    // What a frontend needs comes right before it.
+    let (mut lacks, mut refused) = (false, None);
+    for step in steps {
+        match *step {
+            Step::SetBackend(..) | Step::SetMember(_) if lacks => {}
+            Step::SetBackend(..) | Step::SetMember(_) => {
+                if let Err(error) = write(*step) {
+                    lacks = true;
+                    refused.get_or_insert(error);
+                }
+            }
+            Step::SetFrontend(key, _) => {
+                let error = if lacks { None } else { write(*step).err() };
+                if lacks || error.is_some() {
+                    write(Step::RemoveFrontend(key))?;
+                }
+                lacks = false;
+                refused = refused.or(error);
+            }
+            Step::RemoveFrontend(_) | Step::RemoveBackend(_) | Step::RemoveMember(_) => {
+                write(*step)?;
+            }
+        }
+    }
+    Ok(refused)
 }
 
 impl State {
@@ -230,30 +269,9 @@ impl ConnectTime {
             None => State::observe(&self.maps)?,
         };
         let steps = plan(&state, ports);
-        // What a frontend needs comes right before it.
-        let (mut lacks, mut first) = (false, None);
-        for step in &steps {
-            let step = match *step {
-                Step::SetFrontend(key, _) if std::mem::take(&mut lacks) => {
-                    Step::RemoveFrontend(key)
-                }
-                other => other,
-            };
-            let Err(error) = state.apply(&mut self.maps, step) else { continue };
-            match step {
-                Step::SetBackend(..) | Step::SetMember(_) => lacks = true,
-                // It may be there with backends of before.
-                Step::SetFrontend(key, _) => {
-                    state.apply(&mut self.maps, Step::RemoveFrontend(key))?;
-                }
-                Step::RemoveFrontend(_) | Step::RemoveBackend(_) | Step::RemoveMember(_) => {
-                    return Err(error);
-                }
-            }
-            first.get_or_insert(error);
-        }
+        let refused = carry_out(&steps, |step| state.apply(&mut self.maps, step))?;
         self.state = Some(state);
-        first.map_or(Ok(steps.len()), Err)
+        refused.map_or(Ok(steps.len()), Err)
     }
 
     /// Makes these the pods, by the paths of their network namespaces. One that is gone is no pod.
@@ -286,6 +304,7 @@ pub(crate) struct Task {
     pub(crate) paths: Paths,
     /// What nftables has in force.
     pub(crate) ports: watch::Receiver<Option<Arc<Vec<Port>>>>,
+    pub(crate) status: Arc<watch::Sender<NetStatus>>,
 }
 
 impl Task {
@@ -326,6 +345,7 @@ impl Task {
                 Ok(now) => {
                     seen = now;
                     complained = None;
+                    report(&self.status, true, None);
                 }
                 Err(why) => {
                     seen = None;
@@ -334,6 +354,7 @@ impl Task {
                             why,
                             "services at connect time do not follow the cluster; packets are translated instead where they are missing"
                         );
+                        report(&self.status, false, Some(why.clone()));
                         complained = Some(why);
                     }
                     tokio::select! {
@@ -347,7 +368,7 @@ impl Task {
 
     /// The programs, if they are wanted and can be had.
     async fn start(&self) -> Option<ConnectTime> {
-        let (mode, paths) = (self.mode, self.paths.clone());
+        let (mode, paths, status) = (self.mode, self.paths.clone(), self.status.clone());
         let started = tokio::task::spawn_blocking(move || match mode {
             Mode::Off => {
                 match uninstall(&paths) {
@@ -373,6 +394,7 @@ impl Task {
                         why,
                         "services cannot be chosen at connect time; packets are translated instead"
                     );
+                    report(&status, false, Some(why));
                     None
                 }
             },
@@ -382,6 +404,15 @@ impl Task {
             None
         })
     }
+}
+
+fn report(status: &watch::Sender<NetStatus>, in_force: bool, problem: Option<String>) {
+    let now = ConnectTimeStatus { in_force, problem };
+    status.send_if_modified(|status| {
+        let changed = status.connect_time != now;
+        status.connect_time = now;
+        changed
+    });
 }
 
 /// Writes the ports, if there are new ones, and the pods, if the runtime has touched its memory since `before`. Says when that
@@ -446,40 +477,44 @@ mod tests {
         }
     }
 
-    /// Carries the steps out, and checks after each that no frontend leads to a missing backend.
-    fn apply(state: &mut State, ports: &[Port]) -> usize {
-        let steps = plan(state, ports);
-        for step in &steps {
-            match *step {
-                Step::SetBackend(key, backend) => {
-                    assert!(state.backends.insert(key, backend).is_none(), "none is overwritten");
-                }
-                Step::SetFrontend(key, frontend) => {
-                    state.frontends.insert(key, frontend);
-                }
-                Step::SetMember(member) => {
-                    assert!(state.members.insert(member), "none is overwritten");
-                }
-                Step::RemoveFrontend(key) => {
-                    state.frontends.remove(&key);
-                }
-                Step::RemoveBackend(key) => {
-                    state.backends.remove(&key);
-                }
-                Step::RemoveMember(member) => {
-                    state.members.remove(&member);
-                }
+    /// One write to a kernel that has room for so many backends; checks that no frontend leads to a missing one.
+    fn write(state: &mut State, room: usize, step: Step) -> Result<(), &'static str> {
+        match step {
+            Step::SetBackend(..) if state.backends.len() == room => return Err("full"),
+            Step::SetBackend(key, backend) => {
+                assert!(state.backends.insert(key, backend).is_none(), "none is overwritten");
             }
-            for (to, frontend) in &state.frontends {
-                for slot in 0..frontend.count {
-                    let key = BackendKey { service: frontend.service, slot };
-                    let backend = state.backends.get(&key).copied();
-                    let backend = backend.unwrap_or_else(|| panic!("{step:?}: no {key:?}"));
-                    let member = Member { to: *to, backend };
-                    assert!(state.members.contains(&member), "{step:?}: no {member:?}");
-                }
+            Step::SetMember(member) => {
+                assert!(state.members.insert(member), "none is overwritten");
+            }
+            Step::SetFrontend(key, frontend) => {
+                state.frontends.insert(key, frontend);
+            }
+            Step::RemoveFrontend(key) => {
+                state.frontends.remove(&key);
+            }
+            Step::RemoveBackend(key) => {
+                state.backends.remove(&key);
+            }
+            Step::RemoveMember(member) => {
+                state.members.remove(&member);
             }
         }
+        for (to, frontend) in &state.frontends {
+            for slot in 0..frontend.count {
+                let key = BackendKey { service: frontend.service, slot };
+                let backend = state.backends.get(&key).copied();
+                let backend = backend.unwrap_or_else(|| panic!("{step:?}: no {key:?}"));
+                let member = Member { to: *to, backend };
+                assert!(state.members.contains(&member), "{step:?}: no {member:?}");
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(state: &mut State, ports: &[Port]) -> usize {
+        let steps = plan(state, ports);
+        assert_eq!(carry_out(&steps, |step| write(state, usize::MAX, step)), Ok(None));
         assert_eq!(plan(state, ports), [], "a second look changes nothing");
         steps.len()
     }
@@ -504,6 +539,28 @@ mod tests {
         assert_eq!(few, 5, "one new backend, its frontend, two old backends, one former member");
         apply(&mut state, &[]);
         assert_eq!(state, State::default());
+    }
+
+    #[test]
+    fn a_service_without_room_is_taken_out_and_the_others_go_on() {
+        const ROOM: usize = 6;
+        let few = ["10.244.1.2"];
+        let many = ["10.244.1.3", "10.244.1.4", "10.244.1.5"];
+        let look = |state: &mut State, ports: &[Port]| {
+            let steps = plan(state, ports);
+            carry_out(&steps, |step| write(state, ROOM, step))
+        };
+        let mut state = State::default();
+        assert_eq!(look(&mut state, &[4, 5, 6].map(|last| port(last, &few))), Ok(None));
+        let after = [port(4, &["10.244.1.9"]), port(5, &many), port(6, &few)];
+        assert_eq!(look(&mut state, &after), Ok(Some("full")));
+        assert_eq!(leads_to(&state, "10.96.3.4:80"), ["10.244.1.9:8080"]);
+        assert_eq!(leads_to(&state, "10.96.3.5:80"), [""; 0], "not to a former endpoint");
+        assert_eq!(leads_to(&state, "10.96.3.6:80"), ["10.244.1.2:8080"]);
+        // What the first look gave back is enough.
+        assert_eq!(look(&mut state, &after), Ok(None));
+        assert_eq!(leads_to(&state, "10.96.3.5:80").len(), 3);
+        assert_eq!(plan(&state, &after), []);
     }
 
     #[test]

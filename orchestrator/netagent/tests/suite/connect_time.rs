@@ -247,6 +247,34 @@ fn a_udp_socket_keeps_its_endpoint_while_it_lives_and_hears_of_the_service_alone
 }
 
 #[test]
+fn a_udp_socket_that_asks_two_services_of_one_endpoint_hears_from_both() {
+    const OTHER: &str = "10.96.3.5:80";
+    let mut world = World::new();
+    let mut sockets = Sockets::new(&[&world.pods[0], &world.pods[1]]);
+    let one = web(Protocol::Udp, &[(2, true)]);
+    let mut other = web(Protocol::Udp, &[(2, true)]);
+    other.id = "default/other/udp/80".to_owned();
+    other.cluster_ips = vec![OTHER.parse::<SocketAddr>().expect("address").ip()];
+    other.node_port = None;
+    other.external_ips.clear();
+    world.apply(&[one.clone(), other.clone()]);
+    sockets.connect_time.apply(&[one, other]).expect("written");
+    let sources = world.pods[1].within(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("bind");
+        socket.set_read_timeout(Some(LIMIT)).expect("timeout");
+        for to in [CLUSTER_IP, OTHER] {
+            socket.send_to(b"?", to).expect("sent");
+        }
+        let source = || {
+            let (_, from) = socket.recv_from(&mut [0; 64]).expect("an answer");
+            from.to_string()
+        };
+        std::collections::BTreeSet::from([source(), source()])
+    });
+    assert_eq!(sources, set(&[CLUSTER_IP, OTHER]));
+}
+
+#[test]
 fn a_connected_udp_socket_stays_with_nftables_and_so_moves_without_noticing() {
     let mut world = World::new();
     let mut sockets = Sockets::new(&[&world.pods[0], &world.pods[1]]);

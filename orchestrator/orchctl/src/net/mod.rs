@@ -174,7 +174,6 @@ fn show_status(hosts: &Hosts, format: Option<Format>) -> anyhow::Result<u8> {
     let rows = all.iter().map(|(host, status)| {
         let status = status.as_ref();
         let device = status.and_then(|status| status.device.as_ref());
-        let services = status.map(|status| &status.services);
         vec![
             host.name.clone(),
             if host.agent.is_some() { "running" } else { "down" }.to_owned(),
@@ -188,9 +187,10 @@ fn show_status(hosts: &Hosts, format: Option<Format>) -> anyhow::Result<u8> {
             })),
             dash(device.map(|device| device.vtep_mac.clone())),
             dash(status.map(|status| status.peers.len().to_string())),
-            dash(services.map(|services| {
+            dash(status.map(|status| {
+                let (services, by_sockets) = (&status.services, status.connect_time.in_force);
                 let stale = if services.in_force { "" } else { " (not in force)" };
-                format!("{}{stale}", services.ports)
+                format!("{}{}{stale}", services.ports, if by_sockets { ", eBPF" } else { "" })
             })),
             dash(status.map(|status| status.policy.clone()).map(|policy| {
                 match (policy.enforced, policy.mode.as_str()) {
@@ -211,8 +211,9 @@ fn show_status(hosts: &Hosts, format: Option<Format>) -> anyhow::Result<u8> {
     )?;
     for (host, status) in &all {
         let problems = status.iter().flat_map(|status| {
-            let fast_path = &status.fast_path.problem;
-            status.problems.iter().chain(&status.policy.problems).chain(fast_path)
+            let others = [&status.fast_path.problem, &status.connect_time.problem];
+            let others = others.into_iter().flatten();
+            status.problems.iter().chain(&status.policy.problems).chain(others)
         });
         for problem in problems {
             output::line(&format!("- {}: {problem}", host.name))?;

@@ -33,12 +33,22 @@ pub(super) struct NetStatus {
     pub(super) peers: Vec<Peer>,
     /// Services in the kernel.
     pub(super) services: Services,
+    /// The part of it that sockets do.
+    pub(super) connect_time: ConnectTime,
     /// NetworkPolicies in the kernel.
     pub(super) policy: Policy,
     /// The short way of packets whose flow is known.
     pub(super) fast_path: FastPath,
     /// What is wrong and wants a person.
     pub(super) problems: Vec<String>,
+}
+
+/// Services at connect time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct ConnectTime {
+    pub(super) in_force: bool,
+    pub(super) problem: Option<String>,
 }
 
 /// NetworkPolicies in the kernel.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail, ensure};
 use cni_netlink::NetNs;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 use tests_e2e::eventually;
 use tests_e2e::testlab::{TestLab, underlay};
 
@@ -37,11 +37,12 @@ pub(super) fn connect_time(lab: &TestLab) -> anyhow::Result<()> {
     let shop = Shop::open(lab)?;
     let outcome = (|| {
         start_agent(lab, "ebpf")?;
+        eventually("the node says that its sockets choose", SOON, || in_force(lab))?;
         services_and_dns(lab)?;
         let client = Client(NetNs::open(&pod_netns(lab, NODE, NEIGHBOUR)?)?);
         let near = Server::start(&pod_netns(lab, NODE, "shop/web")?)?;
         let far = Server::start(&pod_netns(lab, "node-2", FRONT)?)?;
-        let service = service(lab)?;
+        let service = service(lab, "None")?;
         endpoints(lab, &[&near, &far])?;
         let both = [near.address, far.address];
         let mut held =
@@ -73,6 +74,15 @@ pub(super) fn connect_time(lab: &TestLab) -> anyhow::Result<()> {
             who_answers(&client.datagrams()?, service)?;
         }
         ensure!(self::translated(lab, service)? == translated, "conntrack has the cluster IP");
+
+        self::service(lab, "ClientIP")?;
+        eventually("the pod comes back to one endpoint", SOON, || {
+            let connections = client.connect_often(service)?;
+            let first = connections.first().context("none")?.endpoint;
+            ensure!(connections.iter().all(|one| one.endpoint == first), "{connections:?}");
+            Ok(())
+        })?;
+        self::service(lab, "None")?;
 
         endpoints(lab, &[&near])?;
         let only_near = || {
@@ -144,11 +154,23 @@ fn translated(lab: &TestLab, service: SocketAddr) -> anyhow::Result<usize> {
     Ok(listed.lines().filter(|line| line.contains(&ip)).count())
 }
 
+/// Whether sockets of the node's pods choose.
+fn in_force(lab: &TestLab) -> anyhow::Result<()> {
+    // Its exit code is about the whole lab.
+    let text = lab.orchctl(&["net", "status", "-o", "json"], SOON)?.text();
+    let nodes: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let mut nodes = nodes.as_array().context("a list")?.iter();
+    let node = nodes.find(|node| node["name"] == NODE).context("no node")?;
+    let said = &node["status"]["connectTime"];
+    ensure!(said["inForce"] == true && said["problem"].is_null(), "{said}");
+    Ok(())
+}
+
 /// A Service without selector.
-fn service(lab: &TestLab) -> anyhow::Result<SocketAddr> {
+fn service(lab: &TestLab, affinity: &str) -> anyhow::Result<SocketAddr> {
     let object = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "shop", "name": "direct"},
-        "spec": {"ports": [
+        "spec": {"sessionAffinity": affinity, "ports": [
             {"name": "tcp", "port": PORT},
             {"name": "udp", "port": PORT, "protocol": "UDP"},
         ]},
