@@ -83,26 +83,26 @@ static __always_inline int parse_from_pod(struct __sk_buff *skb, const struct en
 	return reason >= 0 ? reason : 0;
 }
 
-/* `known_only`: REASON_UNDECIDED for what is not of a known flow; nothing is remembered then. */
-static __always_inline int decide_from_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
-					   __u8 *flags, struct basis *basis, int known_only)
+/* Who speaks to whom in a frame of the pod. 0, or the reason for which it passes or is dropped at once. */
+static __always_inline int read_from_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet)
 {
 	struct plain_frame frame;
+
+	if (!plain_frame(skb, 0, &frame))
+		return parse_from_pod(skb, endpoint, packet);
+	if (!is_same_mac(frame.eth->from, endpoint->mac))
+		return REASON_SPOOF;
+	parse_plain(&frame, packet);
+	return is_own_source(endpoint, packet) ? 0 : REASON_SPOOF;
+}
+
+/* `known_only`: REASON_UNDECIDED for what is not of a known flow; nothing is remembered then. */
+static __always_inline int judge_from_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
+					  __u8 *flags, struct basis *basis, int known_only)
+{
 	struct flow_key key;
 	__u32 daddr_flags;
 	int reason, full;
-
-	if (plain_frame(skb, 0, &frame)) {
-		if (!is_same_mac(frame.eth->from, endpoint->mac))
-			return REASON_SPOOF;
-		parse_plain(&frame, packet);
-		if (!is_own_source(endpoint, packet))
-			return REASON_SPOOF;
-	} else {
-		reason = parse_from_pod(skb, endpoint, packet);
-		if (reason)
-			return reason;
-	}
 
 	flow_key(endpoint, packet, EGRESS, &key);
 	if (endpoint->state == ENDPOINT_READY) {
@@ -155,7 +155,9 @@ int from_pod(struct __sk_buff *skb)
 		count(EGRESS, REASON_NO_ENDPOINT);
 		return TCX_DROP;
 	}
-	reason = decide_from_pod(skb, &row.endpoint, &packet, &flags, &basis, 0);
+	reason = read_from_pod(skb, &row.endpoint, &packet);
+	if (!reason)
+		reason = judge_from_pod(skb, &row.endpoint, &packet, &flags, &basis, 0);
 	skb->mark = row.endpoint.slot << MARK_SLOT_SHIFT | (flags & FLOW_DEFERRED ? MARK_DEFERRED : 0);
 	return act(skb, &row.endpoint, &packet, EGRESS, reason, &basis);
 }

@@ -38,26 +38,26 @@ static __always_inline int parse_to_pod(struct __sk_buff *skb, const struct endp
 	return 0;
 }
 
+static __always_inline int read_to_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet)
+{
+	struct plain_frame frame;
+
+	if (!plain_frame(skb, 0, &frame))
+		return parse_to_pod(skb, endpoint, packet);
+	parse_plain(&frame, packet);
+	/* Bridges flood. */
+	return packet->daddr.words[0] == endpoint->addr ? 0 : REASON_NOT_MINE;
+}
+
 /* `known_only`: as in from_pod. */
-static __always_inline int decide_to_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
-					 struct basis *basis, int known_only)
+static __always_inline int judge_to_pod(struct __sk_buff *skb, const struct endpoint *endpoint, struct packet *packet,
+					struct basis *basis, int known_only)
 {
 	struct endpoint *sender;
-	struct plain_frame frame;
 	struct flow_key key;
 	__u8 flags = 0;
 	int reason, full;
 
-	if (plain_frame(skb, 0, &frame)) {
-		parse_plain(&frame, packet);
-		/* Bridges flood. */
-		if (packet->daddr.words[0] != endpoint->addr)
-			return REASON_NOT_MINE;
-	} else {
-		reason = parse_to_pod(skb, endpoint, packet);
-		if (reason)
-			return reason;
-	}
 	/* Born in this node's namespace: the kubelet and whatever else runs there. Masqueraded traffic has the node's
 	 * address too, but came in by some link.
 	 */
@@ -115,6 +115,8 @@ int to_pod(struct __sk_buff *skb)
 		count(INGRESS, REASON_NO_ENDPOINT);
 		return TCX_DROP;
 	}
-	reason = decide_to_pod(skb, &row.endpoint, &packet, &basis, 0);
+	reason = read_to_pod(skb, &row.endpoint, &packet);
+	if (!reason)
+		reason = judge_to_pod(skb, &row.endpoint, &packet, &basis, 0);
 	return act(skb, &row.endpoint, &packet, INGRESS, reason, &basis);
 }

@@ -34,7 +34,7 @@ pub use link::{
 };
 pub use mac::{mac_text, parse_mac, parse_unicast_mac};
 pub use neighbour::{FdbEntry, Neighbour};
-pub use netfilter::{nft_chain_exists, nft_ip_chain_exists};
+pub use netfilter::{nft_chain_exists, nft_ip_chain_exists, nft_ip6_chain_exists};
 pub use netns::{NetNs, Started};
 pub use qdisc::{SeenTokenBucket, TokenBucket};
 pub use route::{Route, RouteFilter};

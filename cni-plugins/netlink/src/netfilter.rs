@@ -13,6 +13,7 @@ const SUBSYSTEM_NFTABLES: u16 = 10;
 const MESSAGE_GET_CHAIN: u16 = 4;
 const FAMILY_INET: u8 = 1;
 const FAMILY_IPV4: u8 = 2;
+const FAMILY_IPV6: u8 = 10;
 const ATTRIBUTE_CHAIN_TABLE: u16 = 1;
 const ATTRIBUTE_CHAIN_NAME: u16 = 3;
 
@@ -46,6 +47,14 @@ pub fn nft_chain_exists(table: &str, chain: &str) -> Result<bool, NetlinkError> 
 /// If the kernel cannot be asked.
 pub fn nft_ip_chain_exists(table: &str, chain: &str) -> Result<bool, NetlinkError> {
     exists(FAMILY_IPV4, "ip", table, chain)
+}
+
+/// The same for a table of family `ip6`.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn nft_ip6_chain_exists(table: &str, chain: &str) -> Result<bool, NetlinkError> {
+    exists(FAMILY_IPV6, "ip6", table, chain)
 }
 
 fn exists(family: u8, name: &str, table: &str, chain: &str) -> Result<bool, NetlinkError> {

@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 /// Address family of a table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     /// IPv4.
     Ip,

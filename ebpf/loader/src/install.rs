@@ -18,7 +18,7 @@ use crate::{Error, Hook, Maps, Pins, filters};
 pub const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/policy.o"));
 
 /// Names of all maps.
-pub(crate) const MAPS: [&str; 16] = [
+pub(crate) const MAPS: [&str; 18] = [
     "endpoints",
     "endpoint_cache",
     "slots",
@@ -34,7 +34,9 @@ pub(crate) const MAPS: [&str; 16] = [
     "strays",
     "settings",
     "fast_flows",
+    "fast_flows6",
     "fast_tunnels",
+    "fast_tunnels6",
 ];
 
 /// For [`OBJECT`] on this kernel: the programs count time in its ticks.

@@ -73,6 +73,10 @@ impl Probe {
         }
         loader.map_max_entries("flows", OWN_ENTRIES);
         loader.map_max_entries("fragments", OWN_ENTRIES);
+        // Not of the programs that are asked, but made with the object.
+        for name in ["fast_flows", "fast_flows6", "fast_tunnels", "fast_tunnels6"] {
+            loader.map_max_entries(name, OWN_ENTRIES);
+        }
         loader.map_max_entries("events", OWN_RING_BYTES);
         let mut object = loader.load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
         for hook in [Hook::FromPod, Hook::ToPod] {

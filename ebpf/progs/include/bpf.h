@@ -40,6 +40,7 @@ enum bpf_map_type {
 #define BPF_MTU_CHK_SEGS 1
 #define BPF_ADJ_ROOM_MAC 1
 #define BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 (1ULL << 1)
+#define BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 (1ULL << 2)
 #define BPF_F_ADJ_ROOM_ENCAP_L4_UDP (1ULL << 4)
 #define BPF_F_ADJ_ROOM_ENCAP_L2_ETH (1ULL << 6)
 #define BPF_F_ADJ_ROOM_ENCAP_L2(len) ((__u64)(len) << 56)
@@ -92,6 +93,8 @@ static long (*bpf_skb_store_bytes)(void *skb, __u32 offset, const void *from, __
 static long (*bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)23;
 static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 len) = (void *)26;
 static __u32 (*bpf_get_hash_recalc)(void *skb) = (void *)34;
+static long (*bpf_skb_pull_data)(void *skb, __u32 len) = (void *)39;
+static long (*bpf_csum_update)(void *skb, __u32 difference) = (void *)40;
 static long (*bpf_skb_adjust_room)(void *skb, int difference, __u32 mode, __u64 flags) = (void *)50;
 static __u64 (*bpf_jiffies64)(void) = (void *)118;
 static void *(*bpf_ringbuf_reserve)(void *ringbuf, __u64 size, __u64 flags) = (void *)131;

@@ -11,6 +11,8 @@
  * That is believed for FAST_VALID_NS. Then one packet goes the whole way again, so changed routes, neighbours and rules
  * count after that time, and conntrack and the neighbour table see that the flow lives. Beginning and end of a TCP
  * connection always go the whole way.
+ *
+ * The families have maps of their own, so that the keys of IPv4 stay short.
  */
 #pragma once
 
@@ -32,6 +34,15 @@
 struct fast_key {
 	__be32 saddr;
 	__be32 daddr;
+	__be16 sport;
+	__be16 dport;
+	__u8 protocol;
+	__u8 pad[3];
+};
+
+struct fast_key6 {
+	struct ip_addr saddr;
+	struct ip_addr daddr;
 	__be16 sport;
 	__be16 dport;
 	__u8 protocol;
@@ -72,3 +83,10 @@ struct {
 	__type(key, struct fast_key);
 	__type(value, struct fast_flow);
 } fast_flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FAST_FLOWS);
+	__type(key, struct fast_key6);
+	__type(value, struct fast_flow);
+} fast_flows6 SEC(".maps");

@@ -5,11 +5,12 @@
 //!
 //! - the two programs on the host ends of the pods' links, and on the links by which other nodes' packets come in. A pod
 //!   that is shaped (the `bandwidth` plugin) goes the whole way: its queue is on its link;
-//! - one rule behind source translation that marks what is not translated, in a table of its own;
+//! - for each family of the pod network one rule behind source translation that marks what is not translated, in a table of
+//!   its own;
 //! - conntrack, which sees a part of the packets only, does not call the others out of window.
 //!
-//! Without the rule nothing is learned, and what was learned lasts a second. So the rule comes last and goes first, and a
-//! change drops nothing.
+//! Without the rules nothing is learned, and what was learned lasts a second. So they come last and go first, and a change
+//! drops nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,7 +18,7 @@ use std::path::PathBuf;
 
 use cni_netlink::{Link, LinkKind, MacBytes, Netlink, NetlinkError};
 use cni_nftables::{Chain, Family, Hook as NftHook, Nft, NftError, Table};
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use orch_ebpf_loader::{
     Error as LoaderError, Hook, Maps, Pins, attach, detach_hook, links_with, supports_fast_path,
 };
@@ -28,7 +29,7 @@ use crate::chain;
 use crate::network::{FastPath as Setting, NetworkConfig};
 use crate::status::FastPathStatus;
 
-/// Name of the table.
+/// Name of the tables.
 pub const TABLE: &str = "orch-fast";
 const CHAIN: &str = "postrouting";
 /// Behind source NAT (100): only then a connection's translation is decided.
@@ -63,8 +64,8 @@ pub enum FastPathError {
 /// What must be in the kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// The pod network, if the fast path is on.
-    pub cluster: Option<Ipv4Network>,
+    /// The pod network, one for each of its families, if the fast path is on.
+    pub clusters: BTreeSet<IpNetwork>,
     /// Links that have the programs, by index and name.
     pub links: BTreeMap<u32, String>,
 }
@@ -76,10 +77,8 @@ pub struct Seen {
     pub entering: BTreeSet<u32>,
     /// Links where flows become known.
     pub leaving: BTreeSet<u32>,
-    /// Whether there is a rule.
-    pub has_rule: bool,
-    /// For which network, if this run wrote it.
-    pub cluster: Option<Ipv4Network>,
+    /// Families that have a rule, and for which network, if this run wrote it.
+    pub rules: BTreeMap<Family, Option<IpNetwork>>,
     /// Whether conntrack bears gaps.
     pub is_liberal: bool,
 }
@@ -94,9 +93,9 @@ pub enum Step {
     /// A program off a link.
     Detach(u32, Hook),
     /// The rule, by which flows of this network become known.
-    PutRule(Ipv4Network),
-    /// No rule.
-    RemoveRule,
+    PutRule(IpNetwork),
+    /// No rule of this family.
+    RemoveRule(Family),
 }
 
 /// What this configuration wants on this node. `pods` are the host ends of links whose pods' policy is enforced; `shaped`
@@ -108,17 +107,18 @@ pub fn desired(
     pods: &BTreeSet<u32>,
     shaped: &BTreeSet<u32>,
 ) -> Wanted {
-    let cluster = config.v4.filter(|_| config.fast_path.is_wanted()).map(|v4| v4.network);
-    if cluster.is_none() {
+    if !config.fast_path.is_wanted() {
         return Wanted::default();
     }
-    let device = links.iter().find_map(|link| match &link.kind {
+    let v4 = config.v4.map(|v4| IpNetwork::V4(v4.network));
+    let v6 = config.v6.map(|v6| IpNetwork::V6(v6.network));
+    // Each family has a device, and its underlay.
+    let outside = links.iter().flat_map(|link| match &link.kind {
         LinkKind::Vxlan(vxlan) if vxlan.vni == config.vni => {
-            Some((link.index, vxlan.underlay_index))
+            [Some(link.index), vxlan.underlay_index]
         }
-        _ => None,
+        _ => [None; 2],
     });
-    let outside = device.into_iter().flat_map(|(device, underlay)| [Some(device), underlay]);
     let outside: BTreeSet<u32> = outside.flatten().collect();
     let wanted = |link: &&Link| {
         let index = link.index;
@@ -127,7 +127,7 @@ pub fn desired(
             || pods.contains(&index) && !shaped.contains(&index)
     };
     let links = links.iter().filter(wanted).map(|link| (link.index, link.name.clone()));
-    Wanted { cluster, links: links.collect() }
+    Wanted { clusters: v4.into_iter().chain(v6).collect(), links: links.collect() }
 }
 
 /// Steps from one to the other. Pure.
@@ -135,10 +135,10 @@ pub fn desired(
 pub fn plan(seen: &Seen, want: &Wanted) -> Vec<Step> {
     let mut steps = Vec::new();
     let there = [(Hook::FastEnter, &seen.entering), (Hook::FastLeave, &seen.leaving)];
-    if want.cluster.is_none() && seen.has_rule {
-        steps.push(Step::RemoveRule);
-    }
-    if want.cluster.is_some() && !seen.is_liberal {
+    let is_wanted = |family| want.clusters.iter().any(|cluster| family_of(*cluster) == family);
+    let surplus = seen.rules.keys().filter(|family| !is_wanted(**family));
+    steps.extend(surplus.map(|family| Step::RemoveRule(*family)));
+    if !want.clusters.is_empty() && !seen.is_liberal {
         steps.push(Step::BearGaps);
     }
     for (hook, there) in there {
@@ -147,21 +147,25 @@ pub fn plan(seen: &Seen, want: &Wanted) -> Vec<Step> {
         let surplus = there.iter().filter(|index| !want.links.contains_key(index));
         steps.extend(surplus.map(|index| Step::Detach(*index, hook)));
     }
-    if let Some(cluster) = want.cluster
-        && !(seen.has_rule && seen.cluster == Some(cluster))
-    {
-        steps.push(Step::PutRule(cluster));
-    }
+    let is_missing =
+        |cluster: &&IpNetwork| seen.rules.get(&family_of(**cluster)) != Some(&Some(**cluster));
+    steps.extend(want.clusters.iter().filter(is_missing).map(|cluster| Step::PutRule(*cluster)));
     steps
+}
+
+/// The family of a network's table.
+fn family_of(network: IpNetwork) -> Family {
+    if network.is_ipv4() { Family::Ip } else { Family::Ip6 }
 }
 
 /// The table with the rule. Pure.
 #[must_use]
-pub fn desired_table(cluster: Ipv4Network) -> Table {
-    let mut table = Table::new(Family::Ip, TABLE);
+pub fn desired_table(cluster: IpNetwork) -> Table {
+    let family = family_of(cluster);
+    let mut table = Table::new(family, TABLE);
     let bits = CONFIRMED | TRANSLATED | OTHERWISE_CHANGED;
     let rule = format!(
-        "ip saddr {cluster} ip daddr {cluster} ct status & {bits:#x} == {CONFIRMED:#x} meta mark set meta mark | {MARK_PLAIN:#x}"
+        "{family} saddr {cluster} {family} daddr {cluster} ct status & {bits:#x} == {CONFIRMED:#x} meta mark set meta mark | {MARK_PLAIN:#x}"
     );
     table.chain(CHAIN, Chain::base("filter", NftHook::Postrouting, PRIORITY, [rule]));
     table
@@ -179,7 +183,8 @@ pub fn observe_links(netlink: &Netlink) -> Result<(Vec<Link>, BTreeSet<u32>), Ne
 #[derive(Debug, Default)]
 pub struct FastPath {
     nft: Nft,
-    cluster: Option<Ipv4Network>,
+    /// Rules that it wrote.
+    rules: BTreeMap<Family, IpNetwork>,
     /// It is off, and nothing of it is left.
     is_idle: bool,
 }
@@ -191,7 +196,7 @@ impl FastPath {
     /// The first step that failed; those that could be done without it are done. Packets go the whole way where it is
     /// not in force.
     pub fn ensure(&mut self, pins: &Pins, want: &Wanted) -> Result<usize, FastPathError> {
-        let is_off = want.cluster.is_none();
+        let is_off = want.clusters.is_empty();
         if is_off && self.is_idle {
             return Ok(0);
         }
@@ -244,11 +249,15 @@ impl FastPath {
 
     fn observe(&self, pins: &Pins) -> Result<Seen, FastPathError> {
         let links = |hook| Ok::<_, LoaderError>(links_with(pins, hook)?.into_iter().collect());
+        let there = [
+            (Family::Ip, cni_netlink::nft_ip_chain_exists(TABLE, CHAIN)?),
+            (Family::Ip6, cni_netlink::nft_ip6_chain_exists(TABLE, CHAIN)?),
+        ];
+        let there = there.into_iter().filter(|(_, is_there)| *is_there);
         Ok(Seen {
             entering: links(Hook::FastEnter)?,
             leaving: links(Hook::FastLeave)?,
-            has_rule: cni_netlink::nft_ip_chain_exists(TABLE, CHAIN)?,
-            cluster: self.cluster,
+            rules: there.map(|(family, _)| (family, self.rules.get(&family).copied())).collect(),
             is_liberal: fs::read(LIBERAL).is_ok_and(|value| value.trim_ascii() == b"1"),
         })
     }
@@ -266,11 +275,11 @@ impl FastPath {
             Step::Detach(index, hook) => detach_hook(pins, *index, *hook)?,
             Step::PutRule(cluster) => {
                 self.nft.apply(&desired_table(*cluster).replace_script())?;
-                self.cluster = Some(*cluster);
+                self.rules.insert(family_of(*cluster), *cluster);
             }
-            Step::RemoveRule => {
-                self.nft.remove(Family::Ip, TABLE)?;
-                self.cluster = None;
+            Step::RemoveRule(family) => {
+                self.nft.remove(*family, TABLE)?;
+                self.rules.remove(family);
             }
         }
         Ok(())
@@ -287,18 +296,23 @@ fn wanted(maps: &Maps, netlink: &Netlink, config: &NetworkConfig) -> Result<Want
 mod tests {
     use super::*;
 
-    fn cluster() -> Ipv4Network {
+    fn cluster() -> IpNetwork {
         "10.244.0.0/16".parse().expect("CIDR")
+    }
+
+    fn cluster6() -> IpNetwork {
+        "fd00:10:244::/48".parse().expect("CIDR")
     }
 
     fn wanted(links: &[u32]) -> Wanted {
         let links = links.iter().map(|index| (*index, format!("link{index}"))).collect();
-        Wanted { cluster: Some(cluster()), links }
+        Wanted { clusters: [cluster()].into(), links }
     }
 
     #[test]
     fn an_underlay_without_frames_has_no_programs() {
-        let config = NetworkConfig::new(cluster(), 24, 1, 8472).expect("valid");
+        let network = "10.244.0.0/16".parse().expect("CIDR");
+        let config = NetworkConfig::new(network, 24, 1, 8472).expect("valid");
         let vxlan = |underlay| cni_netlink::Vxlan {
             vni: 1,
             port: 8472,
@@ -323,6 +337,10 @@ mod tests {
         };
         assert_eq!(on(2), [2, 9]);
         assert_eq!(on(3), [9]);
+        let second = Link { index: 10, name: "vxlan-orch-v6".to_owned(), mac: [2; 6], ..device(2) };
+        let links = [ethernet.clone(), device(2), second];
+        let both = desired(&config, &links, &BTreeSet::new(), &BTreeSet::new());
+        assert_eq!(both.links.into_keys().collect::<Vec<_>>(), [2, 9, 10], "one of each family");
         let off = NetworkConfig { fast_path: Setting::Off, ..config.clone() };
         assert_eq!(
             desired(&off, &[ethernet], &BTreeSet::new(), &BTreeSet::new()),
@@ -340,21 +358,29 @@ mod tests {
         let there = Seen {
             entering: all.clone(),
             leaving: all,
-            has_rule: true,
-            cluster: Some(cluster()),
+            rules: [(Family::Ip, Some(cluster()))].into(),
             is_liberal: true,
         };
         assert_eq!(plan(&there, &wanted(&[3])), [], "a second run changes nothing");
         let down = plan(&there, &Wanted::default());
         assert_eq!(
             down,
-            [Step::RemoveRule, Step::Detach(3, Hook::FastEnter), Step::Detach(3, Hook::FastLeave)]
+            [
+                Step::RemoveRule(Family::Ip),
+                Step::Detach(3, Hook::FastEnter),
+                Step::Detach(3, Hook::FastLeave)
+            ]
         );
         let moved = plan(&there, &wanted(&[4]));
         assert!(moved.contains(&Step::Detach(3, Hook::FastLeave)), "{moved:?}");
         assert!(!moved.iter().any(|step| matches!(step, Step::PutRule(_))), "{moved:?}");
         // A rule that a former run left may be for another network.
-        let unknown = Seen { cluster: None, ..there };
+        let unknown = Seen { rules: [(Family::Ip, None)].into(), ..there.clone() };
         assert_eq!(plan(&unknown, &wanted(&[3])), [Step::PutRule(cluster())]);
+        // A second family comes, and the first one goes.
+        let dual = Wanted { clusters: [cluster(), cluster6()].into(), ..wanted(&[3]) };
+        assert_eq!(plan(&there, &dual), [Step::PutRule(cluster6())]);
+        let alone = Wanted { clusters: [cluster6()].into(), ..wanted(&[3]) };
+        assert_eq!(plan(&there, &alone), [Step::RemoveRule(Family::Ip), Step::PutRule(cluster6())]);
     }
 }

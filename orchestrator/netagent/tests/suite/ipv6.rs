@@ -178,24 +178,7 @@ const ALONE: &str = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00
 /// A pod with an IPv6 address and no other.
 fn ipv6_pod(node: &Node, last: u8) -> (Netns, Ipv6Addr) {
     let (_, subnet) = node.env().ipv6.expect("an IPv6 subnet");
-    let address = |last: u8| Ipv6Addr::from_bits(subnet.network().to_bits() + u128::from(last));
-    let (gateway, length, mtu) = (address(1), subnet.prefix(), node.env().mtu);
-    if !node.netns.ip("-br link").lines().any(|line| line.starts_with("cni0")) {
-        node.netns.ip(&format!("link add cni0 address 02:00:00:00:00:01 mtu {mtu} type bridge"));
-        node.netns.ip(&format!("address add {gateway}/{length} dev cni0 nodad"));
-        node.netns.ip("link set cni0 up");
-    }
-    let pod = Netns::new("pod");
-    node.netns.ip(&format!(
-        "link add veth{last} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}",
-        pod.name
-    ));
-    node.netns.ip(&format!("link set veth{last} up master cni0"));
-    pod.ip(&format!("address add {}/{length} dev eth0 nodad", address(last)));
-    pod.ip("link set eth0 up");
-    pod.ip(&format!("-6 route add default via {gateway}"));
-    pod.serve_tcp6("pod", 8081);
-    (pod, address(last))
+    Pod::attach_ipv6(&node.netns, subnet, node.env().mtu, last)
 }
 
 #[test]

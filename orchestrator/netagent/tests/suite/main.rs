@@ -4,6 +4,7 @@ mod agent;
 mod chaos;
 mod connect_time;
 mod fast_path;
+mod fast_path_ipv6;
 mod flannel;
 mod ipv6;
 mod join;

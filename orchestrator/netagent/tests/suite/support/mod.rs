@@ -6,6 +6,7 @@ pub mod history;
 pub mod netns;
 pub mod overlay;
 pub mod stream;
+pub mod two_nodes;
 
 use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;

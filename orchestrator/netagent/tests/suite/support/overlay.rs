@@ -273,6 +273,28 @@ impl Pod {
         Self { netns, ip: address(last) }
     }
 
+    /// One that has an address of the node's IPv6 subnet and no other, where it answers on port 8081.
+    pub fn attach_ipv6(node: &Netns, subnet: Ipv6Network, mtu: u32, last: u8) -> (Netns, Ipv6Addr) {
+        let address = |last: u8| Ipv6Addr::from_bits(subnet.network().to_bits() + u128::from(last));
+        let (gateway, length) = (address(1), subnet.prefix());
+        if !node.ip("-br link").lines().any(|line| line.starts_with("cni0")) {
+            node.ip(&format!("link add cni0 address 02:00:00:00:00:01 mtu {mtu} type bridge"));
+            node.ip(&format!("address add {gateway}/{length} dev cni0 nodad"));
+            node.ip("link set cni0 up");
+        }
+        let netns = Netns::new("pod");
+        node.ip(&format!(
+            "link add veth{last} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}",
+            netns.name
+        ));
+        node.ip(&format!("link set veth{last} up master cni0"));
+        netns.ip(&format!("address add {}/{length} dev eth0 nodad", address(last)));
+        netns.ip("link set eth0 up");
+        netns.ip(&format!("-6 route add default via {gateway}"));
+        netns.serve_tcp6("pod", 8081);
+        (netns, address(last))
+    }
+
     /// Gives it an address of the node's IPv6 subnet, where it answers on port 8081.
     pub fn add_ipv6(&self, node: &Netns, subnet: Ipv6Network, last: u8) -> Ipv6Addr {
         let address = |last: u8| Ipv6Addr::from_bits(subnet.network().to_bits() + u128::from(last));
