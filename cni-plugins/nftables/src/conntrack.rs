@@ -1,4 +1,4 @@
-//! What conntrack remembers: forgetting flows, and how full its table is.
+//! What conntrack remembers: forgetting flows, being lenient with them, and how full its table is.
 //!
 //! NAT decides once per flow, and conntrack goes on with it: a flow that led to a pod that is gone leads there for as
 //! long as its client keeps sending. Who changes what a flow should lead to makes the kernel forget it.
@@ -18,6 +18,7 @@ use crate::wire::{attribute, message, put, put_nested};
 const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 const LIMIT: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 // `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_…` (`linux/netfilter/nfnetlink_conntrack.h`).
+const UPDATE: u16 = 0x0100;
 const GET: u16 = 0x0101;
 const DELETE: u16 = 0x0102;
 const GET_COUNTERS: u16 = 0x0104;
@@ -26,6 +27,7 @@ const FLAG_ACK: u16 = 0x4;
 const FLAG_DUMP: u16 = 0x300;
 const TUPLE_ORIGINAL: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
+const PROTOCOL_INFO: u16 = 4;
 const ID: u16 = 12;
 const FILTER: u16 = 25;
 const TUPLE_IP: u16 = 1;
@@ -37,6 +39,12 @@ const IP_V6_DESTINATION: u16 = 4;
 const PROTOCOL_NUMBER: u16 = 1;
 const PROTOCOL_SOURCE_PORT: u16 = 2;
 const PROTOCOL_DESTINATION_PORT: u16 = 3;
+/// `CTA_PROTOINFO_…`: what conntrack knows of a TCP connection, and flags of each of its directions.
+const INFO_TCP: u16 = 1;
+const INFO_TCP_FLAGS: [u16; 2] = [4, 5];
+/// `IP_CT_TCP_FLAG_BE_LIBERAL`.
+const BE_LIBERAL: u8 = 0x08;
+const TCP: u8 = 6;
 /// `CTA_STATS_DROP`: packets that would have begun a flow.
 const COUNTER_DROP: u16 = 10;
 const FILTER_ORIGINAL_FLAGS: u16 = 1;
@@ -190,7 +198,30 @@ pub fn forget_flows_that(ipv4: bool, stale: impl Fn(&Flow) -> bool) -> io::Resul
     forget(ipv4, &[], stale)
 }
 
+/// Makes the kernel bear that it has not seen all packets of the TCP connections that it knows now, as long as each of them
+/// lives: what `nf_conntrack_tcp_be_liberal` says to all. In the namespace of the calling thread; says how many there are.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn bear_gaps() -> io::Result<usize> {
+    let mut done = 0;
+    for ipv4 in [true, false] {
+        done += for_each(ipv4, &[], |flow| flow.protocol == TCP, be_liberal)?;
+    }
+    Ok(done)
+}
+
 fn forget(ipv4: bool, filter: &[u8], stale: impl Fn(&Flow) -> bool) -> io::Result<usize> {
+    for_each(ipv4, filter, stale, delete)
+}
+
+/// Does something with those flows of a family that are wanted; says for how many it was done.
+fn for_each(
+    ipv4: bool,
+    filter: &[u8],
+    wanted: impl Fn(&Flow) -> bool,
+    act: impl Fn(&Socket, u8, &Flow, u32) -> io::Result<bool>,
+) -> io::Result<usize> {
     if fs::read(COUNT).is_ok_and(|count| count.trim_ascii() == b"0") {
         return Ok(0);
     }
@@ -198,12 +229,12 @@ fn forget(ipv4: bool, filter: &[u8], stale: impl Fn(&Flow) -> bool) -> io::Resul
     // `AF_INET`, `AF_INET6`.
     let family = if ipv4 { 2 } else { 10 };
     let mut sequence = 1;
-    let mut gone = 0;
-    for flow in list(&socket, family, filter, stale, sequence)? {
+    let mut done = 0;
+    for flow in list(&socket, family, filter, wanted, sequence)? {
         sequence += 1;
-        gone += usize::from(delete(&socket, family, &flow, sequence)?);
+        done += usize::from(act(&socket, family, &flow, sequence)?);
     }
-    Ok(gone)
+    Ok(done)
 }
 
 fn open() -> io::Result<Socket> {
@@ -237,12 +268,41 @@ fn list(
 
 /// False: the flow was gone already.
 fn delete(socket: &Socket, family: u8, flow: &Flow, sequence: u32) -> io::Result<bool> {
-    let mut attributes = Vec::new();
-    put_nested(&mut attributes, TUPLE_ORIGINAL, |out| out.extend(&flow.tuple));
+    let mut attributes = named(flow);
     if let Some(id) = flow.id {
         put(&mut attributes, ID, &id);
     }
-    let request = message(DELETE, FLAG_REQUEST | FLAG_ACK, sequence, (family, 0), &attributes);
+    change(socket, DELETE, family, &attributes, sequence)
+}
+
+/// False: the flow was gone already.
+fn be_liberal(socket: &Socket, family: u8, flow: &Flow, sequence: u32) -> io::Result<bool> {
+    let mut attributes = named(flow);
+    put_nested(&mut attributes, PROTOCOL_INFO, |out| {
+        put_nested(out, INFO_TCP, |out| {
+            for direction in INFO_TCP_FLAGS {
+                // `struct nf_ct_tcp_flags`: flags, and which of them are meant.
+                put(out, direction, &[BE_LIBERAL; 2]);
+            }
+        });
+    });
+    change(socket, UPDATE, family, &attributes, sequence)
+}
+
+fn named(flow: &Flow) -> Vec<u8> {
+    let mut attributes = Vec::new();
+    put_nested(&mut attributes, TUPLE_ORIGINAL, |out| out.extend(&flow.tuple));
+    attributes
+}
+
+fn change(
+    socket: &Socket,
+    kind: u16,
+    family: u8,
+    attributes: &[u8],
+    sequence: u32,
+) -> io::Result<bool> {
+    let request = message(kind, FLAG_REQUEST | FLAG_ACK, sequence, (family, 0), attributes);
     match exchange(socket, &request, sequence, &mut |_| {}) {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),

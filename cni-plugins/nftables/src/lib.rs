@@ -18,7 +18,7 @@ mod table;
 mod tool;
 mod wire;
 
-pub use conntrack::{Flow, Flows, Usage, forget_flows, forget_flows_that};
+pub use conntrack::{Flow, Flows, Usage, bear_gaps, forget_flows, forget_flows_that};
 pub use netfilter::{
     COMMENT_MAX, Element, Netfilter, NetfilterError, Rule, Target, Transaction, undisturbed,
 };

@@ -7,17 +7,17 @@
 //!   that is shaped (the `bandwidth` plugin) goes the whole way: its queue is on its link;
 //! - for each family of the pod network one rule behind source translation that marks what is not translated, in a table of
 //!   its own;
-//! - conntrack, which sees a part of the packets only, does not call the others out of window.
+//! - conntrack, which sees a part of the packets only, does not call the others out of window. When the fast path goes,
+//!   connections keep that, each for itself, and the setting is as before.
 //!
 //! Without the rules nothing is learned, and what was learned lasts a second. So they come last and go first, and a change
 //! drops nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
 
 use cni_netlink::{Link, LinkKind, MacBytes, Netlink, NetlinkError};
-use cni_nftables::{Chain, Family, Hook as NftHook, Nft, NftError, Table};
+use cni_nftables::{Chain, Family, Hook as NftHook, Nft, NftError, Table, bear_gaps};
 use ipnetwork::IpNetwork;
 use orch_ebpf_loader::{
     Error as LoaderError, Hook, Maps, Pins, attach, detach_hook, links_with, supports_fast_path,
@@ -32,6 +32,9 @@ use crate::status::FastPathStatus;
 /// Name of the tables.
 pub const TABLE: &str = "orch-fast";
 const CHAIN: &str = "postrouting";
+/// A chain without rules in the table of family `inet`, there while the setting of conntrack is ours: it lives as long as the
+/// network namespace, as the setting does.
+const STRICT: &str = "conntrack-was-strict";
 /// Behind source NAT (100): only then a connection's translation is decided.
 const PRIORITY: i32 = 110;
 /// Of `enum ip_conntrack_status` (`linux/netfilter/nf_conntrack_common.h`): confirmed, translated either way, changed
@@ -57,8 +60,16 @@ pub enum FastPathError {
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
     /// The setting of conntrack could not be made.
-    #[error("set {LIBERAL} to 1")]
-    Liberal(#[source] std::io::Error),
+    #[error("set {LIBERAL} to {value}")]
+    Liberal {
+        /// What it should be.
+        value: &'static str,
+        /// Why it is not.
+        source: std::io::Error,
+    },
+    /// conntrack's connections could not be told.
+    #[error("make conntrack bear gaps in the connections that took the fast path")]
+    Connections(#[source] std::io::Error),
 }
 
 /// What must be in the kernel.
@@ -81,13 +92,17 @@ pub struct Seen {
     pub rules: BTreeMap<Family, Option<IpNetwork>>,
     /// Whether conntrack bears gaps.
     pub is_liberal: bool,
+    /// Whether it does so for our sake.
+    pub was_strict: bool,
 }
 
 /// One change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// conntrack bears that it does not see all packets. Stays when the fast path goes: its flows go on.
+    /// conntrack bears that it does not see all packets.
     BearGaps,
+    /// It does so for the connections that there are, and no longer for all.
+    MindGaps,
     /// A program onto a link.
     Attach(u32, String, Hook),
     /// A program off a link.
@@ -150,6 +165,9 @@ pub fn plan(seen: &Seen, want: &Wanted) -> Vec<Step> {
     let is_missing =
         |cluster: &&IpNetwork| seen.rules.get(&family_of(**cluster)) != Some(&Some(**cluster));
     steps.extend(want.clusters.iter().filter(is_missing).map(|cluster| Step::PutRule(*cluster)));
+    if want.clusters.is_empty() && seen.was_strict {
+        steps.push(Step::MindGaps);
+    }
     steps
 }
 
@@ -259,13 +277,23 @@ impl FastPath {
             leaving: links(Hook::FastLeave)?,
             rules: there.map(|(family, _)| (family, self.rules.get(&family).copied())).collect(),
             is_liberal: fs::read(LIBERAL).is_ok_and(|value| value.trim_ascii() == b"1"),
+            was_strict: cni_netlink::nft_chain_exists(TABLE, STRICT)?,
         })
     }
 
     fn apply(&mut self, pins: &Pins, step: &Step) -> Result<(), FastPathError> {
         match step {
             Step::BearGaps => {
-                fs::write(PathBuf::from(LIBERAL), "1").map_err(FastPathError::Liberal)?;
+                // First, so that it is never ours without a sign.
+                let mut sign = Table::new(Family::Inet, TABLE);
+                sign.chain(STRICT, Chain::regular([]));
+                self.nft.apply(&sign.replace_script())?;
+                set_liberal("1")?;
+            }
+            Step::MindGaps => {
+                bear_gaps().map_err(FastPathError::Connections)?;
+                set_liberal("0")?;
+                self.nft.remove(Family::Inet, TABLE)?;
             }
             Step::Attach(index, name, hook) => match attach(pins, name, *index, *hook) {
                 // A link that went while we looked needs nothing.
@@ -284,6 +312,10 @@ impl FastPath {
         }
         Ok(())
     }
+}
+
+fn set_liberal(value: &'static str) -> Result<(), FastPathError> {
+    fs::write(LIBERAL, value).map_err(|source| FastPathError::Liberal { value, source })
 }
 
 fn wanted(maps: &Maps, netlink: &Netlink, config: &NetworkConfig) -> Result<Wanted, FastPathError> {
@@ -360,6 +392,7 @@ mod tests {
             leaving: all,
             rules: [(Family::Ip, Some(cluster()))].into(),
             is_liberal: true,
+            was_strict: true,
         };
         assert_eq!(plan(&there, &wanted(&[3])), [], "a second run changes nothing");
         let down = plan(&there, &Wanted::default());
@@ -368,9 +401,12 @@ mod tests {
             [
                 Step::RemoveRule(Family::Ip),
                 Step::Detach(3, Hook::FastEnter),
-                Step::Detach(3, Hook::FastLeave)
+                Step::Detach(3, Hook::FastLeave),
+                Step::MindGaps
             ]
         );
+        let not_ours = plan(&Seen { was_strict: false, ..there.clone() }, &Wanted::default());
+        assert!(!not_ours.contains(&Step::MindGaps), "{not_ours:?}");
         let moved = plan(&there, &wanted(&[4]));
         assert!(moved.contains(&Step::Detach(3, Hook::FastLeave)), "{moved:?}");
         assert!(!moved.iter().any(|step| matches!(step, Step::PutRule(_))), "{moved:?}");

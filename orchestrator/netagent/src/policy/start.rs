@@ -6,6 +6,7 @@ use tracing::{error, info, warn};
 
 use super::engine::Engine;
 use super::{PLUGIN, metrics, socket_path, state_dir};
+use crate::fast_path::{FastPath, Wanted};
 use crate::status::PolicyStatus;
 use crate::{Mode, chain};
 
@@ -94,7 +95,10 @@ pub(super) fn prepare(pins: &Pins) -> Result<Ready, String> {
 
 /// Takes out what an earlier run put into the kernel; true if there was something.
 fn remove(pins: &Pins, paths: &Paths) -> Result<bool, String> {
+    // It has more than programs.
+    let fast_path = FastPath::default().ensure(pins, &Wanted::default());
     let was_there = uninstall(pins).map_err(|error| chain(&error))?;
+    fast_path.map_err(|error| chain(&error))?;
     for leftover in [state_dir(paths), socket_path(paths)] {
         let gone = if leftover.is_dir() {
             std::fs::remove_dir_all(&leftover)

@@ -230,6 +230,86 @@ fn a_pod_cannot_draw_the_traffic_between_nodes_to_a_host_outside() {
     assert_eq!(arrived, FORGED, "its own packets, and no other");
 }
 
+/// Whether conntrack bears packets that it does not expect, in this node's namespace.
+fn is_liberal(netns: &Netns) -> bool {
+    let file = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
+    netns.within(move || std::fs::read_to_string(file)).expect("read").trim() == "1"
+}
+
+/// A server that reads as many bytes as it is told, each time, and says when it has them.
+fn serve_sink(pod: &Pod) {
+    let (ready, started) = std::sync::mpsc::channel();
+    pod.netns.spawn(move || {
+        let listener = TcpListener::bind(("0.0.0.0", ECHO_PORT)).expect("bind");
+        ready.send(()).expect("the test waits");
+        let (mut stream, _) = listener.accept().expect("a client");
+        let mut length = [0; 8];
+        while stream.read_exact(&mut length).is_ok() {
+            let mut part = (&mut stream).take(u64::from_be_bytes(length));
+            if std::io::copy(&mut part, &mut std::io::sink()).is_err()
+                || stream.write_all(&[1]).is_err()
+            {
+                break;
+            }
+        }
+    });
+    started.recv().expect("the server starts");
+}
+
+/// Sends that many bytes and waits until they are there.
+fn send_all(stream: &mut TcpStream, bytes: usize) -> std::io::Result<()> {
+    stream.write_all(&u64::try_from(bytes).expect("fits").to_be_bytes())?;
+    stream.write_all(&vec![0; bytes])?;
+    stream.read_exact(&mut [0])
+}
+
+#[test]
+fn conntrack_is_strict_again_without_the_fast_path_and_connections_of_it_go_on() {
+    let Some(world) = World::new(Shape::IPV4) else { return };
+    let [one, other] = &world.hosts;
+    for host in &world.hosts {
+        // As firewalls have it.
+        host.nft(
+            "table inet strict {
+                chain forward {
+                    type filter hook forward priority -190;
+                    ct state invalid drop
+                }
+            }
+",
+        );
+        assert!(!is_liberal(&host.netns));
+    }
+    serve_sink(&other.pods[0]);
+    world.switch_on();
+    assert!(is_liberal(&one.netns) && is_liberal(&other.netns));
+    let to = SocketAddrV4::new(other.pods[0].ip, ECHO_PORT);
+    let mut stream = connect_from(&one.pods[0], 6000, to);
+    // More than any window, past conntrack.
+    let before = one.forwarded();
+    for _ in 0..64 {
+        send_all(&mut stream, 1 << 20).expect("it goes on");
+    }
+    assert!(one.forwarded() - before < (64 << 20) / (1 << 16), "it takes the short way");
+    // Another run than the one that switched it on.
+    for host in &world.hosts {
+        host.ensure(Wanted::default());
+        assert!(!is_liberal(&host.netns), "as it was");
+        assert_eq!(host.ensure(Wanted::default()), 0, "and nothing is left to do");
+    }
+    for _ in 0..4 {
+        send_all(&mut stream, 1 << 20).expect("it goes on");
+    }
+    // What somebody else has set is left alone.
+    one.netns.within(|| {
+        let file = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
+        std::fs::write(file, "1").expect("written");
+    });
+    one.ensure(one.wanted());
+    one.ensure(Wanted::default());
+    assert!(is_liberal(&one.netns), "it is not ours");
+}
+
 /// Unmounts when dropped, also by a test that failed.
 struct Mounted(PathBuf);
 
@@ -262,9 +342,11 @@ fn the_agent_follows_the_networks_setting() {
         (node.status().fast_path.links == 2 && has_rule()).then_some(())
     });
     assert_eq!(links_with(&pins, Hook::FastEnter).expect("read").len(), 2);
+    assert!(is_liberal(&node.netns));
     configure(r#","FastPath":false"#);
     eventually("nothing of it is left", || {
         let links = links_with(&pins, Hook::FastLeave).expect("read");
         (!node.status().fast_path.on && links.is_empty() && !has_table()).then_some(())
     });
+    assert!(!is_liberal(&node.netns));
 }
