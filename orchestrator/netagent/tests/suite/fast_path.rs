@@ -2,13 +2,15 @@
 //! hold. Needs root; says so without.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket,
+};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
 use orch_ebpf_loader::{Hook, Pins, links_with};
 use orch_netagent::fast_path::{self, Wanted};
@@ -22,7 +24,6 @@ use crate::support::overlay::{self, Pod, eventually, join};
 use crate::support::stream::Streams;
 use crate::support::two_nodes::{Shape, World};
 
-const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 3, 4);
 const SERVICE_PORT: u16 = 80;
 pub(crate) const ECHO_PORT: u16 = 9000;
 /// Longer than anything that a wrong decision would survive.
@@ -48,13 +49,20 @@ pub(crate) fn serve_echo(pod: &Pod) {
 }
 
 /// A connection from a port that another connection may have as well, to another address.
-fn connect_from(pod: &Pod, port: u16, to: SocketAddrV4) -> TcpStream {
+pub(crate) fn connect_from(pod: &Pod, port: u16, to: impl Into<SocketAddr>) -> TcpStream {
+    let to = to.into();
+    let (family, any) = if to.is_ipv4() {
+        (AddressFamily::Inet, Ipv4Addr::UNSPECIFIED.into())
+    } else {
+        (AddressFamily::Inet6, Ipv6Addr::UNSPECIFIED.into())
+    };
     pod.netns.within(move || {
         let fd: OwnedFd =
-            socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).expect("socket");
+            socket(family, SockType::Stream, SockFlag::empty(), None).expect("socket");
         setsockopt(&fd, sockopt::ReuseAddr, &true).expect("set");
-        bind(fd.as_raw_fd(), &SockaddrIn::new(0, 0, 0, 0, port)).expect("bind");
-        connect(fd.as_raw_fd(), &SockaddrIn::from(to)).expect("connect");
+        let from = SockaddrStorage::from(SocketAddr::new(any, port));
+        bind(fd.as_raw_fd(), &from).expect("bind");
+        connect(fd.as_raw_fd(), &SockaddrStorage::from(to)).expect("connect");
         let stream = TcpStream::from(fd);
         stream.set_read_timeout(Some(LIMIT)).expect("set");
         stream.set_nodelay(true).expect("set");
@@ -107,14 +115,26 @@ fn packets_of_known_flows_pass_by_the_long_way_between_nodes_and_on_one() {
 
 #[test]
 fn connections_to_a_service_and_to_its_endpoint_do_not_mix_even_from_one_port() {
-    let Some(world) = World::new(Shape::IPV4) else { return };
+    do_not_mix(Shape::IPV4, ["10.96.3.4", "10.244.0.0/16", "10.96.0.0/12", "10.96.0.10"]);
+}
+
+#[test]
+fn connections_to_an_ipv6_service_and_to_its_endpoint_do_not_mix_even_from_one_port() {
+    let services = ["fd00:10:96::304", "fd00:10:244::/48", "fd00:10:96::/112", "fd00:10:96::a"];
+    do_not_mix(Shape::IPV6, services);
+}
+
+/// `words` are the Service's address, the networks of pods and of Services, and the address of DNS.
+fn do_not_mix(shape: Shape, words: [&'static str; 4]) {
+    let Some(world) = World::new(shape) else { return };
     let [one, other] = &world.hosts;
-    let server = other.pods[0].ip;
+    let server = other.ip(0, shape.v6);
+    let service: IpAddr = words[0].parse().expect("an address");
     serve_echo(&other.pods[0]);
     let port = Port {
         id: "default/echo/tcp/80".to_owned(),
         protocol: Protocol::Tcp,
-        cluster_ips: vec![SERVICE.into()],
+        cluster_ips: vec![service],
         port: SERVICE_PORT,
         node_port: None,
         external_ips: Vec::new(),
@@ -124,7 +144,7 @@ fn connections_to_a_service_and_to_its_endpoint_do_not_mix_even_from_one_port() 
         internal_local: false,
         affinity: None,
         endpoints: vec![Backend {
-            ip: server.into(),
+            ip: server,
             port: ECHO_PORT,
             local: false,
             ready: true,
@@ -133,16 +153,16 @@ fn connections_to_a_service_and_to_its_endpoint_do_not_mix_even_from_one_port() 
     };
     one.netns.within(move || {
         let networks = Networks {
-            cluster: "10.244.0.0/16".parse().expect("CIDR"),
-            service: "10.96.0.0/12".parse().expect("CIDR"),
-            dns_ip: Ipv4Addr::new(10, 96, 0, 10).into(),
+            cluster: words[1].parse().expect("CIDR"),
+            service: words[2].parse().expect("CIDR"),
+            dns_ip: words[3].parse().expect("an address"),
         };
         Proxy::default().apply(&[port], &[networks]).expect("nft");
     });
     world.switch_on();
     let client = &one.pods[0];
     let (service, direct) =
-        (SocketAddrV4::new(SERVICE, SERVICE_PORT), SocketAddrV4::new(server, ECHO_PORT));
+        (SocketAddr::new(service, SERVICE_PORT), SocketAddr::new(server, ECHO_PORT));
     let plain = connect_from(client, 5001, direct);
     // The first of a pair has the tuple for itself; the second one gets another port from conntrack.
     let service_first = connect_from(client, 5000, service);
@@ -311,7 +331,7 @@ fn conntrack_is_strict_again_without_the_fast_path_and_connections_of_it_go_on()
 }
 
 /// Unmounts when dropped, also by a test that failed.
-struct Mounted(PathBuf);
+pub(crate) struct Mounted(pub(crate) PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::io::ErrorKind;
-use std::net::{Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
@@ -10,16 +10,16 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use orch_ebpf_loader::{Hook, links_with};
 use orch_netagent::fast_path::{self, Wanted};
+use orch_netagent::policy;
 use serde_json::Value;
 
-use crate::fast_path::{ECHO_PORT, echo, serve_echo};
+use crate::fast_path::{ECHO_PORT, Mounted, connect_from, echo, serve_echo};
 use crate::support::netns::{Netns, run};
-use crate::support::overlay::{Pod, eventually};
+use crate::support::overlay::{self, Pod, eventually};
 use crate::support::stream::Streams;
 use crate::support::two_nodes::{Host, Shape, World};
 
 const DEVICE: &str = "vxlan-orch-v6";
-const LIMIT: Duration = Duration::from_secs(3);
 /// A datagram between these nodes is there in microseconds.
 const IMPATIENCE: Duration = Duration::from_millis(200);
 /// `ETHTOOL_STXCSUM` (`linux/ethtool.h`).
@@ -161,12 +161,7 @@ fn a_policy_cuts_an_ipv6_flow_that_takes_the_short_way() {
         world.switch_on();
         for (host, pod) in [(other, 0), (one, 1)] {
             let to = SocketAddr::new(host.ip(pod, true), ECHO_PORT);
-            let mut stream = one.pods[0].netns.within(move || {
-                let stream = TcpStream::connect_timeout(&to, LIMIT).expect("nothing forbids it");
-                stream.set_read_timeout(Some(LIMIT)).expect("set");
-                stream.set_nodelay(true).expect("set");
-                stream
-            });
+            let mut stream = connect_from(&one.pods[0], 6000, to);
             for round in 0..20 {
                 echo(&mut stream, round).expect("nothing forbids it");
             }
@@ -275,4 +270,40 @@ fn a_pod_hears_that_a_packet_is_too_big_though_its_flow_is_known() {
         let route = one.pods[0].netns.ip(&format!("-6 route get {to}"));
         route.contains("mtu 1430").then_some(())
     });
+}
+
+#[test]
+fn the_agent_follows_the_families_of_the_network() {
+    let world = overlay::World::new();
+    let configure = |families: &str| {
+        world.configure(&format!(r#"{{{families},"Backend":{{"Type":"vxlan"}}}}"#));
+    };
+    let (v4, v6) =
+        (r#""Network":"10.244.0.0/16""#, r#""EnableIPv6":true,"IPv6Network":"fd00:10:244::/48""#);
+    configure(&format!("{v4},{v6}"));
+    let host = world.host(1);
+    host.ip("address add 2001:db8::1/64 dev eth0 nodad");
+    let node = world.node_in(host, 1, |options| {
+        options.policy = orch_netagent::Mode::Auto;
+        let plugins = options.paths.cni_bin_dir();
+        std::fs::create_dir_all(&plugins).expect("made");
+        std::fs::write(plugins.join(policy::PLUGIN), "").expect("written");
+    });
+    let _mounted = Mounted(node.folder.path().join("sys/fs/bpf"));
+    let becomes = |what: &str, rules: [bool; 2], links: usize| {
+        eventually(what, || {
+            let has_rule = |family| node.nft(&format!("list tables {family}"));
+            let has_rule = ["ip", "ip6"].map(|family| {
+                has_rule(family)
+                    .lines()
+                    .any(|line| line == format!("table {family} {}", fast_path::TABLE))
+            });
+            (has_rule == rules && node.status().fast_path.links == links).then_some(())
+        });
+    };
+    becomes("both, on two devices and the underlay's link", [true, true], 3);
+    configure(v4);
+    becomes("IPv4 alone", [true, false], 2);
+    configure(&format!(r#""EnableIPv4":false,{v6}"#));
+    becomes("IPv6 alone", [false, true], 2);
 }

@@ -204,8 +204,12 @@ impl Host {
         let wires: Vec<String> = wires.iter().map(|name| (*name).to_owned()).collect();
         self.netns.within(move || {
             let mut maps = install(&pins).expect("installed");
-            maps.put_address(ClassKey::new(Ipv4Addr::new(10, 96, 0, 0), 12), ADDRESS_SERVICE)
-                .expect("put");
+            let services6: Ipv6Addr = "fd00:10:96::".parse().expect("an address");
+            for services in
+                [ClassKey::new(Ipv4Addr::new(10, 96, 0, 0), 12), ClassKey::new(services6, 112)]
+            {
+                maps.put_address(services, ADDRESS_SERVICE).expect("put");
+            }
             maps.set_settings(Config::new(8472, false)).expect("set");
             let index = |name: &str| nix::net::if_::if_nametoindex(name).expect("made");
             for (name, row) in rows {
