@@ -268,6 +268,7 @@ mod tests {
             alias: None,
             group: 0,
             port: None,
+            ..Link::default()
         }
     }
 

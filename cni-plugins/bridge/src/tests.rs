@@ -36,6 +36,7 @@ fn link(name: &str, index: u32, kind: LinkKind) -> Link {
         alias: None,
         group: 0,
         port: None,
+        ..Link::default()
     }
 }
 

@@ -30,7 +30,8 @@ pub use address::AddressOptions;
 pub use batch::{Change, Refused};
 pub use error::NetlinkError;
 pub use link::{
-    Bridge, BridgePort, IfbDevice, Link, LinkKind, PortVlan, VethPair, Vxlan, VxlanDevice,
+    Bridge, BridgePort, IfbDevice, Link, LinkKind, PacketSizes, PortVlan, VethPair, Vxlan,
+    VxlanDevice,
 };
 pub use mac::{mac_text, parse_mac, parse_unicast_mac};
 pub use neighbour::{FdbEntry, Neighbour};

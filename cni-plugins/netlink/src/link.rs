@@ -1,8 +1,10 @@
-//! Links: what there is. Making them is in `create.rs`, changing them in `change.rs`, ports of bridges are in `port.rs`.
+//! Links: what there is. Making them is in `create.rs`, changing them in `change.rs`, ports of bridges are in `port.rs`, sizes
+//! of packets in `sizes.rs`.
 
 mod change;
 mod create;
 mod port;
+mod sizes;
 
 use std::net::IpAddr;
 
@@ -19,6 +21,7 @@ use port::parse_port;
 #[cfg(test)]
 pub(crate) use port::parse_vlans;
 pub use port::{BridgePort, PortVlan};
+pub use sizes::PacketSizes;
 
 const HEADER_BYTES: usize = 16;
 const INDEX_AT: usize = 4;
@@ -51,6 +54,8 @@ pub struct Link {
     pub mac: MacBytes,
     /// MTU.
     pub mtu: u32,
+    /// How large packets may be before they are cut into frames.
+    pub sizes: PacketSizes,
     /// Whether it is switched on (`IFF_UP`).
     pub up: bool,
     /// Whether it could carry packets now: for a veth, whether both ends are up.
@@ -195,6 +200,7 @@ pub(crate) fn parse_link(payload: &[u8]) -> Option<Link> {
             .and_then(|mac| mac.try_into().ok())
             .unwrap_or_default(),
         mtu: number(libc::IFLA_MTU).unwrap_or_default(),
+        sizes: PacketSizes::parse(attributes),
         up: flags.contains(LinkFlags::Up),
         carrier: flags.contains(LinkFlags::LowerUp),
         promiscuous: flags.contains(LinkFlags::Promisc),

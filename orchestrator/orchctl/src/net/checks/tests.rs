@@ -27,6 +27,7 @@ fn link(index: u32, name: &str, kind: LinkKind, mtu: u32) -> Link {
         alias: None,
         group: 0,
         port: None,
+        ..Link::default()
     }
 }
 
