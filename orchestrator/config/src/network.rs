@@ -64,7 +64,9 @@ pub struct NetworkConfig {
     pub mode: Mode,
     /// Whether packets of known flows take the short way through a node (eBPF). A key of ours in `Backend`, which flannel
     /// does not read.
-    pub fast_path: FastPath,
+    pub fast_path: Switch,
+    /// Whether packets of pods are larger than 64 KiB before they are cut into frames (BIG TCP). Likewise ours.
+    pub big_tcp: Switch,
 }
 
 /// The IPv4 half of a network.
@@ -277,9 +279,9 @@ impl Mode {
     }
 }
 
-/// Whether packets of known flows take the short way through a node: `FastPath` in the backend's configuration.
+/// Whether the nodes do what not each of them can: `FastPath` and `BigTCP` in the backend's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum FastPath {
+pub enum Switch {
     /// Where a node can; one that cannot is as well. The key is absent.
     #[default]
     Auto,
@@ -289,7 +291,7 @@ pub enum FastPath {
     Off,
 }
 
-impl FastPath {
+impl Switch {
     /// As the configuration has it.
     #[must_use]
     pub fn from_key(key: Option<bool>) -> Self {
@@ -307,6 +309,16 @@ impl FastPath {
             Self::Auto => None,
             Self::On => Some(true),
             Self::Off => Some(false),
+        }
+    }
+
+    /// As it is named on command lines and in status files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::On => "on",
+            Self::Off => "off",
         }
     }
 
@@ -353,6 +365,7 @@ struct ReadBackend {
     port: Option<u16>,
     directrouting: bool,
     fastpath: Option<bool>,
+    bigtcp: Option<bool>,
 }
 
 /// What is written.
@@ -403,6 +416,8 @@ struct WrittenBackend {
     direct_routing: bool,
     #[serde(rename = "FastPath", skip_serializing_if = "Option::is_none")]
     fast_path: Option<bool>,
+    #[serde(rename = "BigTCP", skip_serializing_if = "Option::is_none")]
+    big_tcp: Option<bool>,
 }
 
 fn check_vni(vni: u32) -> Result<(), ConfigError> {
@@ -436,8 +451,8 @@ impl NetworkConfig {
     ) -> Result<Self, ConfigError> {
         check_vni(vni)?;
         let v4 = Some(Ipv4Config::checked(network, Some(subnet_len), None, None)?);
-        let fast_path = FastPath::default();
-        Ok(Self { v4, v6: None, vni, port, mode: Mode::default(), fast_path })
+        let (fast_path, big_tcp) = (Switch::default(), Switch::default());
+        Ok(Self { v4, v6: None, vni, port, mode: Mode::default(), fast_path, big_tcp })
     }
 
     /// Reads what is in etcd.
@@ -495,7 +510,9 @@ impl NetworkConfig {
         } else {
             None
         };
-        Ok(Self { v4, v6, vni, port, mode, fast_path: FastPath::from_key(backend.fastpath) })
+        let (fast_path, big_tcp) =
+            (Switch::from_key(backend.fastpath), Switch::from_key(backend.bigtcp));
+        Ok(Self { v4, v6, vni, port, mode, fast_path, big_tcp })
     }
 
     /// The same with another mode.
@@ -528,6 +545,7 @@ impl NetworkConfig {
                 port: self.port,
                 direct_routing: self.mode == Mode::DirectRouting,
                 fast_path: self.fast_path.key(),
+                big_tcp: self.big_tcp.key(),
             },
         };
         serde_json::to_vec(&wire).expect("plain data has a JSON form")

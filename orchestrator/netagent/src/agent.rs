@@ -26,6 +26,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::big_tcp::BigTcp;
 use crate::dns::forward::Forwarder;
 use crate::dns::server::{Server, resolvers};
 use crate::dns::zone::Domain;
@@ -107,6 +108,7 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         health,
     };
     spawn(&mut parts, "subnet lease", keeper.run(stop.clone()));
+    let big_tcp = Arc::new(BigTcp::new(paths.clone(), status.clone()));
     let overlay = Overlay {
         device_name: options.device.clone(),
         node_ip: options.node_ip,
@@ -115,12 +117,14 @@ pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), Erro
         identity,
         paths: paths.clone(),
         policy: policy.enforced,
+        big_tcp: big_tcp.clone(),
     };
     overlay.withdraw_stale_configuration();
     let news = NftNews::default();
     let task =
         overlay.run(network_known.clone(), status.clone(), news.overlay.clone(), stop.clone());
     spawn(&mut parts, "overlay", task);
+    spawn(&mut parts, "BIG TCP", big_tcp.follow(stop.clone()));
     spawn(&mut parts, "watch on nftables", nft_events::follow(news.clone(), stop.clone()));
     let own_node = ListParams {
         field_selector: Some(format!("metadata.name={}", options.node_name)),

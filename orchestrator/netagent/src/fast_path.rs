@@ -26,7 +26,7 @@ use orch_ebpf_maps::MARK_PLAIN;
 use tracing::info;
 
 use crate::chain;
-use crate::network::{FastPath as Setting, NetworkConfig};
+use crate::network::{NetworkConfig, Switch};
 use crate::status::FastPathStatus;
 
 /// Name of the tables.
@@ -247,9 +247,9 @@ impl FastPath {
         config: &NetworkConfig,
     ) -> FastPathStatus {
         let on = match config.fast_path {
-            Setting::Auto => supports_fast_path(),
-            Setting::On => true,
-            Setting::Off => false,
+            Switch::Auto => supports_fast_path(),
+            Switch::On => true,
+            Switch::Off => false,
         };
         let mut status = FastPathStatus { on, ..FastPathStatus::default() };
         let wanted = if on { wanted(maps, netlink, config) } else { Ok(Wanted::default()) };
@@ -373,7 +373,7 @@ mod tests {
         let links = [ethernet.clone(), device(2), second];
         let both = desired(&config, &links, &BTreeSet::new(), &BTreeSet::new());
         assert_eq!(both.links.into_keys().collect::<Vec<_>>(), [2, 9, 10], "one of each family");
-        let off = NetworkConfig { fast_path: Setting::Off, ..config.clone() };
+        let off = NetworkConfig { fast_path: Switch::Off, ..config.clone() };
         assert_eq!(
             desired(&off, &[ethernet], &BTreeSet::new(), &BTreeSet::new()),
             Wanted::default()

@@ -8,6 +8,7 @@
 //! - [`dns`] answers the cluster's names on this node.
 //! - [`policy`] enforces NetworkPolicies with eBPF programs.
 //! - [`fast_path`] lets packets of known flows pass by the kernel's long way.
+//! - [`big_tcp`] lets pods send packets larger than 64 KiB.
 //! - [`metrics`] counts for Prometheus.
 //! - [`files`] tells CNI plugins (`subnet.env`, the configuration list), `node` the API server (`podCIDR`), and
 //!   [`status`] people what there is.
@@ -15,6 +16,7 @@
 //! What is in the kernel outlives the agent. A part that loses its source (etcd, the API server) keeps what it has; a
 //! part that starts compares before it writes.
 
+pub mod big_tcp;
 pub mod dns;
 pub mod fast_path;
 pub mod files;
@@ -28,6 +30,7 @@ pub mod status;
 pub mod sysctl;
 
 mod agent;
+mod links;
 mod mode;
 mod node;
 mod options;

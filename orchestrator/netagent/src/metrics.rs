@@ -45,6 +45,7 @@ struct Metrics {
     conntrack_flows: Gauge,
     conntrack_limit: Gauge,
     conntrack_drops: Gauge,
+    packet_size: Gauge,
 }
 
 impl Metrics {
@@ -71,6 +72,7 @@ impl Metrics {
             conntrack_flows: Gauge::default(),
             conntrack_limit: Gauge::default(),
             conntrack_drops: Gauge::default(),
+            packet_size: Gauge::default(),
         };
         let registry = &mut metrics.registry;
         registry.register_with_unit(
@@ -129,6 +131,12 @@ impl Metrics {
             registry.register(name, help, gauge.clone());
         }
         registry.register_with_unit(
+            "pod_packet_size",
+            "Largest packet of a pod before it is cut into frames; 65536 without BIG TCP, 0 if not known",
+            Unit::Bytes,
+            metrics.packet_size.clone(),
+        );
+        registry.register_with_unit(
             "lease_expiry",
             "Time until the subnet lease ends unless it is renewed; -1 without a lease",
             Unit::Seconds,
@@ -185,6 +193,7 @@ pub(crate) fn status_changed(status: &NetStatus) {
     METRICS.problems.set(count(status.problems.len()));
     METRICS.services.set(count(status.services.ports));
     METRICS.endpoints.set(count(status.services.endpoints));
+    METRICS.packet_size.set(i64::from(status.big_tcp.size));
 }
 
 fn now_secs() -> u64 {
@@ -247,7 +256,9 @@ mod tests {
         nft_applied(true);
         nft_applied(false);
         let peers = vec![crate::status::PeerStatus::default(); 2];
-        status_changed(&NetStatus { peers, etcd: "healthy".to_owned(), ..NetStatus::default() });
+        let big_tcp = crate::status::BigTcpStatus { size: 524_280, ..Default::default() };
+        let etcd = "healthy".to_owned();
+        status_changed(&NetStatus { peers, etcd, big_tcp, ..NetStatus::default() });
         let text = render();
         let value = |name: &str| -> f64 {
             let line = text.lines().find(|line| line.starts_with(&format!("{name} ")));
@@ -266,6 +277,7 @@ mod tests {
             "orch_net_nft_applies_total",
             "orch_net_nft_errors_total",
             "orch_net_etcd_up",
+            "orch_net_pod_packet_size_bytes",
         ] {
             assert!(value(name) >= 1.0, "{name}:\n{text}");
         }

@@ -31,6 +31,8 @@ use std::path::PathBuf;
 
 use orch_config::Paths;
 
+pub(crate) use adopt::cni;
+
 /// Name of the plugin's executable.
 pub const PLUGIN: &str = "policy";
 

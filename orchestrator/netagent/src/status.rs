@@ -48,6 +48,8 @@ pub struct NetStatus {
     pub policy: PolicyStatus,
     /// The short way of packets whose flow is known.
     pub fast_path: FastPathStatus,
+    /// Packets larger than 64 KiB.
+    pub big_tcp: BigTcpStatus,
     /// Address of the DNS server, once it has names.
     pub dns: Option<String>,
     /// What is wrong and wants a person.
@@ -130,6 +132,24 @@ pub struct FastPathStatus {
     pub on: bool,
     /// Links that have it.
     pub links: usize,
+    /// Why it is not as it must be.
+    pub problem: Option<String>,
+}
+
+/// Packets larger than 64 KiB before they are cut into frames.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BigTcpStatus {
+    /// The setting that is followed: `auto`, `on` or `off`; empty until there is a network.
+    pub setting: String,
+    /// Whether this node has it.
+    pub on: bool,
+    /// Bytes of the largest packets; 0 if that is not known.
+    pub size: u32,
+    /// Pods whose links have been seen to.
+    pub pods: usize,
+    /// Why it is off.
+    pub why: Option<String>,
     /// Why it is not as it must be.
     pub problem: Option<String>,
 }

@@ -57,6 +57,11 @@ const KEYS: &[Key] = &[
         "false",
         "the short way through a node for packets of known flows; ours, which flannel does not read",
     ),
+    key(
+        "Backend.BigTCP",
+        "",
+        "`true` or `false`: IPv4 packets of pods larger than 64 KiB before they are cut into frames; else where a node can; ours, too",
+    ),
 ];
 
 /// Variables that no flag of `orchctl` names.

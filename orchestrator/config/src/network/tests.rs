@@ -54,9 +54,11 @@ fn what_we_write_reads_back_equal() {
     let config =
         NetworkConfig::new("10.244.0.0/16".parse().expect("CIDR"), 24, 1, 8472).expect("valid");
     for mode in [Mode::Vxlan, Mode::DirectRouting, Mode::HostGw] {
-        for fast_path in [FastPath::Auto, FastPath::On, FastPath::Off] {
-            let config = NetworkConfig { mode, fast_path, ..config.clone() };
-            assert_eq!(NetworkConfig::parse(&config.to_json()), Ok(config));
+        for fast_path in [Switch::Auto, Switch::On, Switch::Off] {
+            for big_tcp in [Switch::Auto, Switch::On, Switch::Off] {
+                let config = NetworkConfig { mode, fast_path, big_tcp, ..config.clone() };
+                assert_eq!(NetworkConfig::parse(&config.to_json()), Ok(config));
+            }
         }
     }
     let dual = parse(r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}"#).expect("valid");

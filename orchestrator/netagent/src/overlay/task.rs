@@ -24,10 +24,11 @@ use super::interface::{self, Choice, Underlay};
 use super::kernel::{self, OverlayError};
 use super::plan::{SeenPeers, WantedPeers, conflicts, plan_peers};
 use super::{Device, Path, Peer, Peers, desired_peers};
+use crate::big_tcp::{BigTcp, Wanted};
 use crate::chain;
 use crate::files::{CONFLIST, FileError, SubnetEnv, conflist, ensure_content};
 use crate::lease::{Identity, Network, SubnetKey};
-use crate::network::{FastPath, Mode, NetworkConfig};
+use crate::network::{Mode, NetworkConfig, Switch};
 use crate::status::{DeviceStatus, NetStatus, PeerStatus};
 use crate::sysctl;
 
@@ -51,6 +52,8 @@ pub(crate) struct Overlay {
     pub(crate) paths: Paths,
     /// Whether pods get the plugin that enforces NetworkPolicies.
     pub(crate) policy: bool,
+    /// Told of routes into VXLAN before they are there.
+    pub(crate) big_tcp: Arc<BigTcp>,
 }
 
 /// What is known between looks.
@@ -266,6 +269,8 @@ impl Overlay {
         let mut problems = Vec::new();
         let underlay = interface::find(netlink, &self.interface, self.node_ip, &self.device_name)?;
         let (peers, lease_problems) = self.desired(network, &underlay);
+        let packets = Wanted::new(network.config.big_tcp, &peers, underlay.index);
+        self.big_tcp.before(&packets);
         // Closed before it is open.
         let firewall_mended = self.close(closed, network, &peers, true).unwrap_or_else(|error| {
             problems.push(format!("the VXLAN port is open to everybody: {}", chain(&error)));
@@ -304,6 +309,7 @@ impl Overlay {
             steps += changes.len();
             problems.extend(conflicts(&seen, &device.peers));
         }
+        self.big_tcp.after(&packets);
         let has_ipv6 = devices.iter().any(|device| !device.ipv4);
         if network.own.v6.is_some() && !has_ipv6 {
             problems.push(format!(
@@ -354,6 +360,8 @@ impl Overlay {
     ) -> Result<Done, Error> {
         let Applied { underlay, devices: before, mut problems, .. } = applied;
         let (peers, lease_problems) = self.desired(network, &underlay);
+        let packets = Wanted::new(network.config.big_tcp, &peers, underlay.index);
+        self.big_tcp.before(&packets);
         if let Err(error) = self.close(closed, network, &peers, false) {
             problems = vec![format!("the VXLAN port does not follow the nodes: {}", chain(&error))];
         }
@@ -369,6 +377,7 @@ impl Overlay {
         for (device, changes) in devices.iter().zip(&changes) {
             kernel::apply_peers(netlink, device.index, changes)?;
         }
+        self.big_tcp.after(&packets);
         Ok(Done {
             underlay,
             devices,
@@ -406,7 +415,7 @@ impl Overlay {
     fn desired(&self, network: &Network, underlay: &Underlay) -> (Peers, Vec<String>) {
         let (peers, mut problems) = desired_peers(network, &self.identity, &underlay.on_link);
         problems.extend(network.config_problem.clone());
-        if network.config.fast_path == FastPath::On && !self.policy {
+        if network.config.fast_path == Switch::On && !self.policy {
             problems.push(
                 "the fast path is not on: it needs a node that enforces NetworkPolicies; start its agent with --policy auto".to_owned(),
             );

@@ -94,7 +94,7 @@ fn pod(attachment: &CachedAttachment) -> Option<Name> {
     Some(Name::new(get("K8S_POD_NAMESPACE")?, get("K8S_POD_NAME")?))
 }
 
-pub(super) fn cni(paths: &Paths) -> Cni {
+pub(crate) fn cni(paths: &Paths) -> Cni {
     Cni {
         conf_dir: paths.cni_conf_dir(),
         bin_dirs: vec![paths.cni_bin_dir()],

@@ -8,7 +8,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use k8s_openapi::api::core::v1::Pod;
 use orch_config::Paths;
@@ -30,6 +29,7 @@ use super::waiting::{Waiting, answer, take};
 use super::world::{Cluster, Local, name};
 use super::{adopt, socket_path, strays};
 use crate::lease::Network;
+use crate::links;
 use crate::status::{FastPathStatus, NetStatus};
 
 /// Changes that come within this time are one.
@@ -66,7 +66,8 @@ impl Task {
         let server = tokio::spawn(socket::serve(listener, sender, cancel.clone()));
         let look = Arc::new(Notify::new());
         let mut helpers = self.caches.notify(&look);
-        helpers.push(tokio::spawn(watch_links(look.clone(), cancel.clone())));
+        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+        helpers.push(tokio::spawn(links::watch(groups, look.clone(), cancel.clone())));
         helpers.push(tokio::spawn(strays::follow(self.paths.clone(), cancel.clone())));
         let state = State { ready: start.ready, ..State::default() };
         self.follow(state, requests, look, &cancel).await;
@@ -294,38 +295,5 @@ impl Task {
             policy.problems.extend(unpoliced.iter().cloned());
             status.policy != before
         });
-    }
-}
-
-/// Notifies when links or addresses change; a broken socket is a reason to look, and is opened again.
-async fn watch_links(look: Arc<Notify>, cancel: CancellationToken) {
-    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
-    while !cancel.is_cancelled() {
-        match rtnetlink::new_multicast_connection(&groups) {
-            Ok((connection, _handle, mut messages)) => {
-                let mut connection = std::pin::pin!(connection);
-                loop {
-                    tokio::select! {
-                        () = cancel.cancelled() => return,
-                        () = &mut connection => break,
-                        message = messages.next() => {
-                            if message.is_none() {
-                                break;
-                            }
-                            look.notify_one();
-                        }
-                    }
-                }
-                warn!("the kernel's news of links were cut off; looking now and then instead");
-            }
-            Err(error) => {
-                warn!(%error, "the kernel's news of links are not heard; looking now and then instead");
-            }
-        }
-        look.notify_one();
-        tokio::select! {
-            () = cancel.cancelled() => {}
-            () = sleep(RETRY) => {}
-        }
     }
 }

@@ -1,6 +1,7 @@
 //! The network agent on real parts. One program: each takes minutes to compile.
 
 mod agent;
+mod big_tcp;
 mod chaos;
 mod connect_time;
 mod fast_path;

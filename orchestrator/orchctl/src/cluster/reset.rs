@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use cni_netlink::Netlink;
+use cni_netlink::{Link, LinkKind, Netlink, PacketSizes};
 
 use super::config::{self, Config};
 use super::host::{Host, Part};
@@ -142,6 +142,9 @@ fn remove_network() -> anyhow::Result<()> {
     let netlink = Netlink::open()?;
     for name in [orch_config::VXLAN_DEVICE, orch_config::POD_BRIDGE] {
         if let Some(link) = netlink.link(name)? {
+            if link.sizes.are_large() {
+                make_packets_plain(&netlink)?;
+            }
             netlink.delete_link(link.index).with_context(|| format!("delete the link {name}"))?;
         }
     }
@@ -154,6 +157,17 @@ fn remove_network() -> anyhow::Result<()> {
                 netlink.delete_address(lo.index, address)?;
             }
         }
+    }
+    Ok(())
+}
+
+/// Takes back what the agent let the machine's own links take; the pods' bridge is the first link that it lets.
+fn make_packets_plain(netlink: &Netlink) -> anyhow::Result<()> {
+    let physical = |link: &Link| link.kind == LinkKind::Plain && link.name != "lo";
+    for link in netlink.links()?.iter().filter(|link| physical(link) && link.sizes.are_large()) {
+        netlink
+            .set_packet_sizes(link.index, PacketSizes::PLAIN)
+            .with_context(|| format!("set packet sizes of {}", link.name))?;
     }
     Ok(())
 }

@@ -237,6 +237,7 @@ impl Node<'_> {
         self.sysctls(dual_stack);
         self.firewall();
         self.conntrack();
+        self.packet_sizes();
     }
 
     fn agent(&mut self, now_secs: u64) {
@@ -270,7 +271,7 @@ impl Node<'_> {
                     "",
                 );
             }
-            for problem in &status.problems {
+            for problem in status.problems.iter().chain(&status.big_tcp.problem) {
                 self.found(Check::Agent, format!("the agent reports: {problem}"), "");
             }
         }
@@ -605,6 +606,27 @@ impl Node<'_> {
                     drop.place.trim_start_matches("the ")
                 ),
                 drop.fix,
+            );
+        }
+    }
+
+    fn packet_sizes(&mut self) {
+        let view = self.view;
+        let of_name = |name: &str| view.links.iter().find(|link| link.name == name);
+        let (device, bridge) = (of_name(&view.device_name), of_name(orch_config::POD_BRIDGE));
+        let (Some(device), Some(bridge)) = (device, bridge) else { return };
+        let is_way =
+            |route: &cni_netlink::Route| route.link == Some(device.index) && route.via.is_some();
+        let is_large = |link: &&Link| link.master == Some(bridge.index) && link.sizes.are_large();
+        let large = view.links.iter().find(is_large);
+        if let Some(link) = large.filter(|_| view.routes.iter().any(is_way)) {
+            self.found(
+                Check::Device,
+                format!(
+                    "{} of a pod takes packets larger than 64 KiB, which {} loses",
+                    link.name, device.name
+                ),
+                RESTART,
             );
         }
     }

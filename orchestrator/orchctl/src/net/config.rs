@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use etcd_client::{Client, Compare, CompareOp, Txn, TxnOp};
 use ipnetwork::{Ipv4Network, Ipv6Network};
-use orch_config::network::{FastPath, Ipv4Config, Mode, NetworkConfig};
+use orch_config::network::{Ipv4Config, Mode, NetworkConfig, Switch};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -66,7 +66,11 @@ struct Change {
     mode: Option<ModeName>,
     /// The short way through a node for packets of known flows (eBPF; Linux 6.6, nodes that enforce NetworkPolicies)
     #[arg(long, value_enum)]
-    fast_path: Option<FastPathName>,
+    fast_path: Option<SwitchName>,
+    /// IPv4 packets of pods larger than 64 KiB before they are cut into frames (Linux 6.3), where no other node is reached
+    /// in VXLAN
+    #[arg(long, value_enum)]
+    big_tcp: Option<SwitchName>,
     /// Network that the nodes' subnets are cut from; `none` leaves IPv6 alone
     #[arg(long, value_name = "CIDR|none", value_parser = parse_family::<Ipv4Network>)]
     network: Option<Family<Ipv4Network>>,
@@ -104,7 +108,7 @@ enum ModeName {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum FastPathName {
+enum SwitchName {
     /// Where a node can; so it is in a new network
     Auto,
     /// On every node; one that cannot says so
@@ -113,12 +117,12 @@ enum FastPathName {
     Off,
 }
 
-impl From<FastPathName> for FastPath {
-    fn from(name: FastPathName) -> Self {
+impl From<SwitchName> for Switch {
+    fn from(name: SwitchName) -> Self {
         match name {
-            FastPathName::Auto => Self::Auto,
-            FastPathName::On => Self::On,
-            FastPathName::Off => Self::Off,
+            SwitchName::Auto => Self::Auto,
+            SwitchName::On => Self::On,
+            SwitchName::Off => Self::Off,
         }
     }
 }
@@ -423,9 +427,11 @@ fn follows(status: &NetStatus, config: &NetworkConfig) -> bool {
     v4 && v6
         && status.mode.as_deref() == Some(config.mode.name())
         // A node that does not enforce policies cannot have it, and says so elsewhere.
-        && (config.fast_path == FastPath::Auto
+        && (config.fast_path == Switch::Auto
             || status.fast_path.on == config.fast_path.is_wanted()
             || !status.policy.enforced)
+        // Whether it can have it is another matter.
+        && (config.big_tcp == Switch::Auto || status.big_tcp.setting == config.big_tcp.name())
         && status
             .device
             .as_ref()
@@ -435,11 +441,16 @@ fn follows(status: &NetStatus, config: &NetworkConfig) -> bool {
 /// The settings in words.
 fn describe(config: &NetworkConfig, held: usize) -> Vec<String> {
     let fast = match config.fast_path {
-        FastPath::Auto => ", with the fast path where a node can",
-        FastPath::On => ", with the fast path",
-        FastPath::Off => ", without the fast path",
+        Switch::Auto => ", with the fast path where a node can",
+        Switch::On => ", with the fast path",
+        Switch::Off => ", without the fast path",
     };
-    let mut lines = vec![format!("mode      {}{fast}", config.mode.name())];
+    let big = match config.big_tcp {
+        Switch::Auto => "",
+        Switch::On => ", with BIG TCP",
+        Switch::Off => ", without BIG TCP",
+    };
+    let mut lines = vec![format!("mode      {}{fast}{big}", config.mode.name())];
     lines.extend(config.v4.map(|v4| {
         format!(
             "IPv4      {}; nodes have a /{} from {} to {} ({} subnets, {held} leased)",
@@ -488,6 +499,17 @@ fn effects(before: &NetworkConfig, after: &NetworkConfig, leases: &Leases) -> Ve
         ),
         (true, false) => {
             tell(false, "all packets go the whole way again; running connections go on".to_owned());
+        }
+        _ => {}
+    }
+    match (before.big_tcp.is_wanted(), after.big_tcp.is_wanted()) {
+        (false, true) => tell(
+            false,
+            "pods send IPv4 packets of up to 512 KiB where no other node is reached in VXLAN and the underlay's link takes them; running connections go on"
+                .to_owned(),
+        ),
+        (true, false) => {
+            tell(false, "pods send packets of up to 64 KiB; running connections go on".to_owned());
         }
         _ => {}
     }

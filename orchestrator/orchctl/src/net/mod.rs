@@ -199,19 +199,21 @@ fn show_status(hosts: &Hosts, format: Option<Format>) -> anyhow::Result<u8> {
                     (false, _) => "not enforced".to_owned(),
                 }
             })),
+            dash(status.and_then(|status| big_tcp(&status.big_tcp))),
             dash(status.map(|status| status.etcd.clone())),
         ]
     });
     output::table(
         &[
             "NODE", "AGENT", "ADDRESS", "SUBNET", "DEVICE", "VTEP MAC", "PEERS", "SERVICES",
-            "POLICY", "ETCD",
+            "POLICY", "BIG TCP", "ETCD",
         ],
         rows,
     )?;
     for (host, status) in &all {
         let problems = status.iter().flat_map(|status| {
-            let others = [&status.fast_path.problem, &status.connect_time.problem];
+            let (fast_path, big_tcp) = (&status.fast_path.problem, &status.big_tcp.problem);
+            let others = [fast_path, &status.connect_time.problem, big_tcp];
             let others = others.into_iter().flatten();
             status.problems.iter().chain(&status.policy.problems).chain(others)
         });
@@ -223,6 +225,15 @@ fn show_status(hosts: &Hosts, format: Option<Format>) -> anyhow::Result<u8> {
         eprintln!("hint: `orchctl net doctor` says what is wrong and how to mend it");
     }
     Ok(u8::from(!well))
+}
+
+/// Size of the largest packets, or why they are not larger than others'.
+fn big_tcp(status: &status::BigTcp) -> Option<String> {
+    match &status.why {
+        _ if status.on => Some(format!("{} KiB", status.size.div_ceil(1024))),
+        Some(why) => Some(format!("off: {why}")),
+        None => None,
+    }
 }
 
 fn show_nodes(hosts: &Hosts, format: Option<Format>) -> anyhow::Result<u8> {

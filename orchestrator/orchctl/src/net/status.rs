@@ -39,6 +39,8 @@ pub(super) struct NetStatus {
     pub(super) policy: Policy,
     /// The short way of packets whose flow is known.
     pub(super) fast_path: FastPath,
+    /// Packets larger than 64 KiB.
+    pub(super) big_tcp: BigTcp,
     /// What is wrong and wants a person.
     pub(super) problems: Vec<String>,
 }
@@ -68,6 +70,20 @@ pub(super) struct Policy {
 pub(super) struct FastPath {
     pub(super) on: bool,
     pub(super) links: usize,
+    pub(super) problem: Option<String>,
+}
+
+/// Packets larger than 64 KiB before they are cut into frames.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct BigTcp {
+    /// `auto`, `on` or `off`; empty for an agent that knows it not, or has no network yet.
+    pub(super) setting: String,
+    pub(super) on: bool,
+    pub(super) size: u32,
+    pub(super) links: usize,
+    /// Why it is off.
+    pub(super) why: Option<String>,
     pub(super) problem: Option<String>,
 }
 

@@ -2,6 +2,7 @@
 #![allow(unreachable_pub, reason = "for this test program alone")]
 
 pub mod api;
+pub mod bulk;
 pub mod history;
 pub mod netns;
 pub mod overlay;

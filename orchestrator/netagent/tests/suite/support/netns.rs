@@ -57,6 +57,12 @@ impl Netns {
         run("bridge", &format!("-n {} {words}", self.name))
     }
 
+    /// Runs `tc` in it.
+    #[track_caller]
+    pub fn tc(&self, words: &str) -> String {
+        run("tc", &format!("-n {} {words}", self.name))
+    }
+
     /// Starts a thread in it. `ip netns exec` would hide /sys; a bare setns does not.
     pub fn spawn<T: Send + 'static>(
         &self,

@@ -169,6 +169,18 @@ fn a_table_of_connections_that_is_nearly_full_is_told() {
 }
 
 #[test]
+fn large_packets_and_a_way_through_vxlan_do_not_go_together() {
+    let veth = |bytes| {
+        let sizes = cni_netlink::PacketSizes { gso: bytes, ..Default::default() };
+        Link { master: Some(4), sizes, ..link(7, "veth7", LinkKind::Veth, 1450) }
+    };
+    one(Check::Device, "veth7 of a pod takes packets larger", RESTART, |view, _| {
+        view.links.push(veth(524_280));
+    });
+    assert_eq!(after(|view, _| view.links.push(veth(65_536))), []);
+}
+
+#[test]
 fn a_device_that_is_missing_down_or_another_is_one_finding_with_what_hangs_on_it() {
     one(
         Check::Device,

@@ -1,6 +1,6 @@
 //! The settings' JSON with a change in it. Pure.
 
-use orch_config::network::{ConfigError, FastPath, Mode};
+use orch_config::network::{ConfigError, Mode, Switch};
 use serde_json::{Map, Value};
 
 use super::{Change, Family};
@@ -62,8 +62,10 @@ pub(super) fn edited(json: &[u8], change: &Change) -> Result<Vec<u8>, ConfigErro
         let direct = (mode == Mode::DirectRouting).then_some(true.into());
         put(&mut backend, "DirectRouting", direct);
     }
-    if let Some(fast_path) = change.fast_path.map(FastPath::from) {
-        put(&mut backend, "FastPath", fast_path.key().map(Into::into));
+    for (name, switch) in [("FastPath", change.fast_path), ("BigTCP", change.big_tcp)] {
+        if let Some(switch) = switch.map(Switch::from) {
+            put(&mut backend, name, switch.key().map(Into::into));
+        }
     }
     if let Some(vni) = change.vni {
         put(&mut backend, "VNI", Some(vni.into()));

@@ -39,13 +39,32 @@ fn the_fast_path_is_switched_and_its_effect_is_told() {
         let wanted = Change { fast_path: Some(to), ..Change::default() };
         String::from_utf8(edited(text.as_bytes(), &wanted).expect("valid")).expect("text")
     };
-    let (on, off) = (switch(PLAIN, FastPathName::On), switch(PLAIN, FastPathName::Off));
+    let (on, off) = (switch(PLAIN, SwitchName::On), switch(PLAIN, SwitchName::Off));
     let said = [PLAIN, &on, &off].map(|json| config(json).fast_path);
-    assert_eq!(said, [FastPath::Auto, FastPath::On, FastPath::Off]);
-    assert_eq!(config(&switch(&on, FastPathName::Auto)), config(PLAIN));
+    assert_eq!(said, [Switch::Auto, Switch::On, Switch::Off]);
+    assert_eq!(config(&switch(&on, SwitchName::Auto)), config(PLAIN));
     let told = effects(&config(PLAIN), &config(&off), &leases(&[]));
     assert!(told.len() == 1 && !told[0].breaks, "{told:?}");
     assert_eq!(effects(&config(PLAIN), &config(&on), &leases(&[])), [], "it was there before");
+}
+
+#[test]
+fn big_tcp_is_switched_likewise_and_followed_when_the_agent_says_so() {
+    let switch = |to| {
+        let wanted = Change { big_tcp: Some(to), ..Change::default() };
+        let json = edited(PLAIN.as_bytes(), &wanted).expect("valid");
+        config(&String::from_utf8(json).expect("text"))
+    };
+    let (on, off) = (switch(SwitchName::On), switch(SwitchName::Off));
+    assert_eq!([on.big_tcp, off.big_tcp], [Switch::On, Switch::Off]);
+    assert_eq!(switch(SwitchName::Auto), config(PLAIN));
+    let told = effects(&config(PLAIN), &off, &leases(&[]));
+    assert!(told.len() == 1 && told[0].text.contains("64 KiB") && !told[0].breaks, "{told:?}");
+    let mut status = following();
+    assert!(follows(&status, &config(PLAIN)) && !follows(&status, &on), "an older agent");
+    // That it cannot is a problem of its own.
+    status.big_tcp.setting = "on".to_owned();
+    assert!(follows(&status, &on) && !follows(&status, &off));
 }
 
 #[test]
@@ -98,20 +117,24 @@ fn effects_tell_what_breaks() {
     assert_eq!(told(PLAIN), []);
 }
 
-#[test]
-fn an_agent_follows_when_all_it_says_agrees() {
-    let config = config(PLAIN);
-    let right = NetStatus {
+/// Of an agent that does what `PLAIN` says.
+fn following() -> NetStatus {
+    NetStatus {
         network: Some("10.244.0.0/16".to_owned()),
         subnet: Some("10.244.3.0/24".to_owned()),
         mode: Some("vxlan".to_owned()),
         device: Some(crate::net::status::Device { vni: 1, port: 8472, ..Default::default() }),
         ..NetStatus::default()
-    };
+    }
+}
+
+#[test]
+fn an_agent_follows_when_all_it_says_agrees() {
+    let (config, right) = (config(PLAIN), following());
     assert!(follows(&right, &config));
     let mode = Some("host-gw".to_owned());
     assert!(!follows(&NetStatus { mode, ..right.clone() }, &config));
-    let fast = NetworkConfig { fast_path: FastPath::On, ..config.clone() };
+    let fast = NetworkConfig { fast_path: Switch::On, ..config.clone() };
     assert!(follows(&right, &fast), "a node without policies cannot have it");
     let policy = crate::net::status::Policy { enforced: true, ..Default::default() };
     let without = NetStatus { policy, ..right.clone() };
