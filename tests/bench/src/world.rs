@@ -17,6 +17,7 @@ use ipnetwork::{IpNetwork, Ipv4Network};
 use nix::sched::{CloneFlags, unshare};
 use orch_ebpf_loader::{Hook, Pins, attach, install};
 use orch_ebpf_maps::{Config, Endpoint, state};
+use orch_netagent::big_tcp::LARGEST;
 use orch_netagent::fast_path::{self, FastPath};
 use orch_netagent::lease::{Identity, Leases, Network, SubnetKey};
 use orch_netagent::mac::Mac;
@@ -249,6 +250,20 @@ impl Node {
             Ok(())
         })?;
         if parts.fast { self.make_fast(&netlink, network.config, parts.direct) } else { Ok(()) }
+    }
+
+    /// Sizes of packets as the agent sets them; those of the underlay as whoever makes one that bears them.
+    pub(crate) fn enlarge(&self, underlay: &Underlay) -> anyhow::Result<()> {
+        let port = format!("u{}", self.number);
+        let mut all = vec![(&underlay.0, "br0"), (&underlay.0, port.as_str())];
+        all.extend(["eth0", "cni0"].into_iter().chain(POD_LINKS).map(|link| (&self.netns, link)));
+        all.extend(self.pods.iter().map(|pod| (&pod.netns, "eth0")));
+        for (netns, name) in all {
+            let netlink = Netlink::open_in(netns)?;
+            let link = netlink.link(name)?.with_context(|| format!("there is no link {name}"))?;
+            netlink.set_packet_sizes(link.index, LARGEST)?;
+        }
+        Ok(())
     }
 
     /// The programs of NetworkPolicy (no policy selects the pods), and the fast path.
