@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use bollard::Docker;
 use orch_api::k8s_openapi::api::core::v1::Node;
+use orch_api::taint::NOT_READY;
 use orch_client::{Api, Client};
 use orch_pki::ClusterPki;
 use orch_store::EtcdConfig;
@@ -290,12 +291,17 @@ async fn wait_nodes(lab: &Lab, client: &Client, names: &[String]) -> anyhow::Res
     .await
 }
 
-/// Why a node is not Ready, in its own words; `None` when it is.
+/// Why a node takes no pods yet, in its own words; `None` when it is Ready and does. The controller takes the taint away a moment
+/// after the node has said that it is Ready: the first pods would all go to the node that is first.
 fn not_ready_because(node: &Node) -> Option<String> {
     let conditions =
         node.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
     match conditions.iter().find(|condition| condition.type_ == "Ready") {
-        Some(condition) if condition.status == "True" => None,
+        Some(condition) if condition.status == "True" => {
+            let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref());
+            let tainted = taints.unwrap_or_default().iter().any(|one| one.key == NOT_READY);
+            tainted.then(|| format!("Ready, but still tainted {NOT_READY}"))
+        }
         Some(condition) => {
             Some(condition.message.clone().unwrap_or_else(|| "not Ready".to_owned()))
         }
