@@ -17,8 +17,8 @@
 #define MAX_BACKENDS 262144
 #define MAX_POD_NAMESPACES 4096
 #define MAX_CONNECTED 65536
-#define MAX_CHOSEN 65536
-#define MAX_CLIENTS 65536
+#define MAX_CHOSEN 16384
+#define MAX_CLIENTS 16384
 
 /* IPv4 is ::ffff:a.b.c.d, as sockets of both families have it. */
 struct frontend_key {

@@ -65,7 +65,7 @@ pub(crate) struct Flags {
     policy: orch_netagent::Mode,
     /// How pods reach Services: `nftables` translates packets; `ebpf` also gives sockets of pods their backend
     /// when they connect (TCP) or send (UDP), on machines with cgroups v2 and Linux 5.14; `auto` does so where it can
-    #[arg(long, value_name = "nftables|auto|ebpf", env = "ORCH_SERVICES", default_value = "nftables", value_parser = orch_netagent::services::connect_time::parse_mode)]
+    #[arg(long, value_name = "nftables|auto|ebpf", env = "ORCH_SERVICES", default_value = "auto", value_parser = orch_netagent::services::connect_time::parse_mode)]
     services: orch_netagent::Mode,
     /// Short failure timers, as for `orchestrator server`
     #[arg(long)]

@@ -1,4 +1,4 @@
-//! Services at connect time: the agent of one node is started with `--services ebpf`, and later without it again.
+//! Services at connect time, as a lab has them; and the agent of one node without them.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -36,9 +36,7 @@ const ENDPOINT_PORT: u16 = 7700;
 pub(super) fn connect_time(lab: &TestLab) -> anyhow::Result<()> {
     let shop = Shop::open(lab)?;
     let outcome = (|| {
-        start_agent(lab, "ebpf")?;
-        eventually("the node says that its sockets choose", SOON, || in_force(lab))?;
-        services_and_dns(lab)?;
+        eventually("the node says that its sockets choose", SOON, || choose(lab, true))?;
         let client = Client(NetNs::open(&pod_netns(lab, NODE, NEIGHBOUR)?)?);
         let near = Server::start(&pod_netns(lab, NODE, "shop/web")?)?;
         let far = Server::start(&pod_netns(lab, "node-2", FRONT)?)?;
@@ -103,10 +101,16 @@ pub(super) fn connect_time(lab: &TestLab) -> anyhow::Result<()> {
         only_near().context("after the agent")?;
         held.echo().context("the connection that outlived its endpoint and the agent")?;
 
-        policies(&shop, &client, service, &near)
+        policies(&shop, &client, service, &near)?;
+
+        start_agent(lab, "nftables")?;
+        eventually("the node says that its sockets do not choose", SOON, || choose(lab, false))?;
+        let connection = client.connect(service)?;
+        ensure!(connection.endpoint == service, "not translated: {connection:?}");
+        services_and_dns(lab)
     })();
     // The next chapter's lab is as it comes.
-    outcome.and(start_agent(lab, "nftables")).and(shop.close())
+    outcome.and(start_agent(lab, "auto")).and(shop.close())
 }
 
 /// A policy names the endpoint's pod; it knows no Service's address.
@@ -157,14 +161,14 @@ fn translated(lab: &TestLab, service: SocketAddr) -> anyhow::Result<usize> {
 }
 
 /// Whether sockets of the node's pods choose.
-fn in_force(lab: &TestLab) -> anyhow::Result<()> {
+fn choose(lab: &TestLab, wanted: bool) -> anyhow::Result<()> {
     // Its exit code is about the whole lab.
     let text = lab.orchctl(&["net", "status", "-o", "json"], SOON)?.text();
     let nodes: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
     let mut nodes = nodes.as_array().context("a list")?.iter();
     let node = nodes.find(|node| node["name"] == NODE).context("no node")?;
     let said = &node["status"]["connectTime"];
-    ensure!(said["inForce"] == true && said["problem"].is_null(), "{said}");
+    ensure!(said["inForce"] == wanted && said["problem"].is_null(), "{said}");
     Ok(())
 }
 
