@@ -49,14 +49,17 @@ struct Cli {
     agent: bool,
 }
 
-/// A way that is measured.
+/// A way that is measured; its ratios are to one that has no policy, which is itself none of its ratios.
 const OFF: usize = 0;
 const CONTROL: usize = 1;
-const WAYS: [(&str, Judge); 6] = [
+const RULES: usize = 4;
+const WAYS: [(&str, Judge); 8] = [
     ("no policy", Judge::Nobody),
     ("the same, made once more", Judge::Nobody),
     ("ours, 1 rule", Judge::Programs(1)),
     ("ours, 10,000 rules", Judge::Programs(MANY)),
+    ("a node's rules, no policy", Judge::Rules),
+    ("ours, 10,000, as on a node", Judge::Fast(MANY)),
     ("nftables, set of 10,000", Judge::Set(MANY)),
     ("nftables, 10,000 rules", Judge::Linear(MANY)),
 ];
@@ -170,17 +173,18 @@ fn report(out: &mut impl std::io::Write, all: &[[Numbers; WAYS.len()]]) -> anyho
         writeln!(out, "{} [{}]", kind.name, kind.unit)?;
         for (at, (name, judge)) in WAYS.iter().enumerate() {
             let value = median(all.iter().map(|round| round[at][kind_at]));
-            let ratio = median(all.iter().map(|round| round[at][kind_at] / round[OFF][kind_at]));
+            let base = if matches!(judge, Judge::Fast(_)) { RULES } else { OFF };
+            let ratio = median(all.iter().map(|round| round[at][kind_at] / round[base][kind_at]));
             write!(out, "  {name:<28}{value:>10.2}")?;
             if at != OFF {
-                write!(out, "   {ratio:.3} x no policy")?;
+                write!(out, "   {ratio:.3} x {}", WAYS[base].0)?;
             }
             match (kind.aim, judge) {
-                (Some(aim), Judge::Programs(_)) if kind.smaller_is_better => {
+                (Some(aim), Judge::Programs(_) | Judge::Fast(_)) if kind.smaller_is_better => {
                     let most = 1.0 / aim;
                     write!(out, " (aim <= {most:.2}: {})", word(ratio <= most))?;
                 }
-                (Some(aim), Judge::Programs(_)) => {
+                (Some(aim), Judge::Programs(_) | Judge::Fast(_)) => {
                     write!(out, " (aim >= {aim:.2}: {})", word(ratio >= aim))?;
                 }
                 _ if at == CONTROL => write!(out, " (1 if this could be measured exactly)")?,

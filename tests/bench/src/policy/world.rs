@@ -1,6 +1,7 @@
 //! Nodes to measure in: two pods on one bridge, and something that judges what they send, or nothing. All vanishes with
 //! the process.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
@@ -14,9 +15,12 @@ use nix::sched::{CloneFlags, unshare};
 use orch_config::Paths;
 use orch_ebpf_loader::{Announcement, Hook, Kept, Maps, Pins, PodRef, attach, install};
 use orch_ebpf_maps::{Endpoint, Reason, state};
+use orch_netagent::fast_path::{self, FastPath};
+use orch_netagent::network::NetworkConfig;
 use orch_netagent::policy::engine::Engine;
 use orch_netagent::policy::world::{Cluster, Local, Reader};
 use orch_netagent::policy::{PLUGIN, state_dir};
+use orch_netagent::services::ruleset::{self, Networks};
 use tempfile::TempDir;
 
 use crate::load::Way;
@@ -36,6 +40,10 @@ pub(crate) enum Judge {
     Nobody,
     /// The programs, with so many rules in each direction.
     Programs(usize),
+    /// Nobody, on a node with the rules for Services, which bridged packets meet (`br_netfilter`), as the agent sets it.
+    Rules,
+    /// The programs and the fast path beside these rules: what a node has unless it is told otherwise.
+    Fast(usize),
     /// One nftables set of so many addresses with ports.
     Set(usize),
     /// So many nftables rules, one after the other.
@@ -230,6 +238,12 @@ impl Site {
         match judge {
             Judge::Nobody => {}
             Judge::Programs(rules) => site.enforce(rules)?,
+            Judge::Rules => site.make_rules()?,
+            Judge::Fast(rules) => {
+                site.make_rules()?;
+                site.enforce(rules)?;
+                site.make_fast()?;
+            }
             Judge::Set(rules) => site.filter(&objects::set_script(rules))?,
             Judge::Linear(rules) => site.filter(&objects::linear_script(rules))?,
         }
@@ -280,6 +294,30 @@ impl Site {
         ensure!(report.locked.is_empty(), "the rules do not fit: {:?}", report.locked);
         self.files = Some(files);
         Ok(())
+    }
+
+    fn make_rules(&self) -> anyhow::Result<()> {
+        let networks = Networks {
+            cluster: "10.244.0.0/16".parse()?,
+            service: orch_config::SERVICE_CIDR.parse()?,
+            dns_ip: orch_config::DNS_IP.into(),
+        };
+        self.filter(&ruleset::desired_table(&[], &networks).replace_script())
+    }
+
+    /// As the agent does it.
+    fn make_fast(&self) -> anyhow::Result<()> {
+        let pins = &self.files.as_ref().context("no programs")?.pins;
+        let config = NetworkConfig::new(
+            "10.244.0.0/16".parse()?,
+            24,
+            orch_config::VXLAN_VNI,
+            orch_config::VXLAN_PORT,
+        )?;
+        let (links, shaped) = fast_path::observe_links(&Netlink::open_in(&self.node.netns)?)?;
+        let pods = BTreeSet::from([self.client.link, self.server.link]);
+        let wanted = fast_path::desired(&config, &links, &pods, &shaped);
+        self.node.netns.run(|| Ok(FastPath::default().ensure(pins, &wanted).map(drop)?))
     }
 
     /// Nanoseconds that the programs take for each packet of a connection; nothing where there are none.
