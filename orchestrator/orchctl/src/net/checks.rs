@@ -612,9 +612,7 @@ impl Node<'_> {
 
     fn packet_sizes(&mut self) {
         let view = self.view;
-        let of_name = |name: &str| view.links.iter().find(|link| link.name == name);
-        let (device, bridge) = (of_name(&view.device_name), of_name(orch_config::POD_BRIDGE));
-        let (Some(device), Some(bridge)) = (device, bridge) else { return };
+        let (Some(device), Some(bridge)) = (view.device(), view.bridge()) else { return };
         let is_way =
             |route: &cni_netlink::Route| route.link == Some(device.index) && route.via.is_some();
         let is_large = |link: &&Link| link.master == Some(bridge.index) && link.sizes.are_large();
