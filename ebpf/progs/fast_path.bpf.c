@@ -151,7 +151,8 @@ static __always_inline int enter(struct __sk_buff *skb, int family)
 	if (frame.protocol == IPPROTO_UDP && is_vxlan_port(frame.ports->destination))
 		return fast_unwrap(skb, &frame, family);
 	if (frame.tcp_flags & TCP_TURNS) {
-		fast_forget(&frame, family);
+		if (frame.tcp_flags & TCP_FIN)
+			fast_forget(&frame, family);
 		return TCX_NEXT;
 	}
 	flow = fast_find(&frame, family, skb->ifindex, now);
@@ -190,6 +191,17 @@ static __always_inline int enter(struct __sk_buff *skb, int family)
 	return bpf_redirect(leaves, 0);
 }
 
+/* Functions of their own: each family's code lies together, and stacks are not added up. */
+static __noinline int enter_ipv4(struct __sk_buff *skb)
+{
+	return enter(skb, FAMILY_IPV4);
+}
+
+static __noinline int enter_ipv6(struct __sk_buff *skb)
+{
+	return enter(skb, FAMILY_IPV6);
+}
+
 SEC("classifier")
 int fast_enter(struct __sk_buff *skb)
 {
@@ -197,8 +209,8 @@ int fast_enter(struct __sk_buff *skb)
 	if (skb->mark & MARK_DEFERRED)
 		return TCX_NEXT;
 	if (skb->protocol == bpf_htons(ETH_P_IPV6))
-		return enter(skb, FAMILY_IPV6);
-	return enter(skb, FAMILY_IPV4);
+		return enter_ipv6(skb);
+	return enter_ipv4(skb);
 }
 
 static __always_inline int leave(struct __sk_buff *skb, int family)
@@ -223,6 +235,13 @@ static __always_inline int leave(struct __sk_buff *skb, int family)
 	if (!(skb->mark & MARK_PLAIN))
 		return TCX_NEXT;
 	skb->mark &= ~MARK_PLAIN;
+	if (!fast_frame(skb, 0, family, &frame) || frame.tcp_flags & TCP_TURNS)
+		return TCX_NEXT;
+	/* A connection may end as soon as it is open, and then to learn it would cost more than it brings. So what carries no data
+	 * is learned once the other side's packets are.
+	 */
+	if (is_bare(&frame, family) && !fast_has_answer(&frame, family))
+		return TCX_NEXT;
 	flow.is_local = bpf_map_lookup_elem(&endpoints, &ifindex) != 0;
 	/* What a pod of this node sends comes in by the bridge a second time, so its slot in the mark says where it was. */
 	slot = skb->mark >> MARK_SLOT_SHIFT;
@@ -235,7 +254,7 @@ static __always_inline int leave(struct __sk_buff *skb, int family)
 	flow.leaves = ifindex;
 	/* Between pods of one bridge there is no hop. */
 	flow.is_routed = !(sender && flow.is_local);
-	if (!flow.enters || !fast_frame(skb, 0, family, &frame) || frame.tcp_flags & TCP_TURNS)
+	if (!flow.enters)
 		return TCX_NEXT;
 	flow.learned_ns = bpf_ktime_get_coarse_ns();
 	__builtin_memcpy(flow.to_mac, frame.eth->to, sizeof(flow.to_mac));

@@ -30,6 +30,8 @@ struct fast_frame {
 	struct ipv6_header *ip6;
 	struct ports_header *ports;
 	__u8 protocol;
+	/* Of TCP: its header's length in bytes. */
+	__u8 tcp_len;
 	__u8 tcp_flags;
 };
 
@@ -51,6 +53,7 @@ static __always_inline int fast_frame(struct __sk_buff *skb, __u32 offset, int f
 		frame->ip = plain.ip;
 		frame->ports = plain.ports;
 		frame->protocol = plain.ip->protocol;
+		frame->tcp_len = plain.tcp_len;
 		frame->tcp_flags = plain.tcp_flags;
 		return 1;
 	}
@@ -60,6 +63,7 @@ static __always_inline int fast_frame(struct __sk_buff *skb, __u32 offset, int f
 	frame->ip6 = (void *)(start + sizeof(*frame->eth));
 	frame->ports = (void *)(start + sizeof(*frame->eth) + sizeof(*frame->ip6));
 	frame->protocol = frame->ip6->next;
+	frame->tcp_len = 0;
 	frame->tcp_flags = 0;
 	if (frame->eth->type != bpf_htons(ETH_P_IPV6) || (*(__u8 *)frame->ip6 & 0xf0) != 0x60)
 		return 0;
@@ -67,6 +71,7 @@ static __always_inline int fast_frame(struct __sk_buff *skb, __u32 offset, int f
 		return 1;
 	if (frame->protocol != IPPROTO_TCP || start + LONGEST_IPV6 > end)
 		return 0;
+	frame->tcp_len = start[TCP_FLAGS_AT_IPV6 - 1] >> 4 << 2;
 	frame->tcp_flags = start[TCP_FLAGS_AT_IPV6];
 	return 1;
 }
@@ -92,6 +97,15 @@ static __always_inline void fast_packet(const struct fast_frame *frame, int fami
 static __always_inline __u8 hops_left(const struct fast_frame *frame, int family)
 {
 	return family == FAMILY_IPV6 ? frame->ip6->hop_limit : frame->ip->ttl;
+}
+
+/* TCP that carries no data. */
+static __always_inline int is_bare(const struct fast_frame *frame, int family)
+{
+	__u16 len = family == FAMILY_IPV6 ? bpf_ntohs(frame->ip6->payload_len) :
+					    bpf_ntohs(frame->ip->total_len) - (__u16)sizeof(*frame->ip);
+
+	return frame->protocol == IPPROTO_TCP && len == frame->tcp_len;
 }
 
 /* Type of service, or traffic class. */
@@ -147,6 +161,27 @@ static __always_inline void fast_key6(const struct fast_frame *frame, struct fas
 	key->protocol = frame->protocol;
 }
 
+/* The keys of what goes the other way. */
+static __always_inline void fast_answer(const struct fast_frame *frame, struct fast_key *key)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->saddr = frame->ip->daddr;
+	key->daddr = frame->ip->saddr;
+	key->sport = frame->ports->destination;
+	key->dport = frame->ports->source;
+	key->protocol = frame->protocol;
+}
+
+static __always_inline void fast_answer6(const struct fast_frame *frame, struct fast_key6 *key)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->saddr = frame->ip6->daddr;
+	key->daddr = frame->ip6->saddr;
+	key->sport = frame->ports->destination;
+	key->dport = frame->ports->source;
+	key->protocol = frame->protocol;
+}
+
 /* What is known of the frame's flow, if it came in by that link. */
 static __always_inline struct fast_flow *fast_find(const struct fast_frame *frame, int family, __u32 enters, __u64 now)
 {
@@ -181,30 +216,44 @@ static __always_inline void fast_remember(const struct fast_frame *frame, int fa
 	}
 }
 
-/* A connection begins or ends: what was known of this tuple, either way, was another's or is over. */
+/* Whether the other direction of the frame's flow is known. */
+static __always_inline int fast_has_answer(const struct fast_frame *frame, int family)
+{
+	if (family == FAMILY_IPV6) {
+		struct fast_key6 answer;
+
+		fast_answer6(frame, &answer);
+		return bpf_map_lookup_elem(&fast_flows6, &answer) != 0;
+	} else {
+		struct fast_key answer;
+
+		fast_answer(frame, &answer);
+		return bpf_map_lookup_elem(&fast_flows, &answer) != 0;
+	}
+}
+
+/* A connection begins or ends: what was known of this tuple, either way, was another's or is over. Mostly nothing was, and to
+ * look is cheaper than to delete.
+ */
 static __always_inline void fast_forget(const struct fast_frame *frame, int family)
 {
 	if (family == FAMILY_IPV6) {
-		struct fast_key6 key, answer = {};
+		struct fast_key6 key, answer;
 
 		fast_key6(frame, &key);
-		answer.saddr = key.daddr;
-		answer.daddr = key.saddr;
-		answer.sport = key.dport;
-		answer.dport = key.sport;
-		answer.protocol = key.protocol;
-		bpf_map_delete_elem(&fast_flows6, &key);
-		bpf_map_delete_elem(&fast_flows6, &answer);
+		fast_answer6(frame, &answer);
+		if (bpf_map_lookup_elem(&fast_flows6, &key))
+			bpf_map_delete_elem(&fast_flows6, &key);
+		if (bpf_map_lookup_elem(&fast_flows6, &answer))
+			bpf_map_delete_elem(&fast_flows6, &answer);
 	} else {
-		struct fast_key key, answer = {};
+		struct fast_key key, answer;
 
 		fast_key(frame, &key);
-		answer.saddr = key.daddr;
-		answer.daddr = key.saddr;
-		answer.sport = key.dport;
-		answer.dport = key.sport;
-		answer.protocol = key.protocol;
-		bpf_map_delete_elem(&fast_flows, &key);
-		bpf_map_delete_elem(&fast_flows, &answer);
+		fast_answer(frame, &answer);
+		if (bpf_map_lookup_elem(&fast_flows, &key))
+			bpf_map_delete_elem(&fast_flows, &key);
+		if (bpf_map_lookup_elem(&fast_flows, &answer))
+			bpf_map_delete_elem(&fast_flows, &answer);
 	}
 }

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
  *
  * VXLAN (RFC 7348) put around frames and taken off them by the programs themselves, past the device, the node's own IP and its
- * rules. Single packets only: those of many segments keep to the device, which the kernel's segmentation knows.
+ * rules. A packet of many TCP segments is wrapped whole over IPv4, and segmented behind us like the device's. Over IPv6 it keeps
+ * to the device: each segment needs an outer checksum, which programs cannot ask for. And none is unwrapped here: to the kernel
+ * it would stay one that is to be segmented with a tunnel's headers, wherever the pod sends it.
  *
  * The overlay has a device for each family, which carries packets of its family between nodes' addresses of the same: so that
  * is what is done here, and a frame of the other family inside is the device's work.
@@ -14,6 +16,7 @@
 
 #include "fast_frame.h"
 
+#define LONGEST_IPV4 65535
 /* "The VNI is valid", alone. */
 #define VXLAN_FLAGS bpf_htonl(0x08000000)
 /* Linux's range of ephemeral ports, from which its device takes the outer source port. */
@@ -255,8 +258,10 @@ static __always_inline int wrap_ipv4(struct __sk_buff *skb, const struct tunnel 
 	struct vxlan_headers headers = {};
 	struct ip_header ip = {};
 	struct eth_header eth;
-	__u16 length = skb->len + VXLAN_ROOM - sizeof(eth);
+	__u32 length = skb->len + VXLAN_ROOM - sizeof(eth);
 
+	if (length > LONGEST_IPV4)
+		return 0;
 	ip.version_len = PLAIN_IP;
 	ip.tos = tunnel->tos | (tos & ECN_MASK);
 	ip.total_len = bpf_htons(length);
@@ -269,7 +274,8 @@ static __always_inline int wrap_ipv4(struct __sk_buff *skb, const struct tunnel 
 	ip.checksum = ip_checksum(&ip);
 	headers.ip = ip;
 	fill_headers(skb, tunnel, flow, bpf_htons(ETH_P_IP), length - sizeof(ip), &eth, &headers.vxlan);
-	if (bpf_skb_adjust_room(skb, VXLAN_ROOM, BPF_ADJ_ROOM_MAC, ENCAPSULATION | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4))
+	if (bpf_skb_adjust_room(skb, VXLAN_ROOM, BPF_ADJ_ROOM_MAC,
+				ENCAPSULATION | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_FIXED_GSO))
 		return 0;
 	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0) ||
 	    bpf_skb_store_bytes(skb, sizeof(eth), &headers, sizeof(headers), 0))
@@ -329,8 +335,10 @@ static __always_inline int wrap(struct __sk_buff *skb, struct tunnel *tunnel, co
 {
 	__u8 tos = frame_tos(frame, family);
 
+	if (skb->gso_size && (family == FAMILY_IPV6 || frame->protocol != IPPROTO_TCP))
+		return 0;
 	/* Congestion is carried inside and must not be told twice (RFC 6040): the device knows how. */
-	if (skb->gso_size || (tos & ECN_MASK) == ECN_CE)
+	if ((tos & ECN_MASK) == ECN_CE)
 		return 0;
 	if (tunnel->device != flow->leaves)
 		tunnel->device = flow->leaves;

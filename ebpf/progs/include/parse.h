@@ -155,6 +155,8 @@ struct plain_frame {
 	struct eth_header *eth;
 	struct ip_header *ip;
 	struct ports_header *ports;
+	/* Of TCP: its header's length in bytes. */
+	__u8 tcp_len;
 	__u8 tcp_flags;
 };
 
@@ -168,6 +170,7 @@ static __always_inline int plain_frame(struct __sk_buff *skb, __u32 offset, stru
 	frame->eth = (void *)start;
 	frame->ip = (void *)(start + sizeof(*frame->eth));
 	frame->ports = (void *)(start + sizeof(*frame->eth) + sizeof(*frame->ip));
+	frame->tcp_len = 0;
 	frame->tcp_flags = 0;
 	if (frame->eth->type != bpf_htons(ETH_P_IP) || frame->ip->version_len != PLAIN_IP ||
 	    frame->ip->fragment & ~bpf_htons(IP_DONT_FRAGMENT))
@@ -176,6 +179,7 @@ static __always_inline int plain_frame(struct __sk_buff *skb, __u32 offset, stru
 		return 1;
 	if (frame->ip->protocol != IPPROTO_TCP || start + TCP_FLAGS_AT + 1 > end)
 		return 0;
+	frame->tcp_len = start[TCP_FLAGS_AT - 1] >> 4 << 2;
 	frame->tcp_flags = start[TCP_FLAGS_AT];
 	return 1;
 }

@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "fresh.h"
 #include "neighbour.h"
 
 /* Set by the loader. */
@@ -262,24 +263,48 @@ static __always_inline int goes_on(const struct packet *packet)
 	return packet->protocol == IPPROTO_TCP && !begins(packet);
 }
 
-static __always_inline int is_known(const struct endpoint *endpoint, const struct packet *packet,
-				    const struct flow_key *key, __u8 direction, __u8 *flags, struct basis *basis)
+static __always_inline int search_known(const struct endpoint *endpoint, const struct packet *packet,
+					const struct flow_key *key, __u8 direction, __u8 *flags, struct basis *basis)
 {
-	struct flow *flow;
+	struct flow *flow = bpf_map_lookup_elem(&flows, key);
+	__u8 towards = direction == INGRESS ? EGRESS : INGRESS;
 	int reason;
 
-	if (begins(packet))
-		return -1;
-	flow = bpf_map_lookup_elem(&flows, key);
 	if (!flow)
 		return -1;
-	reason = follow(endpoint, key, flow, direction == INGRESS ? EGRESS : INGRESS, packet->tcp_flags, flags, basis);
+	reason = follow(endpoint, key, flow, towards, packet->tcp_flags, flags, basis);
 	if (reason >= 0) {
 		/* An answer goes to whoever asked: nothing of it is left to judge. */
 		*flags = 0;
 		return reason;
 	}
 	return follow(endpoint, key, flow, direction, packet->tcp_flags, flags, basis);
+}
+
+static __always_inline int is_known(const struct endpoint *endpoint, const struct packet *packet,
+				    const struct flow_key *key, __u8 direction, __u8 *flags, struct basis *basis)
+{
+	struct fresh *fresh = 0;
+	__u32 now = leg_clock();
+	int reason;
+
+	if (begins(packet))
+		return -1;
+	/* What begins or ends a connection is to be seen by `flows`, and may be all that there is of it. */
+	if (!(packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)))
+		fresh = fresh_place(key, direction);
+	if (fresh && is_fresh(fresh, key, direction, endpoint->generation, now)) {
+		*flags = 0;
+		return REASON_ESTABLISHED;
+	}
+	reason = search_known(endpoint, packet, key, direction, flags, basis);
+	if (fresh && reason == REASON_ESTABLISHED && !*flags) {
+		fresh->key = *key;
+		fresh->generation = endpoint->generation;
+		fresh->unit = now;
+		fresh->direction = direction;
+	}
+	return reason;
 }
 
 static __always_inline void count(__u8 direction, int reason)

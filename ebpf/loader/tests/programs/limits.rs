@@ -202,6 +202,30 @@ fn a_class_map_too_many_is_refused_and_what_is_in_force_stays() {
     });
 }
 
+/// Several times as many flows as the programs keep at hand.
+#[test]
+fn flows_that_share_a_place_are_told_apart() {
+    const FLOWS: u16 = 6000;
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS | ISOLATED_EGRESS, &web_for_other());
+        let opened = || (1000..1000 + FLOWS).filter(|port| port % 2 == 0);
+        for port in opened() {
+            assert_eq!(w.gets(tcp(OTHER, port, POD, 80, SYN)), NEXT);
+            assert_eq!(w.sends(tcp(POD, 80, OTHER, port, ACK)), NEXT, "an answer");
+            assert_eq!(w.gets(tcp(OTHER, port, POD, 80, ACK)), NEXT, "it goes on");
+        }
+        for port in opened() {
+            assert_eq!(w.sends(tcp(POD, 80, OTHER, port + 1, ACK)), DROP, "nobody opened it");
+            assert_eq!(w.sends(tcp(POD, 80, STRANGER, port, ACK)), DROP, "nor that one");
+            assert_eq!(w.sends(tcp(POD, 80, OTHER, port, ACK)), NEXT);
+        }
+        w.enforce(ISOLATED_INGRESS | ISOLATED_EGRESS, &[]);
+        for port in opened() {
+            assert_eq!(w.sends(tcp(POD, 80, OTHER, port, ACK)), DROP, "cut within the second");
+        }
+    });
+}
+
 #[test]
 fn flows_that_were_forgotten_are_judged_again() {
     in_world(|w| {

@@ -283,6 +283,73 @@ fn send_all(stream: &mut TcpStream, bytes: usize) -> std::io::Result<()> {
     stream.read_exact(&mut [0])
 }
 
+/// What a device has sent, in packets.
+fn sent_by(netns: &Netns, device: &'static str) -> u64 {
+    let all = netns.within(|| std::fs::read_to_string("/proc/thread-self/net/dev")).expect("read");
+    let line = all.lines().find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'));
+    // Eight numbers of what it has received, then bytes and packets.
+    let packets = line.expect("the device").split_whitespace().nth(9);
+    packets.expect("a number").parse().expect("a number")
+}
+
+/// A server that hears that many bytes of a known pattern and answers, or hangs up.
+fn serve_pattern(pod: &Pod) {
+    let (ready, started) = std::sync::mpsc::channel();
+    pod.netns.spawn(move || {
+        let listener = TcpListener::bind(("0.0.0.0", ECHO_PORT)).expect("bind");
+        ready.send(()).expect("the test waits");
+        let (mut stream, _) = listener.accept().expect("a client");
+        let (want, mut got) = (pattern(), vec![0; PATTERN_BYTES]);
+        while stream.read_exact(&mut got).is_ok() && got == want && stream.write_all(&[1]).is_ok() {
+        }
+    });
+    started.recv().expect("the server starts");
+}
+
+const PATTERN_BYTES: usize = 4 << 20;
+
+/// No two words of it are alike, so nothing can be lost, doubled or swapped.
+fn pattern() -> Vec<u8> {
+    (0..u32::try_from(PATTERN_BYTES / 4).expect("fits")).flat_map(u32::to_be_bytes).collect()
+}
+
+/// Many segments in one packet get one VXLAN header, and whoever sends them on makes packets of them: the link, if it can, or the
+/// kernel.
+#[test]
+fn large_packets_are_wrapped_whole_and_any_link_can_carry_them() {
+    let Some(world) = World::new(Shape::IPV4) else { return };
+    let [one, other] = &world.hosts;
+    serve_pattern(&other.pods[0]);
+    world.switch_on();
+    let to = SocketAddrV4::new(other.pods[0].ip, ECHO_PORT);
+    let mut stream = connect_from(&one.pods[0], 6000, to);
+    let pattern = pattern();
+    for (what, sizes) in [
+        ("large packets on the wire", None),
+        ("single ones", Some("gso_max_size 1500")),
+        ("large ones again", Some("gso_max_size 65536")),
+    ] {
+        if let Some(sizes) = sizes {
+            one.netns.ip(&format!("link set eth0 {sizes}"));
+        }
+        let (wire, device) = (sent_by(&one.netns, "eth0"), sent_by(&one.netns, "vxlan-orch"));
+        for _ in 0..8 {
+            stream.write_all(&pattern).expect("sent");
+            stream.read_exact(&mut [0]).unwrap_or_else(|error| panic!("{what}: {error}"));
+        }
+        let wire = sent_by(&one.netns, "eth0") - wire;
+        let device = sent_by(&one.netns, "vxlan-orch") - device;
+        eprintln!("{what}: {wire} packets on the wire, {device} by the device");
+        let segments = 8 * PATTERN_BYTES as u64 / 1450;
+        if what == "single ones" {
+            assert!(wire >= segments, "{what}: {wire} packets");
+        } else {
+            assert!(wire < segments / 4, "{what}: {wire} packets");
+        }
+        assert!(device * 4 < segments / 40, "{what}: {device} packets took the long way");
+    }
+}
+
 #[test]
 fn conntrack_is_strict_again_without_the_fast_path_and_connections_of_it_go_on() {
     let Some(world) = World::new(Shape::IPV4) else { return };
