@@ -35,8 +35,8 @@ pub(crate) use task::BigTcp;
 
 /// Without BIG TCP.
 pub const PLAIN: u32 = PacketSizes::PLAIN;
-/// `GSO_MAX_SIZE` of the kernel: eight times as many bytes as a packet without it.
-pub const LARGEST: u32 = 8 * 65_535;
+/// With it, at most.
+pub const LARGEST: u32 = PacketSizes::LARGEST;
 
 /// What the pod network's configuration and its routes say.
 #[derive(Debug, Clone, PartialEq, Eq)]

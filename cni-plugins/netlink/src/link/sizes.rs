@@ -30,6 +30,8 @@ pub struct PacketSizes {
 impl PacketSizes {
     /// That of every link without BIG TCP (`GSO_LEGACY_MAX_SIZE`).
     pub const PLAIN: u32 = 65_536;
+    /// What links that are no hardware can take (`GSO_MAX_SIZE`): eight times as many bytes.
+    pub const LARGEST: u32 = 8 * 65_535;
 
     pub(super) fn parse(attributes: &[u8]) -> Self {
         let number = |kind| attribute(attributes, kind).and_then(|value| read_u32(value, 0));

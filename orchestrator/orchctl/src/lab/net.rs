@@ -10,7 +10,7 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use anyhow::{Context as _, anyhow};
-use cni_netlink::{AddressOptions, Bridge, NetNs, Netlink, Route, VethPair};
+use cni_netlink::{AddressOptions, Bridge, NetNs, Netlink, PacketSizes, Route, VethPair};
 use ipnetwork::{IpNetwork, Ipv4Network};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -62,6 +62,7 @@ pub(crate) fn ensure_underlay(lab: &Lab) -> anyhow::Result<()> {
                 })?;
             }
             set_up(&netlink, UNDERLAY_BRIDGE)?;
+            take_large_packets(&netlink, UNDERLAY_BRIDGE)?;
             // Absent where br_netfilter is not loaded: then bridged frames meet no rules anyway.
             let _ = fs::write("/proc/sys/net/bridge/bridge-nf-call-iptables", "0");
             Ok(())
@@ -130,6 +131,8 @@ fn attach(
         })
         .with_context(|| format!("join {host} to the underlay"))?;
         set_up(&here, &port)?;
+        take_large_packets(&here, &port)?;
+        take_large_packets(&there, link)?;
     }
     set_up(&there, "lo")?;
     let index = set_up(&there, link)?;
@@ -147,6 +150,17 @@ fn attach(
             .with_context(|| format!("default route of {host} in {}", lab.dir.display()))?;
     }
     Ok(())
+}
+
+/// Nodes that reach each other directly then have BIG TCP. A kernel before 6.3 knows no such sizes.
+fn take_large_packets(netlink: &Netlink, name: &str) -> anyhow::Result<()> {
+    let link = netlink.link(name)?.with_context(|| format!("there is no link {name}"))?;
+    if link.sizes.limit < PacketSizes::LARGEST || !link.sizes.fall_short_of(PacketSizes::LARGEST) {
+        return Ok(());
+    }
+    netlink
+        .set_packet_sizes(link.index, PacketSizes::LARGEST)
+        .with_context(|| format!("set packet sizes of {name}"))
 }
 
 /// Cuts a host off from the underlay, or joins it again.

@@ -97,7 +97,6 @@ impl Check {
                 | Self::Route
                 | Self::Neighbour
                 | Self::Fdb
-                | Self::Conntrack
         )
     }
 }

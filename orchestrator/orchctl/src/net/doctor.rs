@@ -118,6 +118,7 @@ fn reach_others(
 ) -> anyhow::Result<Vec<Finding>> {
     let explained = |node: &str| {
         before.iter().any(|finding| finding.node == node && finding.check.explains_silence())
+            || views.iter().any(|(_, view)| view.node == node && view.is_conntrack_full())
     };
     if explained(&view.node) || explained("etcd") {
         return Ok(Vec::new());

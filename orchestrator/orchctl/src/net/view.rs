@@ -71,6 +71,13 @@ impl View {
         leases.of(self.address, mac, subnet)
     }
 
+    /// Whether the kernel tracks as many connections as it may, or just forgot one: new ones are dropped.
+    pub(super) fn is_conntrack_full(&self) -> bool {
+        self.conntrack
+            .as_ref()
+            .is_some_and(|usage| usage.limit > 0 && usage.flows * 100 >= usage.limit * 99)
+    }
+
     /// A link by its name.
     pub(super) fn link(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| link.name == name)

@@ -118,6 +118,13 @@ fn layouts(lab: &TestLab, node: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
 /// policy forbids does not pass, and the doctor names the command that makes room.
 pub(super) fn conntrack_full(lab: &TestLab) -> anyhow::Result<()> {
     let shop = Shop::open(lab)?;
+    let outcome = fill_conntrack(lab, &shop);
+    let removed = shop.remove_policy("web");
+    outcome.and(removed)?;
+    shop.close()
+}
+
+fn fill_conntrack(lab: &TestLab, shop: &Shop<'_>) -> anyhow::Result<()> {
     let web = shop.web.as_str();
     let front = json!({"podSelector": {"matchLabels": {"app": "front"}}});
     shop.policy("web", json!({"podSelector": {}, "ingress": [{"from": [front]}]}))?;
@@ -141,8 +148,7 @@ pub(super) fn conntrack_full(lab: &TestLab) -> anyhow::Result<()> {
     ensure!(report.tcp_gap < Duration::from_secs(2), "a known connection stood still: {report:?}");
     ensure!(report.udp_gap < Duration::from_secs(2), "a known flow stood still: {report:?}");
     drop(full);
-    shop.remove_policy("web")?;
-    shop.close()
+    Ok(())
 }
 
 /// As many connections as the kernel takes, until it is dropped. The limit is one for all namespaces, so it is lowered to
