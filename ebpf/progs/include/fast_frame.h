@@ -161,27 +161,6 @@ static __always_inline void fast_key6(const struct fast_frame *frame, struct fas
 	key->protocol = frame->protocol;
 }
 
-/* The keys of what goes the other way. */
-static __always_inline void fast_answer(const struct fast_frame *frame, struct fast_key *key)
-{
-	__builtin_memset(key, 0, sizeof(*key));
-	key->saddr = frame->ip->daddr;
-	key->daddr = frame->ip->saddr;
-	key->sport = frame->ports->destination;
-	key->dport = frame->ports->source;
-	key->protocol = frame->protocol;
-}
-
-static __always_inline void fast_answer6(const struct fast_frame *frame, struct fast_key6 *key)
-{
-	__builtin_memset(key, 0, sizeof(*key));
-	key->saddr = frame->ip6->daddr;
-	key->daddr = frame->ip6->saddr;
-	key->sport = frame->ports->destination;
-	key->dport = frame->ports->source;
-	key->protocol = frame->protocol;
-}
-
 /* What is known of the frame's flow, if it came in by that link. */
 static __always_inline struct fast_flow *fast_find(const struct fast_frame *frame, int family, __u32 enters, __u64 now)
 {
@@ -220,40 +199,44 @@ static __always_inline void fast_remember(const struct fast_frame *frame, int fa
 static __always_inline int fast_has_answer(const struct fast_frame *frame, int family)
 {
 	if (family == FAMILY_IPV6) {
-		struct fast_key6 answer;
+		struct fast_key6 answer = {
+			.saddr = frame->ip6->daddr,
+			.daddr = frame->ip6->saddr,
+			.sport = frame->ports->destination,
+			.dport = frame->ports->source,
+			.protocol = frame->protocol,
+		};
 
-		fast_answer6(frame, &answer);
 		return bpf_map_lookup_elem(&fast_flows6, &answer) != 0;
 	} else {
-		struct fast_key answer;
+		struct fast_key answer = {
+			.saddr = frame->ip->daddr,
+			.daddr = frame->ip->saddr,
+			.sport = frame->ports->destination,
+			.dport = frame->ports->source,
+			.protocol = frame->protocol,
+		};
 
-		fast_answer(frame, &answer);
 		return bpf_map_lookup_elem(&fast_flows, &answer) != 0;
 	}
 }
 
-/* A connection begins or ends: what was known of this tuple, either way, was another's or is over. Mostly nothing was, and to
- * look is cheaper than to delete.
+/* One side begins or ends a connection: what was known of this direction was another's, or is over. Mostly nothing was, and to look
+ * is cheaper than to delete.
  */
 static __always_inline void fast_forget(const struct fast_frame *frame, int family)
 {
 	if (family == FAMILY_IPV6) {
-		struct fast_key6 key, answer;
+		struct fast_key6 key;
 
 		fast_key6(frame, &key);
-		fast_answer6(frame, &answer);
 		if (bpf_map_lookup_elem(&fast_flows6, &key))
 			bpf_map_delete_elem(&fast_flows6, &key);
-		if (bpf_map_lookup_elem(&fast_flows6, &answer))
-			bpf_map_delete_elem(&fast_flows6, &answer);
 	} else {
-		struct fast_key key, answer;
+		struct fast_key key;
 
 		fast_key(frame, &key);
-		fast_answer(frame, &answer);
 		if (bpf_map_lookup_elem(&fast_flows, &key))
 			bpf_map_delete_elem(&fast_flows, &key);
-		if (bpf_map_lookup_elem(&fast_flows, &answer))
-			bpf_map_delete_elem(&fast_flows, &answer);
 	}
 }
