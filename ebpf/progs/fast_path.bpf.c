@@ -151,7 +151,6 @@ static __always_inline int enter(struct __sk_buff *skb, int family)
 	if (frame.protocol == IPPROTO_UDP && is_vxlan_port(frame.ports->destination))
 		return fast_unwrap(skb, &frame, family);
 	if (frame.tcp_flags & TCP_TURNS) {
-		/* Its answer, or what else comes from the other side, forgets the other direction. */
 		if (frame.tcp_flags & (TCP_SYN | TCP_FIN))
 			fast_forget(&frame, family);
 		return TCX_NEXT;

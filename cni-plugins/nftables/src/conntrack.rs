@@ -159,6 +159,12 @@ impl Usage {
         let number = |file| fs::read_to_string(file).ok()?.trim().parse().ok();
         Some(Self { flows: number(COUNT)?, limit: number(LIMIT)?, dropped: dropped().ok()? })
     }
+
+    /// Whether at least so much of the table is taken. A limit of 0 is none.
+    #[must_use]
+    pub const fn is_taken(&self, percent: u64) -> bool {
+        self.limit > 0 && self.flows.saturating_mul(100) >= self.limit.saturating_mul(percent)
+    }
 }
 
 /// The sum of what each CPU counted.

@@ -195,48 +195,66 @@ static __always_inline void fast_remember(const struct fast_frame *frame, int fa
 	}
 }
 
+/* Keys of what goes the other way. */
+static __always_inline void fast_answer(const struct fast_frame *frame, struct fast_key *key)
+{
+	fast_key(frame, key);
+	key->saddr = frame->ip->daddr;
+	key->daddr = frame->ip->saddr;
+	key->sport = frame->ports->destination;
+	key->dport = frame->ports->source;
+}
+
+static __always_inline void fast_answer6(const struct fast_frame *frame, struct fast_key6 *key)
+{
+	fast_key6(frame, key);
+	key->saddr = frame->ip6->daddr;
+	key->daddr = frame->ip6->saddr;
+	key->sport = frame->ports->destination;
+	key->dport = frame->ports->source;
+}
+
 /* Whether the other direction of the frame's flow is known. */
 static __always_inline int fast_has_answer(const struct fast_frame *frame, int family)
 {
 	if (family == FAMILY_IPV6) {
-		struct fast_key6 answer = {
-			.saddr = frame->ip6->daddr,
-			.daddr = frame->ip6->saddr,
-			.sport = frame->ports->destination,
-			.dport = frame->ports->source,
-			.protocol = frame->protocol,
-		};
+		struct fast_key6 answer;
 
+		fast_answer6(frame, &answer);
 		return bpf_map_lookup_elem(&fast_flows6, &answer) != 0;
 	} else {
-		struct fast_key answer = {
-			.saddr = frame->ip->daddr,
-			.daddr = frame->ip->saddr,
-			.sport = frame->ports->destination,
-			.dport = frame->ports->source,
-			.protocol = frame->protocol,
-		};
+		struct fast_key answer;
 
+		fast_answer(frame, &answer);
 		return bpf_map_lookup_elem(&fast_flows, &answer) != 0;
 	}
 }
 
-/* One side begins or ends a connection: what was known of this direction was another's, or is over. Mostly nothing was, and to look
- * is cheaper than to delete.
+/* One side begins or ends a connection: what was known of this direction was another's, or is over. With an end the other one is
+ * forgotten too: its last packet carries nothing but the answer to this one, which conntrack is to see. Mostly nothing was known,
+ * and to look is cheaper than to delete.
  */
 static __always_inline void fast_forget(const struct fast_frame *frame, int family)
 {
+	int is_end = frame->tcp_flags & TCP_FIN;
+
 	if (family == FAMILY_IPV6) {
 		struct fast_key6 key;
 
 		fast_key6(frame, &key);
 		if (bpf_map_lookup_elem(&fast_flows6, &key))
 			bpf_map_delete_elem(&fast_flows6, &key);
+		fast_answer6(frame, &key);
+		if (is_end && bpf_map_lookup_elem(&fast_flows6, &key))
+			bpf_map_delete_elem(&fast_flows6, &key);
 	} else {
 		struct fast_key key;
 
 		fast_key(frame, &key);
 		if (bpf_map_lookup_elem(&fast_flows, &key))
+			bpf_map_delete_elem(&fast_flows, &key);
+		fast_answer(frame, &key);
+		if (is_end && bpf_map_lookup_elem(&fast_flows, &key))
 			bpf_map_delete_elem(&fast_flows, &key);
 	}
 }

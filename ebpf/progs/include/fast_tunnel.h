@@ -16,6 +16,7 @@
 
 #include "fast_frame.h"
 
+/* Bytes of an IPv4 packet that its header can say. */
 #define LONGEST_IPV4 65535
 /* "The VNI is valid", alone. */
 #define VXLAN_FLAGS bpf_htonl(0x08000000)

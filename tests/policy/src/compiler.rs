@@ -15,7 +15,8 @@ use orch_policy::{
     Prefix, Publish, World, compile,
 };
 use proptest::collection::vec;
-use proptest::prelude::{ProptestConfig, proptest};
+use proptest::prelude::{ProptestConfig, Strategy, proptest};
+use proptest::strategy::ValueTree;
 
 fn name_of(meta: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -> Name {
     Name::new(
@@ -284,8 +285,7 @@ fn numbers_are_not_used_again() {
     let mut compiled = Compiled::default();
     let mut retired: BTreeMap<Class, usize> = BTreeMap::new();
     for round in 0..100 {
-        let tree = proptest::strategy::Strategy::new_tree(&cluster(8, 6), &mut runner);
-        let cluster = proptest::strategy::ValueTree::current(&tree.expect("a cluster"));
+        let cluster = cluster(8, 6).new_tree(&mut runner).expect("a cluster").current();
         let next = compile(&world(&cluster, "one"), &compiled);
         let used = |compiled: &Compiled| {
             compiled
@@ -306,13 +306,25 @@ fn numbers_are_not_used_again() {
 }
 
 #[test]
+fn a_cluster_holds_one_policy_of_a_name() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let start = cluster(3, 3).new_tree(&mut runner).expect("a cluster").current();
+    for _ in 0..200 {
+        let changes = vec(change(), 8..20).new_tree(&mut runner).expect("changes").current();
+        let end = changes.iter().fold(start.clone(), |cluster, change| change.apply(&cluster));
+        let world = world(&end, "one");
+        assert_eq!(world.policies.len(), end.policies.len(), "after {changes:?}");
+        assert_eq!(world.cluster_policies.len(), end.cluster_policies.len(), "after {changes:?}");
+    }
+}
+
+#[test]
 fn the_oracle_and_the_worlds_have_something_to_say() {
     // Worlds in which everything is allowed or everything is denied would test nothing.
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (mut allowed, mut denied, mut questions_asked) = (0_usize, 0_usize, 0_usize);
     for _ in 0..50 {
-        let tree = proptest::strategy::Strategy::new_tree(&cluster(8, 6), &mut runner);
-        let cluster = proptest::strategy::ValueTree::current(&tree.expect("a cluster"));
+        let cluster = cluster(8, 6).new_tree(&mut runner).expect("a cluster").current();
         let others: Vec<IpAddr> = interesting_addresses(&cluster).into_iter().collect();
         let traffic = interesting_traffic(&cluster);
         for (pod, (side, _), other, traffic) in questions(&cluster, &others, &traffic) {

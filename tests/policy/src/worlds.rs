@@ -401,7 +401,8 @@ impl Change {
             }
             Self::Add(policy) => {
                 let mut policy = policy.as_ref().clone();
-                policy.metadata.name = Some(format!("new{policies}"));
+                let taken = next.policies.iter().filter_map(|policy| policy.metadata.name.as_deref());
+                policy.metadata.name = Some(free_name("new", taken));
                 next.policies.push(policy);
             }
             Self::Edit(place, policy) if policies > 0 => {
@@ -414,7 +415,9 @@ impl Change {
             }
             Self::AddCluster(policy) => {
                 let mut policy = policy.clone();
-                policy["metadata"] = json!({"name": format!("newc{newer}")});
+                let taken = next.cluster_policies.iter().map(|policy| &policy["metadata"]["name"]);
+                let name = free_name("newc", taken.filter_map(Value::as_str));
+                policy["metadata"] = json!({"name": name});
                 next.cluster_policies.push(policy);
             }
             Self::EditCluster(place, policy) if newer > 0 => {
@@ -427,6 +430,13 @@ impl Change {
         }
         next
     }
+}
+
+/// A name that no object has yet: a cluster holds one object of a name.
+fn free_name<'a>(prefix: &str, taken: impl Iterator<Item = &'a str>) -> String {
+    let taken: BTreeSet<&str> = taken.collect();
+    let mut names = (0..=taken.len()).map(|number| format!("{prefix}{number}"));
+    names.find(|name| !taken.contains(name.as_str())).expect("more names than objects")
 }
 
 /// All addresses worth asking about.

@@ -629,13 +629,8 @@ impl Node<'_> {
     }
 
     fn conntrack(&mut self) {
-        let Some(cni_nftables::Usage { flows, limit, dropped }) = self.view.conntrack else {
-            return;
-        };
-        // A limit of 0 is none.
-        if limit == 0 || flows * 100 < limit * CONNTRACK_FULL_PERCENT {
-            return;
-        }
+        let usage = self.view.conntrack.filter(|usage| usage.is_taken(CONNTRACK_FULL_PERCENT));
+        let Some(cni_nftables::Usage { flows, limit, dropped }) = usage else { return };
         self.found(
             Check::Conntrack,
             format!(

@@ -73,9 +73,7 @@ impl View {
 
     /// Whether the kernel tracks as many connections as it may, or just forgot one: new ones are dropped.
     pub(super) fn is_conntrack_full(&self) -> bool {
-        self.conntrack
-            .as_ref()
-            .is_some_and(|usage| usage.limit > 0 && usage.flows * 100 >= usage.limit * 99)
+        self.conntrack.is_some_and(|usage| usage.is_taken(99))
     }
 
     /// A link by its name.
