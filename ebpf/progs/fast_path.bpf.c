@@ -152,7 +152,7 @@ static __always_inline int enter(struct __sk_buff *skb, int family)
 		return fast_unwrap(skb, &frame, family);
 	if (frame.tcp_flags & TCP_TURNS) {
 		if (frame.tcp_flags & (TCP_SYN | TCP_FIN))
-			fast_forget(&frame, family);
+			fast_forget(&frame, family, now);
 		return TCX_NEXT;
 	}
 	flow = fast_find(&frame, family, skb->ifindex, now);
@@ -218,6 +218,7 @@ static __always_inline int leave(struct __sk_buff *skb, int family)
 	struct fast_flow flow = {};
 	__u32 *sender, slot, ifindex = skb->ifindex;
 	struct fast_frame frame;
+	__u64 now;
 
 	/* Only what has left by the VXLAN device before is its work; a pod may write the like. */
 	if (skb->mark & MARK_LEFT) {
@@ -240,7 +241,8 @@ static __always_inline int leave(struct __sk_buff *skb, int family)
 	/* A connection may end as soon as it is open, and then to learn it would cost more than it brings. So what carries no data
 	 * is learned once the other side's packets are.
 	 */
-	if (is_bare(&frame, family) && !fast_has_answer(&frame, family))
+	now = bpf_ktime_get_coarse_ns();
+	if (is_bare(&frame, family) && !fast_has_answer(&frame, family, now))
 		return TCX_NEXT;
 	flow.is_local = bpf_map_lookup_elem(&endpoints, &ifindex) != 0;
 	/* What a pod of this node sends comes in by the bridge a second time, so its slot in the mark says where it was. */
@@ -256,7 +258,7 @@ static __always_inline int leave(struct __sk_buff *skb, int family)
 	flow.is_routed = !(sender && flow.is_local);
 	if (!flow.enters)
 		return TCX_NEXT;
-	flow.learned_ns = bpf_ktime_get_coarse_ns();
+	flow.learned_ns = now;
 	__builtin_memcpy(flow.to_mac, frame.eth->to, sizeof(flow.to_mac));
 	__builtin_memcpy(flow.from_mac, frame.eth->from, sizeof(flow.from_mac));
 	fast_remember(&frame, family, &flow);

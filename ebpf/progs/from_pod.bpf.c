@@ -134,7 +134,7 @@ static __always_inline int judge_from_pod(struct __sk_buff *skb, const struct en
 		*flags = FLOW_EITHER;
 		reason = judge_either(endpoint, &key, EGRESS, basis);
 	} else {
-		reason = judge_flow(endpoint, &key, EGRESS, basis);
+		reason = judge_opening(endpoint, &key, EGRESS, basis);
 	}
 	if (is_drop(reason))
 		return reason;

@@ -96,7 +96,7 @@ static __always_inline int judge_to_pod(struct __sk_buff *skb, const struct endp
 		return REASON_RELATED;
 	/* What `is_known` left there is another flow's. */
 	flags = goes_on(packet) ? FLOW_EITHER : 0;
-	reason = flags ? judge_either(endpoint, &key, INGRESS, basis) : judge_flow(endpoint, &key, INGRESS, basis);
+	reason = flags ? judge_either(endpoint, &key, INGRESS, basis) : judge_opening(endpoint, &key, INGRESS, basis);
 	if (is_drop(reason))
 		return reason;
 	full = remember(endpoint, &key, INGRESS, packet->tcp_flags, flags);

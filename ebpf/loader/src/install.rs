@@ -18,7 +18,7 @@ use crate::{Error, Hook, Maps, Pins, filters};
 pub const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/policy.o"));
 
 /// Names of all maps.
-pub(crate) const MAPS: [&str; 18] = [
+pub(crate) const MAPS: [&str; 19] = [
     "endpoints",
     "endpoint_cache",
     "slots",
@@ -33,6 +33,7 @@ pub(crate) const MAPS: [&str; 18] = [
     "event_losses",
     "strays",
     "settings",
+    "fast_hints",
     "fast_flows",
     "fast_flows6",
     "fast_tunnels",

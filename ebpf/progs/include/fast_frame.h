@@ -161,11 +161,38 @@ static __always_inline void fast_key6(const struct fast_frame *frame, struct fas
 	key->protocol = frame->protocol;
 }
 
+/* Where something is said of the frame's flow; both directions have the same place. */
+static __always_inline __u8 *fast_hint(const struct fast_frame *frame, int family)
+{
+	__u32 place = (__u32)(frame->ports->source ^ frame->ports->destination), zero = 0;
+	struct fast_hints *hints = bpf_map_lookup_elem(&fast_hints, &zero);
+
+	if (family == FAMILY_IPV6) {
+#pragma unroll
+		for (int i = 0; i < 4; i++)
+			place ^= frame->ip6->saddr.words[i] ^ frame->ip6->daddr.words[i];
+	} else {
+		place ^= frame->ip->saddr ^ frame->ip->daddr;
+	}
+	return hints ? &hints->learned[place * 0x9e3779b1 >> (32 - FAST_HINT_BITS)] : 0;
+}
+
+/* 0: neither direction of the frame's flow is known. */
+static __always_inline int may_be_learned(const struct fast_frame *frame, int family, __u64 now)
+{
+	const __u8 *hint = fast_hint(frame, family);
+
+	/* One more: neither of the two times is whole. */
+	return hint && (__u8)((now >> FAST_HINT_SHIFT) - *hint) <= FAST_HINT_UNITS + 1;
+}
+
 /* What is known of the frame's flow, if it came in by that link. */
 static __always_inline struct fast_flow *fast_find(const struct fast_frame *frame, int family, __u32 enters, __u64 now)
 {
 	struct fast_flow *flow;
 
+	if (!may_be_learned(frame, family, now))
+		return 0;
 	if (family == FAMILY_IPV6) {
 		struct fast_key6 key;
 
@@ -182,6 +209,10 @@ static __always_inline struct fast_flow *fast_find(const struct fast_frame *fram
 
 static __always_inline void fast_remember(const struct fast_frame *frame, int family, const struct fast_flow *flow)
 {
+	__u8 *hint = fast_hint(frame, family);
+
+	if (!hint)
+		return;
 	if (family == FAMILY_IPV6) {
 		struct fast_key6 key;
 
@@ -193,6 +224,7 @@ static __always_inline void fast_remember(const struct fast_frame *frame, int fa
 		fast_key(frame, &key);
 		bpf_map_update_elem(&fast_flows, &key, flow, BPF_ANY);
 	}
+	*hint = flow->learned_ns >> FAST_HINT_SHIFT;
 }
 
 /* Keys of what goes the other way. */
@@ -215,8 +247,10 @@ static __always_inline void fast_answer6(const struct fast_frame *frame, struct 
 }
 
 /* Whether the other direction of the frame's flow is known. */
-static __always_inline int fast_has_answer(const struct fast_frame *frame, int family)
+static __always_inline int fast_has_answer(const struct fast_frame *frame, int family, __u64 now)
 {
+	if (!may_be_learned(frame, family, now))
+		return 0;
 	if (family == FAMILY_IPV6) {
 		struct fast_key6 answer;
 
@@ -234,10 +268,12 @@ static __always_inline int fast_has_answer(const struct fast_frame *frame, int f
  * forgotten too: its last packet carries nothing but the answer to this one, which conntrack is to see. Mostly nothing was known,
  * and to look is cheaper than to delete.
  */
-static __always_inline void fast_forget(const struct fast_frame *frame, int family)
+static __always_inline void fast_forget(const struct fast_frame *frame, int family, __u64 now)
 {
 	int is_end = frame->tcp_flags & TCP_FIN;
 
+	if (!may_be_learned(frame, family, now))
+		return;
 	if (family == FAMILY_IPV6) {
 		struct fast_key6 key;
 

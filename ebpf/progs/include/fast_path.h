@@ -76,6 +76,26 @@ struct fast_flow {
 	__u8 pad;
 };
 
+/* By a hash of the tuple: when a flow of it was learned last, in either direction, in units of FAST_HINT_SHIFT bits of nanoseconds.
+ * Where nothing was for longer than FAST_VALID_NS there is nothing to be found, so most of what belongs to no learned flow
+ * (connections that begin, and end at once) needs no search. Bytes, so that all of it stays near the processor; a unit comes
+ * again after a minute, and then costs a search. Written by the programs, behind the flow.
+ */
+#define FAST_HINT_BITS 12
+#define FAST_HINT_SHIFT 28
+#define FAST_HINT_UNITS (FAST_VALID_NS >> FAST_HINT_SHIFT)
+
+struct fast_hints {
+	__u8 learned[1 << FAST_HINT_BITS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct fast_hints);
+} fast_hints SEC(".maps");
+
 /* Written by the programs. Full: the oldest go; their packets go the whole way. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
  *
- * Flows of which a packet passed in this unit of the clock of legs, on this CPU: a place for each, found by number, so that
- * most packets of a known flow need no search in `flows`. What is here is true as long as the row's generation is the same; the
- * first packet of every unit asks `flows` again, which so sees who lives.
+ * Flows of which a packet passed in this unit of the clock of legs, on this CPU, and answers to those that were opened in it: a
+ * place for each, found by number, so that most packets of a known flow need no search in `flows`. What is here is true as long
+ * as the row's generation is the same; the first packet of every unit asks `flows` again, which so sees who lives.
  */
 #pragma once
 
@@ -34,6 +34,15 @@ static __always_inline struct fresh *fresh_place(const struct flow_key *key, __u
 	place ^= (__u32)key->local_port << 16 | key->remote_port;
 	place = place * 0x9e3779b1 >> (32 - FRESH_BITS);
 	return bpf_map_lookup_elem(&fresh_flows, &place);
+}
+
+static __always_inline void freshen(struct fresh *fresh, const struct flow_key *key, __u8 direction, __u32 generation,
+				    __u32 unit)
+{
+	fresh->key = *key;
+	fresh->generation = generation;
+	fresh->unit = unit;
+	fresh->direction = direction;
 }
 
 static __always_inline int is_same_flow(const struct flow_key *a, const struct flow_key *b)

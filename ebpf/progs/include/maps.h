@@ -80,7 +80,7 @@ struct endpoint {
 	__u8 mac[6];
 	__u8 state;
 	__u8 flags;
-	/* Of the policies that are in force, for people: what the agent last compiled. */
+	/* Of the policies that are in force: what the agent last compiled. Another one with every change of the row. */
 	__u64 revision;
 	/* IPv6 address of the pod; 0 if it has none. Its link-local address follows from the MAC. */
 	struct ip_addr addr6;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "fresh.h"
+#include "judged.h"
 #include "neighbour.h"
 
 /* Set by the loader. */
@@ -24,12 +25,6 @@ const volatile __u32 ticks_per_second SEC(".rodata") = 0;
 
 /* No verdict: somebody else decides. */
 #define REASON_UNDECIDED (REASON_COUNT - 1)
-
-/* What a verdict rests on. */
-struct basis {
-	__u32 rule;
-	__u32 peer_class;
-};
 
 static __always_inline int is_drop(int reason)
 {
@@ -53,8 +48,8 @@ static __always_inline __be16 policy_port(__u8 protocol, __be16 port)
 	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP ? port : 0;
 }
 
-/* What policy says of the flow if it is opened in this direction. */
-static __always_inline int judge_flow(const struct endpoint *endpoint, const struct flow_key *flow, __u8 direction,
+/* What the tables say of the flow if it is opened in this direction. */
+static __always_inline int ask_tables(const struct endpoint *endpoint, const struct flow_key *flow, __u8 direction,
 				      struct basis *basis)
 {
 	struct class_key class_key = { .prefix_len = WHOLE_ADDRESS, .family = flow->family, .addr = flow->remote };
@@ -62,13 +57,6 @@ static __always_inline int judge_flow(const struct endpoint *endpoint, const str
 	void *class_map, *table;
 	struct rule *rule;
 	__u32 *peer_class;
-
-	if (endpoint->state == ENDPOINT_PENDING)
-		return REASON_PENDING;
-	if (endpoint->state != ENDPOINT_READY)
-		return REASON_LOCKED;
-	if (!(endpoint->flags & (direction == INGRESS ? ISOLATED_INGRESS : ISOLATED_EGRESS)))
-		return REASON_NOT_ISOLATED;
 
 	class_map = bpf_map_lookup_elem(&class_maps, &endpoint->class_map);
 	table = bpf_map_lookup_elem(&tables, &endpoint->table);
@@ -87,6 +75,58 @@ static __always_inline int judge_flow(const struct endpoint *endpoint, const str
 		return REASON_POLICY;
 	basis->rule = rule->id;
 	return rule->action == RULE_ALLOW ? REASON_ALLOWED : REASON_POLICY;
+}
+
+/* What holds whatever the tables say; -1 if they are to be asked. */
+static __always_inline int judge_endpoint(const struct endpoint *endpoint, __u8 direction)
+{
+	if (endpoint->state == ENDPOINT_PENDING)
+		return REASON_PENDING;
+	if (endpoint->state != ENDPOINT_READY)
+		return REASON_LOCKED;
+	return endpoint->flags & (direction == INGRESS ? ISOLATED_INGRESS : ISOLATED_EGRESS) ? -1 : REASON_NOT_ISOLATED;
+}
+
+/* What policy says of the flow if it is opened in this direction. */
+static __always_inline int judge_flow(const struct endpoint *endpoint, const struct flow_key *flow, __u8 direction,
+				      struct basis *basis)
+{
+	int reason = judge_endpoint(endpoint, direction);
+
+	return reason >= 0 ? reason : ask_tables(endpoint, flow, direction, basis);
+}
+
+/* The same of a flow that is being opened, which is asked often: from what the tables said last, if the question is the same. */
+static __always_inline int judge_opening(const struct endpoint *endpoint, const struct flow_key *flow, __u8 direction,
+					 struct basis *basis)
+{
+	struct question question = {
+		.remote = flow->remote,
+		.revision = endpoint->revision,
+		.uid = endpoint->uid,
+		.generation = endpoint->generation,
+		.port = policy_port(flow->protocol, direction == INGRESS ? flow->local_port : flow->remote_port),
+		.protocol = flow->protocol,
+		.direction = direction,
+		.family = flow->family,
+	};
+	int reason = judge_endpoint(endpoint, direction);
+	struct judged *place;
+
+	if (reason >= 0)
+		return reason;
+	place = judged_place(&question);
+	if (place && place->reason && is_same_question(&place->question, &question)) {
+		*basis = place->basis;
+		return place->reason;
+	}
+	reason = ask_tables(endpoint, flow, direction, basis);
+	if (place && reason != REASON_NO_TABLE) {
+		place->question = question;
+		place->basis = *basis;
+		place->reason = reason;
+	}
+	return reason;
 }
 
 /* A TCP connection that is in the middle and not known: forgotten, or older than the programs. Whoever opened it is
@@ -184,15 +224,23 @@ static __always_inline int remember(const struct endpoint *endpoint, const struc
 		.is_open = 1,
 	};
 	struct flow *known = bpf_map_lookup_elem(&flows, key);
+	__u8 towards = direction == INGRESS ? EGRESS : INGRESS;
 	struct flow flow = {};
+	struct fresh *answer;
 
 	/* Ports are used again: nothing has to be made. */
 	if (known) {
 		known->legs[direction] = leg;
-		return 0;
+	} else {
+		flow.legs[direction] = leg;
+		if (bpf_map_update_elem(&flows, key, &flow, BPF_ANY))
+			return REASON_FLOW_TABLE_FULL;
 	}
-	flow.legs[direction] = leg;
-	return bpf_map_update_elem(&flows, key, &flow, BPF_ANY) ? REASON_FLOW_TABLE_FULL : 0;
+	/* Mostly the next packet of the flow comes from there. */
+	answer = fresh_place(key, towards);
+	if (answer)
+		freshen(answer, key, towards, leg.generation, leg.last);
+	return 0;
 }
 
 /* The key of a packet that goes in this direction. Its own address is the endpoint's. */
@@ -290,20 +338,16 @@ static __always_inline int is_known(const struct endpoint *endpoint, const struc
 
 	if (begins(packet))
 		return -1;
-	/* What begins or ends a connection is to be seen by `flows`, and may be all that there is of it. */
-	if (!(packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)))
+	/* What ends a connection is to be seen by `flows`. */
+	if (!(packet->tcp_flags & (TCP_FIN | TCP_RST)))
 		fresh = fresh_place(key, direction);
 	if (fresh && is_fresh(fresh, key, direction, endpoint->generation, now)) {
 		*flags = 0;
 		return REASON_ESTABLISHED;
 	}
 	reason = search_known(endpoint, packet, key, direction, flags, basis);
-	if (fresh && reason == REASON_ESTABLISHED && !*flags) {
-		fresh->key = *key;
-		fresh->generation = endpoint->generation;
-		fresh->unit = now;
-		fresh->direction = direction;
-	}
+	if (fresh && reason == REASON_ESTABLISHED && !*flags)
+		freshen(fresh, key, direction, endpoint->generation, now);
 	return reason;
 }
 

@@ -401,7 +401,8 @@ impl Change {
             }
             Self::Add(policy) => {
                 let mut policy = policy.as_ref().clone();
-                let taken = next.policies.iter().filter_map(|policy| policy.metadata.name.as_deref());
+                let taken =
+                    next.policies.iter().filter_map(|policy| policy.metadata.name.as_deref());
                 policy.metadata.name = Some(free_name("new", taken));
                 next.policies.push(policy);
             }

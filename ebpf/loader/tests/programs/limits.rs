@@ -226,6 +226,27 @@ fn flows_that_share_a_place_are_told_apart() {
     });
 }
 
+/// The agent leaves the generation as it is where flows need not be judged again, and gives numbers of tables again.
+#[test]
+fn what_the_tables_said_is_repeated_for_the_same_row_and_question_alone() {
+    in_world(|w| {
+        w.enforce(ISOLATED_INGRESS | ISOLATED_EGRESS, &web_for_other());
+        for _ in 0..2 {
+            assert_eq!(w.gets(tcp(OTHER, 1000, POD, 80, SYN)), NEXT);
+            assert_eq!(w.gets(tcp(OTHER, 1000, POD, 81, SYN)), DROP, "another port");
+            assert_eq!(w.gets(udp(OTHER, 1000, POD, 80)), DROP, "another protocol");
+            assert_eq!(w.gets(tcp(STRANGER, 1000, POD, 80, SYN)), DROP, "another peer");
+            assert_eq!(w.sends(tcp(POD, 1000, OTHER, 80, SYN)), DROP, "the other direction");
+        }
+        let row = w.maps.endpoint(w.pod).expect("read").expect("there");
+        let table = RuleTable::build(std::iter::empty()).expect("built");
+        w.maps.put_table(row.table, &table).expect("put");
+        let next = Endpoint { revision: row.revision + 1, ..row };
+        w.maps.update_endpoint(w.pod, next).expect("written");
+        assert_eq!(w.gets(tcp(OTHER, 1001, POD, 80, SYN)), DROP, "the new table does not say so");
+    });
+}
+
 #[test]
 fn flows_that_were_forgotten_are_judged_again() {
     in_world(|w| {

@@ -350,6 +350,47 @@ fn large_packets_are_wrapped_whole_and_any_link_can_carry_them() {
     }
 }
 
+/// Sends on behind the FIN of a client that has only asked, and so is the last to end the connection.
+#[test]
+fn conntrack_sees_the_end_of_a_connection_of_which_one_half_was_closed_before() {
+    let Some(world) = World::new(Shape::IPV4) else { return };
+    let [one, other] = &world.hosts;
+    let (ready, started) = std::sync::mpsc::channel();
+    other.pods[0].netns.spawn(move || {
+        let listener = TcpListener::bind(("0.0.0.0", ECHO_PORT)).expect("bind");
+        ready.send(()).expect("the test waits");
+        for mut stream in listener.incoming().flatten() {
+            stream.read_to_end(&mut Vec::new()).expect("its question");
+            // In parts, with time between them for the flow to be learned.
+            for part in pattern().chunks(PATTERN_BYTES / 16) {
+                stream.write_all(part).expect("sent");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    });
+    started.recv().expect("the server starts");
+    world.switch_on();
+    let to = SocketAddrV4::new(other.pods[0].ip, ECHO_PORT);
+    for port in 6000..6004 {
+        let mut stream = connect_from(&one.pods[0], port, to);
+        stream.write_all(b"all that you have").expect("sent");
+        stream.shutdown(std::net::Shutdown::Write).expect("half closed");
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).expect("all of it");
+        assert_eq!(got.len(), PATTERN_BYTES);
+        drop(stream);
+        for host in &world.hosts {
+            let list = format!(
+                "netns exec {} conntrack -L -p tcp --orig-port-src {port}",
+                host.netns.name
+            );
+            eventually("conntrack has seen the last packet", || {
+                run("ip", &list).contains("TIME_WAIT").then_some(())
+            });
+        }
+    }
+}
+
 #[test]
 fn conntrack_is_strict_again_without_the_fast_path_and_connections_of_it_go_on() {
     let Some(world) = World::new(Shape::IPV4) else { return };
