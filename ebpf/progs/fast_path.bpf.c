@@ -98,7 +98,6 @@ static __always_inline int bring_near(struct __sk_buff *skb, struct fast_frame *
 static __always_inline int fast_unwrap(struct __sk_buff *skb, struct fast_frame *outer, int family)
 {
 	const __u32 room = family == FAMILY_IPV6 ? VXLAN_ROOM_IPV6 : VXLAN_ROOM;
-	__u64 now = bpf_ktime_get_coarse_ns();
 	struct vxlan_header *vxlan;
 	struct fast_frame inner;
 	struct fast_flow *flow;
@@ -106,6 +105,7 @@ static __always_inline int fast_unwrap(struct __sk_buff *skb, struct fast_frame 
 	struct row *row;
 	__u32 leaves, mtu = 0;
 	__u8 *end;
+	__u64 now;
 
 	if (!bring_near(skb, outer, family))
 		return TCX_NEXT;
@@ -113,8 +113,9 @@ static __always_inline int fast_unwrap(struct __sk_buff *skb, struct fast_frame 
 	end = (void *)(long)skb->data_end;
 	if ((__u8 *)(vxlan + 1) > end || vxlan->flags != VXLAN_FLAGS ||
 	    (frame_tos(outer, family) & ECN_MASK) == ECN_CE || !fast_frame(skb, room, family, &inner) ||
-	    inner.tcp_flags & TCP_TURNS || hops_left(&inner, family) <= 1)
+	    inner.tcp_flags & TCP_TURNS || hops_left(&inner, family) <= 1 || !may_be_learned(&inner, family))
 		return TCX_NEXT;
+	now = bpf_ktime_get_coarse_ns();
 	tunnel = find_tunnel(inner.eth->from, family, now);
 	if (!tunnel || !is_through(tunnel, outer, family) || tunnel->link != skb->ifindex || tunnel->vni != vxlan->vni ||
 	    !tunnel->device)
@@ -140,11 +141,11 @@ static __always_inline int fast_unwrap(struct __sk_buff *skb, struct fast_frame 
 
 static __always_inline int enter(struct __sk_buff *skb, int family)
 {
-	__u64 now = bpf_ktime_get_coarse_ns();
 	struct fast_frame frame;
 	struct fast_flow *flow;
 	struct tunnel *tunnel;
 	__u32 leaves, mtu = 0;
+	__u64 now;
 
 	if (!fast_frame(skb, 0, family, &frame))
 		return TCX_NEXT;
@@ -152,9 +153,12 @@ static __always_inline int enter(struct __sk_buff *skb, int family)
 		return fast_unwrap(skb, &frame, family);
 	if (frame.tcp_flags & TCP_TURNS) {
 		if (frame.tcp_flags & (TCP_SYN | TCP_FIN))
-			fast_forget(&frame, family, now);
+			fast_forget(&frame, family);
 		return TCX_NEXT;
 	}
+	if (!may_be_learned(&frame, family))
+		return TCX_NEXT;
+	now = bpf_ktime_get_coarse_ns();
 	flow = fast_find(&frame, family, skb->ifindex, now);
 	if (!flow || !may_send(skb, &frame, family, flow))
 		return TCX_NEXT;
@@ -218,7 +222,6 @@ static __always_inline int leave(struct __sk_buff *skb, int family)
 	struct fast_flow flow = {};
 	__u32 *sender, slot, ifindex = skb->ifindex;
 	struct fast_frame frame;
-	__u64 now;
 
 	/* Only what has left by the VXLAN device before is its work; a pod may write the like. */
 	if (skb->mark & MARK_LEFT) {
@@ -241,8 +244,7 @@ static __always_inline int leave(struct __sk_buff *skb, int family)
 	/* A connection may end as soon as it is open, and then to learn it would cost more than it brings. So what carries no data
 	 * is learned once the other side's packets are.
 	 */
-	now = bpf_ktime_get_coarse_ns();
-	if (is_bare(&frame, family) && !fast_has_answer(&frame, family, now))
+	if (is_bare(&frame, family) && !fast_has_answer(&frame, family))
 		return TCX_NEXT;
 	flow.is_local = bpf_map_lookup_elem(&endpoints, &ifindex) != 0;
 	/* What a pod of this node sends comes in by the bridge a second time, so its slot in the mark says where it was. */
@@ -258,7 +260,7 @@ static __always_inline int leave(struct __sk_buff *skb, int family)
 	flow.is_routed = !(sender && flow.is_local);
 	if (!flow.enters)
 		return TCX_NEXT;
-	flow.learned_ns = now;
+	flow.learned_ns = bpf_ktime_get_coarse_ns();
 	__builtin_memcpy(flow.to_mac, frame.eth->to, sizeof(flow.to_mac));
 	__builtin_memcpy(flow.from_mac, frame.eth->from, sizeof(flow.from_mac));
 	fast_remember(&frame, family, &flow);

@@ -33,11 +33,13 @@ static __always_inline int is_own_source(const struct endpoint *endpoint, const 
 /* No pod speaks VXLAN to a node: it could put frames into any pod's network. */
 static __always_inline int is_encapsulated(const struct packet *packet, __u32 daddr_flags)
 {
+	struct config *config;
 	__u32 zero = 0;
-	struct config *config = bpf_map_lookup_elem(&settings, &zero);
 
-	return config && packet->protocol == IPPROTO_UDP && packet->dport == config->vxlan_port &&
-	       daddr_flags & (ADDRESS_NODE | ADDRESS_REMOTE_NODE);
+	if (packet->protocol != IPPROTO_UDP || !(daddr_flags & (ADDRESS_NODE | ADDRESS_REMOTE_NODE)))
+		return 0;
+	config = bpf_map_lookup_elem(&settings, &zero);
+	return config && packet->dport == config->vxlan_port;
 }
 
 /* Whether the packet may be the first of a flow. */

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "fast_path.h"
-#include "parse.h"
+#include "verdict.h"
 
 /* They begin or end a connection. */
 #define TCP_TURNS (TCP_SYN | TCP_FIN | TCP_RST)
@@ -177,13 +177,22 @@ static __always_inline __u8 *fast_hint(const struct fast_frame *frame, int famil
 	return hints ? &hints->learned[place * 0x9e3779b1 >> (32 - FAST_HINT_BITS)] : 0;
 }
 
+static __always_inline __u8 fast_unit(void)
+{
+	return bpf_jiffies64() >> FAST_HINT_SHIFT;
+}
+
 /* 0: neither direction of the frame's flow is known. */
-static __always_inline int may_be_learned(const struct fast_frame *frame, int family, __u64 now)
+static __always_inline int may_be_learned(const struct fast_frame *frame, int family)
 {
 	const __u8 *hint = fast_hint(frame, family);
+	__u8 age;
 
+	if (!hint)
+		return 0;
+	age = fast_unit() - *hint;
 	/* One more: neither of the two times is whole. */
-	return hint && (__u8)((now >> FAST_HINT_SHIFT) - *hint) <= FAST_HINT_UNITS + 1;
+	return age <= (ticks_per_second >> FAST_HINT_SHIFT) + 1;
 }
 
 /* What is known of the frame's flow, if it came in by that link. */
@@ -191,8 +200,6 @@ static __always_inline struct fast_flow *fast_find(const struct fast_frame *fram
 {
 	struct fast_flow *flow;
 
-	if (!may_be_learned(frame, family, now))
-		return 0;
 	if (family == FAMILY_IPV6) {
 		struct fast_key6 key;
 
@@ -224,7 +231,7 @@ static __always_inline void fast_remember(const struct fast_frame *frame, int fa
 		fast_key(frame, &key);
 		bpf_map_update_elem(&fast_flows, &key, flow, BPF_ANY);
 	}
-	*hint = flow->learned_ns >> FAST_HINT_SHIFT;
+	*hint = fast_unit();
 }
 
 /* Keys of what goes the other way. */
@@ -247,9 +254,9 @@ static __always_inline void fast_answer6(const struct fast_frame *frame, struct 
 }
 
 /* Whether the other direction of the frame's flow is known. */
-static __always_inline int fast_has_answer(const struct fast_frame *frame, int family, __u64 now)
+static __always_inline int fast_has_answer(const struct fast_frame *frame, int family)
 {
-	if (!may_be_learned(frame, family, now))
+	if (!may_be_learned(frame, family))
 		return 0;
 	if (family == FAMILY_IPV6) {
 		struct fast_key6 answer;
@@ -268,11 +275,11 @@ static __always_inline int fast_has_answer(const struct fast_frame *frame, int f
  * forgotten too: its last packet carries nothing but the answer to this one, which conntrack is to see. Mostly nothing was known,
  * and to look is cheaper than to delete.
  */
-static __always_inline void fast_forget(const struct fast_frame *frame, int family, __u64 now)
+static __always_inline void fast_forget(const struct fast_frame *frame, int family)
 {
 	int is_end = frame->tcp_flags & TCP_FIN;
 
-	if (!may_be_learned(frame, family, now))
+	if (!may_be_learned(frame, family))
 		return;
 	if (family == FAMILY_IPV6) {
 		struct fast_key6 key;

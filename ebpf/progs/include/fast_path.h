@@ -76,14 +76,13 @@ struct fast_flow {
 	__u8 pad;
 };
 
-/* By a hash of the tuple: when a flow of it was learned last, in either direction, in units of FAST_HINT_SHIFT bits of nanoseconds.
- * Where nothing was for longer than FAST_VALID_NS there is nothing to be found, so most of what belongs to no learned flow
- * (connections that begin, and end at once) needs no search. Bytes, so that all of it stays near the processor; a unit comes
- * again after a minute, and then costs a search. Written by the programs, behind the flow.
+/* By a hash of the tuple: when a flow of it was learned last, in either direction, in units of FAST_HINT_SHIFT bits of the kernel's
+ * ticks. Where nothing was for longer than FAST_VALID_NS there is nothing to be found, so most of what belongs to no learned flow
+ * (connections that begin, and end at once) needs no search. Bytes, so that all of it stays near the processor; 256 units later
+ * one comes again, and then costs a search. Written by the programs, behind the flow.
  */
 #define FAST_HINT_BITS 12
-#define FAST_HINT_SHIFT 28
-#define FAST_HINT_UNITS (FAST_VALID_NS >> FAST_HINT_SHIFT)
+#define FAST_HINT_SHIFT 6
 
 struct fast_hints {
 	__u8 learned[1 << FAST_HINT_BITS];

@@ -226,7 +226,7 @@ static __always_inline int remember(const struct endpoint *endpoint, const struc
 	struct flow *known = bpf_map_lookup_elem(&flows, key);
 	__u8 towards = direction == INGRESS ? EGRESS : INGRESS;
 	struct flow flow = {};
-	struct fresh *answer;
+	struct fresh *fresh;
 
 	/* Ports are used again: nothing has to be made. */
 	if (known) {
@@ -236,10 +236,13 @@ static __always_inline int remember(const struct endpoint *endpoint, const struc
 		if (bpf_map_update_elem(&flows, key, &flow, BPF_ANY))
 			return REASON_FLOW_TABLE_FULL;
 	}
-	/* Mostly the next packet of the flow comes from there. */
-	answer = fresh_place(key, towards);
-	if (answer)
-		freshen(answer, key, towards, leg.generation, leg.last);
+	/* The next packets of the flow mostly follow at once. */
+	fresh = fresh_place(key, towards);
+	if (fresh)
+		freshen(fresh, key, towards, leg.generation, leg.last);
+	fresh = flags ? 0 : fresh_place(key, direction);
+	if (fresh)
+		freshen(fresh, key, direction, leg.generation, leg.last);
 	return 0;
 }
 
