@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
  *
- * Flows of which a packet passed in this unit of the clock of legs, on this CPU, and answers to those that were opened in it: a
+ * Flows of which a packet passed in this unit of the clock of legs, on this CPU, and those that were opened in it: a
  * place for each, found by number, so that most packets of a known flow need no search in `flows`. What is here is true as long
  * as the row's generation is the same; the first packet of every unit asks `flows` again, which so sees who lives.
  */
@@ -47,14 +47,7 @@ static __always_inline void freshen(struct fresh *fresh, const struct flow_key *
 
 static __always_inline int is_same_flow(const struct flow_key *a, const struct flow_key *b)
 {
-	const __u32 *left = (const __u32 *)a, *right = (const __u32 *)b;
-	__u32 differs = 0;
-
-	_Static_assert(sizeof(*a) % sizeof(*left) == 0, "keys of flows are compared in words");
-#pragma unroll
-	for (unsigned int i = 0; i < sizeof(*a) / sizeof(*left); i++)
-		differs |= left[i] ^ right[i];
-	return !differs;
+	return is_same(a, b, sizeof(*a));
 }
 
 static __always_inline int is_fresh(const struct fresh *fresh, const struct flow_key *key, __u8 direction, __u32 generation,

@@ -55,14 +55,9 @@ static __always_inline struct judged *judged_place(const struct question *questi
 	return bpf_map_lookup_elem(&judged, &place);
 }
 
+_Static_assert(sizeof(struct question) % sizeof(__u32) == 0, "questions are compared in words");
+
 static __always_inline int is_same_question(const struct question *one, const struct question *other)
 {
-	const __u64 *left = (const __u64 *)one, *right = (const __u64 *)other;
-	__u64 differs = 0;
-
-	_Static_assert(sizeof(*one) % sizeof(*left) == 0, "questions are compared in words");
-#pragma unroll
-	for (unsigned int i = 0; i < sizeof(*one) / sizeof(*left); i++)
-		differs |= left[i] ^ right[i];
-	return !differs;
+	return is_same(one, other, sizeof(*one));
 }

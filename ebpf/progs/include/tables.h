@@ -165,6 +165,20 @@ static __always_inline int is_whole(const struct row *row, __u32 link)
 	return sum == row->check && row->link == link;
 }
 
+/* Of two structs without unnamed padding; `size` is a constant, in whole words. There is no memcmp to call. */
+static __always_inline int is_same(const void *one, const void *other, unsigned int size)
+{
+	const __u32 *left = one, *right = other;
+	__u32 differs = 0;
+
+#pragma unroll
+	for (unsigned int i = 0; i < size / sizeof(*left); i++)
+		differs |= left[i] ^ right[i];
+	return !differs;
+}
+
+_Static_assert(sizeof(struct flow_key) % sizeof(__u32) == 0, "keys of flows are compared in words");
+
 /* How often a row that is being replaced is read again. */
 #define ROW_ATTEMPTS 8
 

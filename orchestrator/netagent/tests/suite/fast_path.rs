@@ -361,11 +361,7 @@ fn conntrack_sees_the_end_of_a_connection_of_which_one_half_was_closed_before() 
         ready.send(()).expect("the test waits");
         for mut stream in listener.incoming().flatten() {
             stream.read_to_end(&mut Vec::new()).expect("its question");
-            // In parts, with time between them for the flow to be learned.
-            for part in pattern().chunks(PATTERN_BYTES / 16) {
-                stream.write_all(part).expect("sent");
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            stream.write_all(&pattern()).expect("sent");
         }
     });
     started.recv().expect("the server starts");
